@@ -1,0 +1,87 @@
+# Every target works from a clean clone, without a terminal, and is what CI calls. `make` alone prints this list.
+#
+#   make install PYTHON=python3.12                          another interpreter for a new .venv
+#   make install EXTRAS=tracking,data                       fewer extras, here without DeepSpeed
+#   make test TESTS=tests/test_cli.py ARGS="-k help -x"     some tests, arguments for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= deepspeed,tracking,data,dev
+TESTS ?= tests
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.vqdist-installed
+# The environment's own folder for what DeepSpeed compiles.
+OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-fast test-dist lint quality style bench doctor build clean
+
+help: ## print this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP) ## create .venv, install vqdist with every extra, build DeepSpeed's CPU op (nothing to do the second time)
+	@for lock in $(VENV)/torch_extensions/*/lock; do \
+	  if [ -e "$$lock" ]; then $(OPS) $(BIN)/python -I vqdist/backends/build_ops.py --clear-locks || exit 1; break; fi; \
+	done
+
+demo: install ## train a VQGAN on 10,000 handwritten digits, about two minutes on two cores
+	rm -rf runs/demo
+	$(BIN)/vqdist train vqgan --config launch/recipes/digits_vqgan.yaml --out runs/demo
+
+# One thread each, since spawned ranks share the cores.
+PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest $(TESTS)
+
+test: install ## run every test
+	$(PYTEST) $(ARGS)
+
+test-fast: install ## run the tests that need one process only
+	$(PYTEST) -m "not distributed" $(ARGS)
+
+test-dist: install ## run the tests that start several processes
+	$(PYTEST) -m distributed $(ARGS)
+
+lint: install ## check style and layering, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+quality: lint ## the same as lint
+
+style: install ## mend what lint finds, as far as it can be done automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## measure speed, memory and traffic against plain loops
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+doctor: install ## say what works on this machine and what would mend the rest
+	@$(BIN)/vqdist doctor
+
+build: install ## make the wheel and the source archive in dist/
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation .
+
+clean: ## remove caches and build products; .venv and runs stay
+	rm -rf build dist vqdist.egg-info .pytest_cache .ruff_cache
+	find $(wildcard vqdist tests benchmarks launch) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "vqdist needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make install PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "could not create $(VENV); on Debian and Ubuntu the module comes with: apt-get install python3-venv" >&2; exit 1; }
+
+# uv installs several times faster; where it cannot be had, pip does the same.
+$(STAMP): setup.py pyproject.toml vqdist/version.py | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
+	@if $(BIN)/python -m pip install --quiet uv; then \
+	  echo "installing vqdist[$(EXTRAS)] with uv"; \
+	  $(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRAS)]'; \
+	else \
+	  echo "uv cannot be had here: installing vqdist[$(EXTRAS)] with pip"; \
+	  $(BIN)/python -m pip install -e '.[$(EXTRAS)]'; \
+	fi
+	@$(OPS) $(BIN)/python -m vqdist.backends.build_ops
+	@touch $@

@@ -1,0 +1,142 @@
+"""Checkpoints are complete or absent, checked, kept as many as asked for, and whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from scenarios import EVERYTHING, build_trainer, train_steps, weights_of
+
+from vqdist.backends.local import LocalBackend
+from vqdist.checkpoint import MANIFEST, CheckpointStore, verify
+from vqdist.errors import UserError
+
+
+def store(folder: Path, keep: int | None = None) -> CheckpointStore:
+    return CheckpointStore(folder, LocalBackend(), keep=keep)
+
+
+def write(folder: Path) -> None:
+    (folder / "part").mkdir()
+    (folder / "part" / "weights").write_bytes(b"0123456789")
+
+
+def test_only_complete_folders_count(tmp_path):
+    checkpoints = store(tmp_path)
+    checkpoints.save(5, write, {"note": "x"})
+    (tmp_path / "step_00000009.partial").mkdir()
+    (tmp_path / "step_00000008").mkdir()  # no manifest
+    assert checkpoints.steps() == [5]
+    assert checkpoints.latest() == tmp_path / "step_00000005"
+    checkpoints.clean()
+    assert not (tmp_path / "step_00000009.partial").exists()
+
+
+def test_a_write_that_fails_leaves_the_older_checkpoint_in_place(tmp_path):
+    checkpoints = store(tmp_path)
+    checkpoints.save(5, write, {})
+
+    def broken(folder: Path) -> None:
+        write(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(6, broken, {})
+    assert checkpoints.steps() == [5]
+    checkpoints.clean()
+    checkpoints.save(6, write, {})
+    assert checkpoints.steps() == [5, 6]
+
+
+def test_manifest_lists_sizes_and_checksums(tmp_path):
+    path = store(tmp_path).save(5, write, {"note": "x"})
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["step"] == 5 and manifest["note"] == "x"
+    assert manifest["files"]["part/weights"]["bytes"] == 10
+    assert verify(path) == manifest
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = store(tmp_path).save(5, write, {})
+    (path / "part" / "weights").write_bytes(b"012345678X")
+    with pytest.raises(UserError, match=r"part/weights is damaged .* remove .*step_00000005"):
+        verify(path)
+    (path / "part" / "weights").unlink()
+    with pytest.raises(UserError, match="part/weights is missing"):
+        verify(path)
+
+
+def test_retention_keeps_the_newest(tmp_path):
+    checkpoints = store(tmp_path, keep=2)
+    for step in (1, 2, 3, 10):
+        checkpoints.save(step, write, {})
+    assert checkpoints.steps() == [3, 10]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000010"]
+
+
+@pytest.mark.parametrize("quantizer", ["random_vq", "lfq"])
+def test_stop_and_resume_equals_straight_to_the_bit(tmp_path, quantizer):
+    options = {**EVERYTHING, "num_train_steps": 6, "grad_accum_every": 2, "save_model_every": 3}
+    straight = build_trainer(tmp_path / "straight", quantizer=quantizer, **options)
+    expected = train_steps(straight, 6)
+    stopped = build_trainer(tmp_path / "stopped", quantizer=quantizer, **options)
+    train_steps(stopped, 3)
+    torch.rand(17)  # whatever else draws between two runs
+    resumed = build_trainer(tmp_path / "stopped", quantizer=quantizer, **options)
+    assert (resumed.step, resumed.position) == (3, 24)
+    actual = train_steps(resumed, 3)
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    for one, other in zip(straight.next_micro_batches(), resumed.next_micro_batches(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_save_and_load_of_any_path_restore_everything(tmp_path):
+    trainer = build_trainer(tmp_path / "a", quantizer="random_vq", **EVERYTHING)
+    train_steps(trainer, 2)
+    trainer.save(tmp_path / "anywhere")
+    expected = train_steps(trainer, 2)
+    other = build_trainer(tmp_path / "b", quantizer="random_vq", **EVERYTHING)
+    other.load(tmp_path / "anywhere")
+    assert int(other.ema.step) == 2
+    actual = train_steps(other, 2)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    trainer = build_trainer(tmp_path, save_model_every=1, **EVERYTHING)
+    train_steps(trainer, 1)
+    older = weights_of(trainer)
+    train_steps(trainer, 1)
+    weights = tmp_path / "checkpoints" / "step_00000002" / "generator" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    resumed = build_trainer(tmp_path, save_model_every=1, **EVERYTHING)
+    assert resumed.step == 1
+    assert all(torch.equal(older[name], tensor) for name, tensor in weights_of(resumed).items())
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_another_configuration_is_refused_with_keys_and_flag(tmp_path):
+    build_trainer(tmp_path, **EVERYTHING).finish()
+    changed = {**EVERYTHING, "lr": 0.5, "log_every": 7, "num_train_steps": 9}
+    with pytest.raises(
+        UserError, match=r"trainer\.lr: 0\.001 -> 0\.5\); .*--trainer\.allow_config_change true"
+    ) as error:
+        build_trainer(tmp_path, **changed)
+    assert "log_every" not in str(error.value) and "num_train_steps" not in str(error.value)
+    trainer = build_trainer(tmp_path, allow_config_change=True, **changed)
+    assert trainer.config.lr == 0.5
+
+
+def test_another_model_is_refused(tmp_path):
+    build_trainer(tmp_path)
+    with pytest.raises(UserError, match=r"model\.codebook_size: 32 -> 64"):
+        build_trainer(tmp_path, model={"codebook_size": 64})
+
+
+def test_checkpoint_without_average_says_so(tmp_path):
+    trainer = build_trainer(tmp_path, use_ema=False)
+    trainer.save(tmp_path / "plain")
+    with pytest.raises(UserError, match="use_ema false"):
+        build_trainer(tmp_path / "other").load(tmp_path / "plain")

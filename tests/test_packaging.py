@@ -1,0 +1,205 @@
+"""What is installed and what it promises: the wheel, its metadata, the Makefile, the linter's bans, import time."""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "vqdist")
+
+
+def call(*command, cwd=ROOT, check=True, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300, **options
+    )
+    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+# The wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """Built from a copy, so that the checkout keeps no build products; without the network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", folder, cwd=folder)
+    (path,) = (folder / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return email.message_from_bytes(wheel.read(name))
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "vqdist").rglob("*.py")}
+    assert code <= held
+    assert all(name.startswith("vqdist/") for name in held)
+    assert "vqdist/py.typed" in held
+
+
+def test_every_package_has_an_init():
+    """find_packages leaves out a folder without one."""
+    folders = {path.parent for path in (ROOT / "vqdist").rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_wheel_holds_the_digits(wheel):
+    digits = [name for name in wheel.namelist() if re.fullmatch(r"vqdist/data/digits/.*\.gz", name)]
+    assert len(digits) == 2, "the images and the labels of the embedded digits"
+    assert all(wheel.read(name)[:2] == b"\x1f\x8b" for name in digits)
+
+
+def test_metadata(metadata):
+    from vqdist.version import __version__
+
+    assert (metadata["Name"], metadata["Version"]) == ("vqdist", __version__)
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "tracking", "data", "dev"}
+    required = metadata.get_all("Requires-Dist")
+    assert "torch>=2.5" in required
+    assert "vector-quantize-pytorch<1.33,>=1.32" in required
+    assert not [line for line in required if "deepspeed" in line and "extra ==" not in line]
+
+
+def test_console_script(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert "vqdist = vqdist.cli:main" in wheel.read(name).decode().splitlines()
+
+
+def test_ruff_is_pinned_once(metadata):
+    (pinned,) = {line.split(";")[0].strip() for line in metadata.get_all("Requires-Dist") if line.startswith("ruff")}
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert f'required-version = "{pinned.removeprefix("ruff")}"' in settings
+
+
+# The Makefile
+
+
+def make(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
+    """As from a plain shell: without what a surrounding `make test` hands down."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
+    return call("make", *arguments, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, **options)
+
+
+@pytest.fixture
+def installed(tmp_path) -> Path:
+    """A checkout whose environment is complete, with a python in it that must not be called."""
+    for name in ("setup.py", "pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "vqdist").mkdir()
+    shutil.copy(ROOT / "vqdist" / "version.py", tmp_path / "vqdist")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho called $@ >&2; exit 1\n")
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".vqdist-installed").touch()
+    return tmp_path
+
+
+def test_help_is_the_default_and_explains_every_target():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
+    printed = make().stdout
+    assert printed == make("help").stdout
+    explained = {line.split()[0]: line.split(None, 1)[1:] for line in printed.splitlines()}
+    assert set(explained) == set(phony)
+    assert all(explained.values())
+
+
+def test_install_does_nothing_the_second_time(installed):
+    assert "called" not in make("install", cwd=installed).stderr
+
+
+def test_install_follows_the_metadata(installed):
+    later = (installed / ".venv" / ".vqdist-installed").stat().st_mtime + 5
+    os.utime(installed / "setup.py", (later, later))
+    assert "pip install" in make("--dry-run", "install", cwd=installed).stdout
+
+
+def test_old_python_is_refused_by_name(tmp_path):
+    old = tmp_path / "python2"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.1" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    done = make(".venv/bin/python", f"PYTHON={old}", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "needs Python 3.10 or newer" in done.stderr and "Python 3.8.1" in done.stderr
+
+
+def test_ci_calls_only_what_a_person_can():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["make lint", "make test"]
+
+
+# The linter
+
+
+def lint(code: str, filename: str) -> str:
+    """What ruff says to `code` as if it stood in `filename`."""
+    arguments = ["check", "--no-cache", "--output-format", "concise", "--stdin-filename", filename, "-"]
+    return call(sys.executable, "-m", "ruff", *arguments, input=code, check=False).stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import deepspeed as runtime",
+        "from accelerate import Accelerator as runtime",
+        "from accelerate.utils import set_seed as runtime",
+        "import deepspeed.comm as runtime",
+    ],
+)
+def test_runtimes_are_banned_outside_the_backends(line):
+    code = f"{line}\n\nprint(runtime)\n"
+    for folder in ("vqdist/trainers", "vqdist/models", "vqdist", "launch"):
+        assert "TID251" in lint(code, f"{folder}/example.py"), folder
+    assert "All checks passed" in lint(code, "vqdist/backends/example.py")
+
+
+# Import time
+
+
+def test_importing_vqdist_costs_less_than_half_of_torch():
+    """The least of several ratios, since noise only adds."""
+    code = """
+from time import perf_counter
+start = perf_counter()
+import torch
+middle = perf_counter()
+import vqdist
+print((perf_counter() - middle) / (middle - start))
+"""
+    ratios = [float(call(sys.executable, "-c", code).stdout) for _ in range(3)]
+    assert min(ratios) < 0.5, ratios
+
+
+def test_help_of_the_command_does_not_import_torch():
+    done = call(sys.executable, "-X", "importtime", "-m", "vqdist", "--help")
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "train" in done.stdout
+    assert "vqdist.cli" in imported
+    assert not imported & {"torch", "accelerate", "deepspeed", "torchvision"}

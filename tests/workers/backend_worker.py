@@ -1,0 +1,142 @@
+"""Run by torchrun from test_distributed.py: everything that two ranks of one backend are compared on.
+
+usage: backend_worker.py BACKEND ZERO_STAGE FOLDER   (ZERO_STAGE is - for the accelerate backend)
+
+Rank 0 writes FOLDER/results.pt; assertions that concern the ranks themselves are made here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scenarios import EVERYTHING, LINEAR, build_trainer, train_steps, weights_of
+
+from vqdist.ranks import RanksDiverged, check_ranks_agree
+
+
+def parity(backend: dict, folder: Path, results: dict) -> None:
+    """The same global batches as one process: weights, losses and norms."""
+    for quantizer in ("lfq", "vq"):
+        trainer = build_trainer(folder / quantizer, quantizer=quantizer, grad_accum_every=2, **EVERYTHING, **backend)
+        logs = [trainer.train_step() for _ in range(4)]
+        results[f"parity_{quantizer}"] = weights_of(trainer)
+        results[f"logs_{quantizer}"] = [trainer.backend.mean(line) for line in logs]
+        results[f"valid_{quantizer}"] = trainer.evaluate()
+
+
+def linear_splits(backend: dict, folder: Path, results: dict) -> None:
+    """16 images of one step as 2 processes x 2 micro-batches x 4 and as 2 x 1 x 8."""
+    for accumulation, batch in ((2, 4), (1, 8)):
+        options = {**EVERYTHING, **LINEAR, "grad_accum_every": accumulation, "batch_size": batch}
+        trainer = build_trainer(folder / f"linear_{accumulation}", quantizer="fsq", **options, **backend)
+        results[f"linear_{accumulation}x{batch}"] = train_steps(trainer, 4)
+
+
+def resume(backend: dict, folder: Path, results: dict) -> None:
+    """6 steps against 3, a checkpoint, a new trainer that loads it, and 3: equal to the bit, with the next batch."""
+    options = {**EVERYTHING, "num_train_steps": 6, "grad_accum_every": 2, **backend}
+    straight = build_trainer(folder / "straight", quantizer="random_vq", **options)
+    expected = train_steps(straight, 6)
+    first = build_trainer(folder / "stopped", quantizer="random_vq", **options)
+    train_steps(first, 3)
+    first.save(folder / "stopped" / "checkpoints" / "step_00000003")
+    second = build_trainer(folder / "stopped", quantizer="random_vq", **options)
+    assert (second.step, second.position) == (3, first.position)
+    actual = train_steps(second, 3)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), f"{name} differs after resume"
+    for one, other in zip(straight.next_micro_batches(), second.next_micro_batches(), strict=True):
+        assert torch.equal(one, other)
+    results["resumed"] = weights_of(second)
+
+
+def codebooks_stay_equal(backend: dict, folder: Path) -> None:
+    """20 steps with k-means start and dead codes replaced, on different images: no rank drifts."""
+    for quantizer in ("vq", "residual_vq", "simvq"):
+        options = {"kmeans_init": True, "threshold_ema_dead_code": 2, "codebook_dim": 8}
+        model = {"codebook_size": 32, "vq_kwargs": None if quantizer == "simvq" else options}
+        trainer = build_trainer(folder / f"equal_{quantizer}", quantizer=quantizer, model=model, **backend)
+        train_steps(trainer, 20)
+        check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
+
+
+def divergence_is_found(backend: dict, folder: Path) -> None:
+    """One changed bit on rank 1 stops every rank with the tensor's name."""
+    trainer = build_trainer(folder / "diverged", **backend)
+    trainer.train_step()
+    if trainer.backend.rank == 1:
+        with torch.no_grad():
+            trainer.generator.module.last_layer.bias.add_(1e-6)
+    with pytest.raises(RanksDiverged, match=r"after step 1 rank 1 .*generator\.last_layer\.bias is the first of 1"):
+        check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
+
+
+def flags_and_means(trainer) -> None:
+    """A flag on one rank is seen by all; means are over ranks."""
+    backend = trainer.backend
+    assert backend.world_size == 2
+    assert backend.any(backend.rank == 1)
+    assert not backend.any(False)
+    assert backend.mean({"rank": float(backend.rank), "one": torch.ones(())}) == {"rank": 0.5, "one": 1.0}
+    assert backend.gather(torch.tensor([backend.rank])).tolist() == [[0], [1]]
+
+
+def gradients_do_not_leak(backend: dict, folder: Path) -> None:
+    """The generator's pass through the frozen discriminator leaves no gradient there, and one at its input."""
+    trainer = build_trainer(folder / "frozen", **backend)
+    image = trainer.next_micro_batches()[0].requires_grad_()
+    trainer.discriminator.frozen(image).sum().backward()
+    assert image.grad is not None and float(image.grad.abs().sum()) > 0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.discriminator.module.parameters())
+    assert all(p.requires_grad for p in trainer.discriminator.module.parameters())
+
+
+def exchanges(backend: dict, folder: Path, results: dict) -> None:
+    """Calls and bytes of DDP's gradient exchange in one optimizer step of 4 micro-batches, per network."""
+    trainer = build_trainer(folder / "exchange", grad_accum_every=4, batch_size=2, **backend)
+    counted = {name: [0, 0] for name in trainer.engines}
+
+    def hook(name, bucket):
+        counted[name][0] += 1
+        counted[name][1] += bucket.buffer().numel() * bucket.buffer().element_size()
+        return (
+            torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0] / 2)
+        )
+
+    for name, engine in trainer.engines.items():
+        engine.wrapped.register_comm_hook(name, hook)
+    train_steps(trainer, 1)
+    results["exchanges"] = counted
+    results["sizes"] = {
+        name: sum(4 * p.numel() for p in engine.module.parameters()) for name, engine in trainer.engines.items()
+    }
+
+
+def main() -> None:
+    name, stage, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    backend = {"backend": name}
+    if name == "deepspeed":
+        backend["deepspeed_config"] = {"zero_optimization": {"stage": int(stage)}}
+    results: dict = {}
+    parity(backend, folder, results)
+    resume(backend, folder, results)
+    gradients_do_not_leak(backend, folder)
+    trainer = build_trainer(folder / "last", **backend)
+    flags_and_means(trainer)
+    if name == "accelerate":
+        linear_splits(backend, folder, results)
+        exchanges(backend, folder, results)
+        divergence_is_found(backend, folder)
+    if name == "accelerate" or stage == "2":
+        codebooks_stay_equal(backend, folder)
+    if trainer.is_main:
+        torch.save(results, folder / "results.pt")
+    trainer.backend.barrier()
+    trainer.close()
+
+
+if __name__ == "__main__":
+    main()

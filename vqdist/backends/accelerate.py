@@ -1,0 +1,127 @@
+"""Accelerate: data parallel training with DDP under torchrun, `accelerate launch` or mpirun.
+
+Accelerate starts the process group, picks the device and wraps the network. What it would also do is left to the
+engine, because its versions do not hold for two networks with accumulation: its accumulation counter is shared by
+both networks, its `zero_grad` does nothing on some micro-steps, and a prepared scheduler advances once per process.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import nn
+from torch.optim import Optimizer
+
+from vqdist.backends.base import Engine
+from vqdist.backends.distributed import DistributedBackend, group_timeout
+from vqdist.backends.local import TorchEngine
+from vqdist.errors import UserError
+
+OWNED_BY_THE_RUN = {
+    "gradient_accumulation_steps": "grad_accum_every",
+    "gradient_accumulation_plugin": "grad_accum_every",
+    "mixed_precision": "precision",
+    "cpu": "the device of the machine",
+    "deepspeed_plugin": "backend='deepspeed'",
+    "deepspeed_plugins": "backend='deepspeed'",
+    "fsdp_plugin": "nothing yet: FSDP is not supported",
+    "dynamo_backend": "compile",
+    "dynamo_plugin": "compile",
+    "log_with": "trackers",
+}
+
+
+class AccelerateBackend(DistributedBackend):
+    """One process per device, gradients averaged by DDP.
+
+    Args:
+        grad_accum_every: micro-batches per optimizer step.
+        precision: "fp32" or "bf16".
+        dist_timeout: minutes that a rank waits for a peer.
+        accelerate_kwargs: further arguments of `accelerate.Accelerator`; keys that the run owns are refused.
+    """
+
+    name = "accelerate"
+
+    def __init__(
+        self,
+        *,
+        grad_accum_every: int = 1,
+        precision: str = "fp32",
+        dist_timeout: float = 10.0,
+        accelerate_kwargs: dict[str, Any] | None = None,
+    ):
+        accelerate_kwargs = dict(accelerate_kwargs or {})
+        _refuse_foreign_settings(accelerate_kwargs, precision)
+        self.grad_accum_every = grad_accum_every
+        self.precision = precision
+        handlers = [
+            # Not static_graph: with a gradient penalty it silently drops the exchange. Buffers are codebooks, which
+            # are synchronised where they change.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=group_timeout(dist_timeout)),
+            *accelerate_kwargs.pop("kwargs_handlers", []),
+        ]
+        on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        # on a CPU Accelerate starts a process group only if it is told cpu=True; otherwise each rank trains alone
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",
+            gradient_accumulation_steps=1,
+            kwargs_handlers=handlers,
+            **accelerate_kwargs,
+        )
+        self.adopt_group(self.accelerator.device)
+
+    def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
+        self.broadcast_from_main(module)
+        with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; torch 2.5 knows the old name only
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            wrapped = self.accelerator.prepare_model(module) if self.world_size > 1 else module
+        if self.world_size > 1 and not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            raise UserError(
+                f"Accelerate returned {type(wrapped).__name__} instead of DistributedDataParallel: gradients would "
+                f"not be averaged; its distributed_type is {self.accelerator.distributed_type}"
+            )
+        return TorchEngine(
+            module,
+            optimizer,
+            self,
+            wrapped=wrapped,
+            max_grad_norm=max_grad_norm,
+            grad_accum_every=self.grad_accum_every,
+            precision=self.precision,
+        )
+
+    def close(self) -> None:
+        super().close()
+        AcceleratorState._reset_state(True)
+
+
+def _refuse_foreign_settings(accelerate_kwargs: dict[str, Any], precision: str) -> None:
+    """Two places must not say the same thing: settings of Accelerate that belong to the run are errors."""
+    for key, owner in OWNED_BY_THE_RUN.items():
+        if key in accelerate_kwargs:
+            raise UserError(f"accelerate_kwargs sets {key!r}, which belongs to the run; use {owner} instead")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            f"the Accelerate configuration says distributed_type {DistributedType.DEEPSPEED.value}: one Accelerator "
+            "keeps one DeepSpeed engine, a GAN needs two; use `--backend deepspeed --deepspeed_config FILE` instead"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            f"the Accelerate configuration says distributed_type {DistributedType.FSDP.value}, which vqdist does not "
+            "support yet; use distributed_type MULTI_GPU"
+        )
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise UserError(
+            f"the Accelerate configuration says mixed_precision {asked!r} and the run says precision {precision!r}; "
+            "precision belongs to the run: set mixed_precision: 'no' there and --trainer.precision here"
+        )

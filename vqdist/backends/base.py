@@ -1,0 +1,124 @@
+"""Engine and Backend: all that a trainer may ask of the runtime.
+
+A network travels with its optimizer: that pair is an `Engine`, and it is what every runtime can express. Two players
+(generator and discriminator) are two engines; nothing special happens at two. A `Backend` knows the ranks, makes
+engines and averages numbers. Trainers, models and losses know nothing else about Accelerate, DeepSpeed or process
+groups.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Engine(ABC):
+    """One network with its optimizer, wrapped by a runtime. Every method but `frozen` is called by every rank.
+
+    Attributes:
+        module: the bare network, for state dicts, EMA and parameter counts. Training through it skips the exchange of
+            gradients; use the engine itself.
+    """
+
+    module: nn.Module
+
+    @abstractmethod
+    def __call__(self, *args, **kwargs):
+        """Forward in the run's precision, once per micro-batch, inside `micro_step`."""
+
+    @abstractmethod
+    def frozen(self, *args, **kwargs):
+        """Forward with the weights held fixed: gradients reach the input only."""
+
+    @abstractmethod
+    def micro_step(self, *, last: bool) -> AbstractContextManager:
+        """Context of one forward and backward; ranks exchange gradients only where `last` is true."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add grad(loss) / (number of micro-batches) to the gradients."""
+
+    @abstractmethod
+    def step(self, *, lr: float) -> Tensor:
+        """Clip, update with this learning rate, clear.
+
+        Returns:
+            The 2-norm of the gradients before clipping (0-d, on the device).
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state; every rank calls it, rank 0 writes."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, whatever backend and number of ranks wrote it."""
+
+
+class Backend(ABC):
+    """The ranks of a run and how they talk. Every method is called by every rank.
+
+    Attributes:
+        name: "local", "accelerate" or "deepspeed".
+        rank: index of this process, 0 .. world_size - 1.
+        local_rank: index of this process on its node.
+        world_size: number of processes.
+        device: where this rank's tensors live.
+    """
+
+    name: str
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0 of the whole run: the one that writes files."""
+        return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this is the first rank of its node."""
+        return self.local_rank == 0
+
+    @abstractmethod
+    def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
+        """Wrap a network and its optimizer. Afterwards weights and buffers are rank 0's on every rank."""
+
+    @abstractmethod
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; does not wait for the device."""
+
+    @abstractmethod
+    def gather(self, tensor: Tensor) -> Tensor:
+        """One tensor of equal shape from each rank, stacked: (world_size, ...)."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the process group, if this backend opened it. Safe to call twice."""
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """Mean over ranks, in place; does not wait for the device."""
+        return self.sum(tensor).div_(self.world_size)
+
+    def mean(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Mean of each value over ranks: one exchange and one wait for the device, however many values."""
+        if not values:
+            return {}
+        numbers = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values.values()]
+        return dict(zip(values, self.average(torch.stack(numbers)).tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank; every rank gets the same answer."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)

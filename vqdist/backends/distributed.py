@@ -1,0 +1,72 @@
+"""What the accelerate and the deepspeed backend share: collectives of torch.distributed, and equal starts."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vqdist.backends.base import Backend
+from vqdist.backends.environment import local_rank_of_launcher, world_size_of_launcher
+from vqdist.errors import UserError
+
+
+class DistributedBackend(Backend):
+    """Collectives over the default process group; with one process and no group they do nothing.
+
+    A subclass starts the group and then calls `adopt_group`.
+    """
+
+    def adopt_group(self, device: torch.device) -> None:
+        """Take rank and size from the group that was started, and make sure that it is the one asked for."""
+        self.device = torch.device("cpu") if device.type == "cpu" else device  # Accelerate says cpu:0
+        self.in_group = dist.is_initialized()
+        self.rank = dist.get_rank() if self.in_group else 0
+        self.world_size = dist.get_world_size() if self.in_group else 1
+        self.local_rank = local_rank_of_launcher()
+        expected = world_size_of_launcher()
+        if self.world_size != expected:
+            raise UserError(
+                f"the launcher started {expected} processes but the {self.name} process group has {self.world_size}: "
+                f"this would train {expected} separate models; start with `torchrun --nproc_per_node {expected} ...`"
+            )
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            # an all-reduce rather than dist.barrier: NCCL's barrier guesses a device and warns
+            self.any(False)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.in_group = False
+
+    def broadcast_from_main(self, module: nn.Module) -> None:
+        """Give every rank the weights and buffers of rank 0. DDP without buffer broadcast and DeepSpeed leave buffers
+        (EMA codebooks) as each rank drew them."""
+        if self.world_size == 1:
+            return
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                value = tensor.detach().contiguous()
+                dist.broadcast(value, src=0)
+                tensor.copy_(value)
+
+
+def group_timeout(minutes: float) -> timedelta:
+    """How long a rank waits in a collective for a peer before it gives up."""
+    return timedelta(minutes=minutes)

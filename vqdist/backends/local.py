@@ -1,0 +1,147 @@
+"""One process, plain PyTorch: the reference that every other backend is tested against. Read this one first."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vqdist.backends import state
+from vqdist.backends.base import Backend, Engine
+from vqdist.backends.environment import world_size_of_launcher
+from vqdist.errors import UserError
+
+
+@contextmanager
+def frozen_weights(module: nn.Module):
+    """Within this context no weight of the module asks for a gradient."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def autocast_for(device: torch.device, precision: str):
+    """The forward's precision: float32 weights throughout; with bf16 the matrix products run in bfloat16."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+class TorchEngine(Engine):
+    """A network, its optimizer, and `wrapped`: the callable that the forward of training goes through.
+
+    Args:
+        module: the bare network, already on its device.
+        optimizer: made over `module.parameters()`.
+        backend: gives the device and the ranks.
+        wrapped: what training calls; the bare network here, its DDP wrapper in the accelerate backend.
+        max_grad_norm: gradients with a larger 2-norm are scaled down to it; None does not clip.
+        grad_accum_every: micro-batches per optimizer step.
+        precision: "fp32" or "bf16".
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        backend: Backend,
+        *,
+        wrapped: nn.Module | None = None,
+        max_grad_norm: float | None,
+        grad_accum_every: int,
+        precision: str,
+    ):
+        self.module = module
+        self.optimizer = optimizer
+        self.backend = backend
+        self.wrapped = module if wrapped is None else wrapped
+        self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
+        self.grad_accum_every = grad_accum_every
+        self.precision = precision
+
+    def __call__(self, *args, **kwargs):
+        with autocast_for(self.backend.device, self.precision):
+            return self.wrapped(*args, **kwargs)
+
+    def frozen(self, *args, **kwargs):
+        with frozen_weights(self.module), autocast_for(self.backend.device, self.precision):
+            return self.module(*args, **kwargs)
+
+    def micro_step(self, *, last: bool):
+        # DDP decides in the forward whether the coming backward exchanges, so this surrounds both.
+        return nullcontext() if last or self.wrapped is self.module else self.wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.grad_accum_every).backward()
+
+    def step(self, *, lr: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    def save(self, folder: Path) -> None:
+        if self.backend.is_main:
+            state.save_tensors(folder / state.WEIGHTS, self.module.state_dict())
+            state.save_tensors(folder / state.OPTIMIZER, state.optimizer_tensors(self.module, self.optimizer))
+
+    def load(self, folder: Path) -> None:
+        self.module.load_state_dict(state.load_tensors(folder / state.WEIGHTS, self.backend.device))
+        state.load_optimizer_tensors(
+            self.module, self.optimizer, state.load_tensors(folder / state.OPTIMIZER, self.backend.device)
+        )
+
+
+class LocalBackend(Backend):
+    """One process on one device.
+
+    Args:
+        grad_accum_every: micro-batches per optimizer step.
+        precision: "fp32" or "bf16".
+        device: where to run; by default the first CUDA device, else the CPU.
+    """
+
+    name = "local"
+    rank = local_rank = 0
+    world_size = 1
+
+    def __init__(self, *, grad_accum_every: int = 1, precision: str = "fp32", device: str | None = None):
+        launched = world_size_of_launcher()
+        if launched > 1:
+            raise UserError(
+                f"backend 'local' under a launcher of {launched} processes would train {launched} separate models; "
+                "use --backend accelerate or --backend deepspeed, or start one process"
+            )
+        self.grad_accum_every = grad_accum_every
+        self.precision = precision
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
+        return TorchEngine(
+            module,
+            optimizer,
+            self,
+            max_grad_norm=max_grad_norm,
+            grad_accum_every=self.grad_accum_every,
+            precision=self.precision,
+        )
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor[None]
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

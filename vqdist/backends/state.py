@@ -1,0 +1,65 @@
+"""The bytes of a checkpointed engine: the same two files from every backend and every number of ranks.
+
+`weights.safetensors` holds the network's state dict, `optimizer.safetensors` one tensor per parameter and kind of
+state, named `exp_avg/encoder.0.weight`. Both are whole tensors, so another world size or another backend can read
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vqdist.errors import UserError
+
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as one safetensors file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that share storage (a codebook shared by residual levels): each name gets its own
+    # copy
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read the named tensors of one safetensors file onto the device."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; this is not a checkpoint of this trainer")
+    return load_file(path, device=str(device))
+
+
+def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """All state of a torch optimizer as {"kind/parameter name": tensor}; empty before the first step."""
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in module.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+        if torch.is_tensor(value)
+    }
+
+
+def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give a torch optimizer the state that `optimizer_tensors` returned."""
+    parameters = dict(module.named_parameters())
+    restored: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        restored.setdefault(name, {})[kind] = value
+    for name, values in restored.items():
+        optimizer.state[parameters[name]] = {
+            # Adam keeps its step count on the CPU unless it is fused or capturable
+            kind: value if kind != "step" or _step_on_device(optimizer) else value.cpu()
+            for kind, value in values.items()
+        }
+
+
+def _step_on_device(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

@@ -1,0 +1,31 @@
+"""The options of the data, for every trainer and for the command line's `--data.*`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images, of which size, split and loaded how."""
+
+    folder: str | None = None
+    """Image folder, or `digits`, `synthetic`, `torchvision:NAME`, `wds:URL-{000..099}.tar`, `hf:NAME`."""
+    image_size: int
+    """Side of the square training images in pixels."""
+    exts: list[str] | None = None
+    """File name extensions to read from a folder; by default every image format that is known."""
+    augment: bool = True
+    """Random horizontal flips while training, where the source's images mean the same when mirrored."""
+    on_bad_image: str = "raise"
+    """What to do with a file that cannot be decoded: `raise`, or `skip` (counted and reported)."""
+    valid_frac: float = 0.05
+    """Share of the images to validate on; 0 turns validation off."""
+    random_split_seed: int = 42
+    """Seed of the split into training and validation images."""
+    num_workers: int | None = None
+    """Loader processes of each rank; by default up to 4, as the cores allow. 0 loads in the training process."""
+    prefetch_factor: int = 2
+    """Micro-batches that each loader process keeps ready."""
+    pin_memory: bool | None = None
+    """Page-locked host memory for faster copies; by default on a CUDA device only."""

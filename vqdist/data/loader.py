@@ -1,0 +1,174 @@
+"""Which image goes to which rank at which position, and the workers that fetch it.
+
+The training order is one endless stream: epoch after epoch, each a permutation of the images that depends on (seed,
+epoch) only. A position is a place in that stream. One optimizer step takes the next `global batch` positions; rank
+and world size only say which part of them a process fetches. So the whole state to resume from is one integer, every
+image is seen once per epoch by any number of ranks, and nothing depends on the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from vqdist.data.sources import ImageDataset
+from vqdist.errors import UserError
+from vqdist.seeding import derive_seed
+
+
+class Split(NamedTuple):
+    """Indices into one dataset, disjoint: what is trained on and what is validated on."""
+
+    train: Tensor
+    valid: Tensor
+
+
+class Batch(NamedTuple):
+    """What a loader gives.
+
+    Attributes:
+        image: (b, c, h, w) float32 in [0, 1].
+        bad: names of the files that could not be decoded and were replaced (`on_bad_image="skip"`).
+    """
+
+    image: Tensor
+    bad: list[str]
+
+
+def split_indices(length: int, *, valid_frac: float, seed: int) -> Split:
+    """Split 0 .. length - 1 at random; equal on every rank for equal arguments.
+
+    Args:
+        length: number of images.
+        valid_frac: share of the images to validate on, in [0, 1); at least one image if it is above 0.
+        seed: of the split alone, so that it stays when the run's seed changes.
+    """
+    if not 0 <= valid_frac < 1:
+        raise UserError(f"valid_frac {valid_frac} is not possible; give a share of the images in [0, 1), 0 for none")
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    num_valid = max(1, round(length * valid_frac)) if valid_frac > 0 else 0
+    if num_valid >= length:
+        raise UserError(f"valid_frac {valid_frac} of {length} images leaves none to train on; lower it")
+    return Split(train=order[num_valid:].sort().values, valid=order[:num_valid].sort().values)
+
+
+class PositionSampler(Sampler[list[tuple[int, int]]]):
+    """This rank's micro-batches of the endless stream, as lists of (epoch, index).
+
+    Args:
+        indices: of the images to train on, sorted.
+        seed: of the order.
+        batch_size: images per micro-batch of one rank.
+        rank, world_size: which slice of each global micro-batch is this process's.
+        position: where in the stream to begin.
+    """
+
+    def __init__(self, indices: Tensor, *, seed: int, batch_size: int, rank: int, world_size: int, position: int = 0):
+        self.indices = indices
+        self.seed = seed
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.position = position
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = lru_cache(maxsize=2)(self.epoch_order)
+        start = self.position + self.rank * self.batch_size
+        while True:
+            places = (divmod(place, len(self.indices)) for place in range(start, start + self.batch_size))
+            yield [(epoch, int(order(epoch)[offset])) for epoch, offset in places]
+            start += self.batch_size * self.world_size
+
+    def epoch_order(self, epoch: int) -> Tensor:
+        """The dataset's indices in the order in which this epoch visits them."""
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+        return self.indices[torch.randperm(len(self.indices), generator=generator)]
+
+
+class _Fetcher(torch.utils.data.Dataset):
+    """Looks (epoch, index) up in one split of the dataset; what a worker process runs."""
+
+    def __init__(self, dataset: ImageDataset, indices: Tensor):
+        self.dataset = dataset
+        self.indices = indices
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
+        return self.dataset.fetch(*place, among=self.indices)
+
+
+def collate(samples: list[tuple[Tensor, tuple[str, ...]]]) -> Batch:
+    """Stack images and join the names of the replaced ones."""
+    images, bad = zip(*samples, strict=True)
+    return Batch(torch.stack(images), [name for names in bad for name in names])
+
+
+def train_loader(
+    dataset: ImageDataset,
+    indices: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    position: int,
+    num_workers: int,
+    pin_memory: bool,
+    prefetch_factor: int,
+) -> DataLoader:
+    """An endless loader of this rank's micro-batches from a position of the stream on."""
+    sampler = PositionSampler(
+        indices, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, position=position
+    )
+    return _loader(
+        _Fetcher(dataset, indices),
+        sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor,
+    )
+
+
+def valid_loader(
+    dataset: ImageDataset,
+    indices: Tensor,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+) -> DataLoader:
+    """This rank's share of the images, each once over all ranks; its last batch may be smaller, or it may be empty."""
+    mine = [(0, int(index)) for index in indices[rank::world_size]]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return _loader(
+        _Fetcher(dataset, indices),
+        batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor,
+    )
+
+
+def _loader(dataset: _Fetcher, batches, *, num_workers: int, pin_memory: bool, prefetch_factor: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        # workers are forked or spawned once; a generator of its own keeps the loader out of the run's random state
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_limit_threads if num_workers else None,
+    )
+
+
+def _limit_threads(_worker: int) -> None:
+    torch.set_num_threads(1)

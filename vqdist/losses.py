@@ -1,0 +1,130 @@
+"""Losses of the tokenizers: pure functions, each one named part, computed in float32 at least and without autocast.
+
+Shapes: `b` batch, `c` channel, `h w` image; logits have any shape with the batch first. Every loss is 0-d, a mean over
+all elements, so that equal shares over ranks average to the whole batch's loss.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def reconstruction_loss(recon: Tensor, image: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
+    """Mean absolute (`l1`) or mean squared (`l2`) difference of two (b, c, h, w)."""
+    losses = {"l1": F.l1_loss, "l2": F.mse_loss}
+    if kind not in losses:
+        raise ValueError(f"reconstruction loss {kind!r} is not known; expected 'l1' or 'l2'")
+    recon, image = _at_least_float32(recon, image)
+    return losses[kind](recon, image)
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """mean relu(1 - real) + mean relu(1 + fake) (arXiv 1705.02894)."""
+    real, fake = _at_least_float32(real_logits, fake_logits)
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """- mean fake."""
+    (fake,) = _at_least_float32(fake_logits)
+    return -fake.mean()
+
+
+def bce_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """- mean log sigmoid(real) - mean log(1 - sigmoid(fake)) (arXiv 1406.2661), finite for every logit."""
+    real, fake = _at_least_float32(real_logits, fake_logits)
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def bce_generator_loss(fake_logits: Tensor) -> Tensor:
+    """- mean log sigmoid(fake): the form that does not saturate, finite for every logit."""
+    (fake,) = _at_least_float32(fake_logits)
+    return F.softplus(-fake).mean()
+
+
+def gradient_penalty(
+    discriminator: nn.Module | Callable[[Tensor], Tensor], image: Tensor, weight: float = 10.0
+) -> Tensor:
+    """weight * mean over images of (|d D(image) / d image| - 1)^2, with D summed over patches.
+
+    As in arXiv 1704.00028, but at real images only.
+
+    Args:
+        discriminator: images (b, c, h, w) -> logits (b, ...); the bare network, whose weights get the gradient.
+        image: (b, c, h, w), real images; gets no gradient.
+        weight: of the penalty.
+    """
+    (image,) = _at_least_float32(image)
+    with torch.enable_grad(), _no_autocast(image):
+        image = image.detach().requires_grad_()
+        logits = discriminator(image)
+        (gradient,) = torch.autograd.grad(logits, image, torch.ones_like(logits), create_graph=True)
+        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        return weight * (norm - 1).square().mean()
+
+
+@torch.no_grad()
+def adaptive_weight(
+    reference_grad: Tensor, adversarial_grad: Tensor, max_weight: float = 1e4, eps: float = 1e-8
+) -> Tensor:
+    """The weight that gives the adversarial loss as much gradient as the reference (arXiv 2012.09841, equation 7).
+
+    Args:
+        reference_grad: of the perceptual or reconstruction loss with respect to the last layer's weight, any shape.
+        adversarial_grad: of the generator's adversarial loss, the same shape. Both averaged over ranks
+            already: the norm of an average is not the average of norms.
+        max_weight: upper bound of the result.
+        eps: lower bound of the denominator.
+
+    Returns:
+        |reference| / max(|adversarial|, eps), at most `max_weight`; 0-d on the device, without a gradient.
+    """
+    reference, adversarial = _at_least_float32(reference_grad, adversarial_grad)
+    return (reference.norm() / adversarial.norm().clamp_min(eps)).clamp(0, max_weight)
+
+
+@torch.no_grad()
+def last_layer_grads(
+    hidden: Tensor,
+    weight_shape: torch.Size | tuple[int, ...],
+    *output_grads: Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Gradients with respect to the weight of a 2d convolution, from those with respect to its output.
+
+    With the graph cut at the output of a network that ends in this convolution, this is what `torch.autograd.grad` of
+    each loss with respect to its weight would be; it needs neither graph nor weight.
+
+    Args:
+        hidden: (b, d, h, w), the layer's input.
+        weight_shape: of the layer, (c, d / groups, kernel height, kernel width).
+        *output_grads: k tensors (b, c, h', w').
+        stride, padding, dilation, groups: of the layer.
+
+    Returns:
+        (k, elements of the weight): one tensor, so that one exchange averages all of them over ranks.
+    """
+    hidden, *output_grads = _at_least_float32(hidden, *output_grads)
+    layer = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    with _no_autocast(hidden):
+        grads = [torch.nn.grad.conv2d_weight(hidden, tuple(weight_shape), grad, **layer) for grad in output_grads]
+    return torch.stack([grad.flatten() for grad in grads])
+
+
+def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    """All in their common dtype, or in float32 where that is less precise."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(device_type=tensor.device.type, enabled=False)

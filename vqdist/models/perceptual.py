@@ -1,0 +1,190 @@
+"""The perceptual loss: mean squared error of VGG16 features (arXiv 1603.08155).
+
+The features are the last ReLU before each of the five poolings (relu1_2, relu2_2, relu3_3, relu4_3, relu5_3), so that
+edges, texture and parts all count; the classifier behind them is not needed and not built.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vqdist.errors import UserError
+
+# What torchvision's weights were trained with, for images in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Where the five blocks end in `vgg16().features`: behind the last ReLU, before the pooling.
+_BLOCK_ENDS = (4, 9, 16, 23, 30)
+
+MIN_IMAGE_SIZE = 16  # pixels: four poolings come before the last block
+
+
+class VGG16Features(nn.Module):
+    """ImageNet-normalised images (b, 3, h, w) -> five feature maps, (b, 64, h, w) to (b, 512, h / 16, w / 16).
+
+    Args:
+        layers: torchvision's `vgg16().features`, or as much of it as the blocks need.
+    """
+
+    def __init__(self, layers: nn.Sequential):
+        super().__init__()
+        starts = (0, *_BLOCK_ENDS[:-1])
+        self.blocks = nn.ModuleList(layers[start:end] for start, end in zip(starts, _BLOCK_ENDS))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        if min(image.shape[-2:]) < MIN_IMAGE_SIZE:
+            raise UserError(
+                f"the perceptual loss got images of {image.shape[-2]} x {image.shape[-1]} pixels; VGG16 needs "
+                f"at least {MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE}: use larger images or --model.perceptual none"
+            )
+        features = []
+        for block in self.blocks:
+            image = block(image)
+            features.append(image)
+        return features
+
+
+class PerceptualLoss(nn.Module):
+    """Mean over feature maps of the mean squared error between those of a reconstruction and of its image.
+
+    The feature network is frozen, always in eval mode, and hidden from the module tree: it follows `.to(device)`, but
+    shows in no `parameters()`, `state_dict()`, optimizer, DDP bucket or checkpoint, wherever the loss is kept.
+    Convolutions run in the ambient precision (autocast), the loss is float32.
+
+    Args:
+        features: ImageNet-normalised images (b, 3, h, w) -> a tensor or a sequence of tensors. Frozen and put into
+            eval mode in place.
+    """
+
+    def __init__(self, features: nn.Module):
+        super().__init__()
+        self._hidden = (_Normalised(features).eval().requires_grad_(False),)  # a tuple: nn.Module looks into none
+
+    @classmethod
+    def build(cls, spec: str | Path | nn.Module | None) -> PerceptualLoss | None:
+        """The perceptual loss that a user asks for.
+
+        Args:
+            spec: `vgg16` (torchvision's ImageNet weights, downloaded once), a file with VGG16 weights (a state dict in
+                .pth or .safetensors), a feature network, or None or `none` for no perceptual loss.
+
+        Raises:
+            UserError: if the weights cannot be downloaded, found, read, or do not fit.
+        """
+        if spec is None or spec == "none":
+            return None
+        if isinstance(spec, nn.Module):
+            return cls(spec)
+        weights = _download_vgg16() if spec == "vgg16" else _read_weights(Path(spec).expanduser())
+        return cls(VGG16Features(_vgg16_layers(weights, source=str(spec))))
+
+    def forward(self, recon: Tensor, image: Tensor) -> Tensor:
+        """The loss, 0-d float32; its gradient reaches `recon` only.
+
+        Args:
+            recon: (b, c, h, w), nominally in [0, 1]; c is 1 (repeated to three), 3, or 4 (alpha is left out).
+            image: the same shape, in [0, 1].
+        """
+        if recon.shape != image.shape:
+            raise UserError(
+                f"the perceptual loss got a reconstruction of shape {tuple(recon.shape)} and an image of shape "
+                f"{tuple(image.shape)}; expected equal shapes"
+            )
+        features = self._hidden[0]
+        with torch.no_grad():
+            targets = features(image)
+        pairs = list(zip(features(recon), targets))
+        return torch.stack([F.mse_loss(feature.float(), target.float()) for feature, target in pairs]).mean()
+
+    def _apply(self, fn, recurse: bool = True) -> PerceptualLoss:
+        self._hidden[0]._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+class _Normalised(nn.Module):
+    """Images (b, 1 | 3 | 4, h, w) in [0, 1] -> list of the features of their ImageNet-normalised colours."""
+
+    def __init__(self, features: nn.Module):
+        super().__init__()
+        self.features = features
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        colours = (_three_channels(image).to(self.mean.dtype) - self.mean) / self.std
+        features = self.features(colours)
+        return list(features) if isinstance(features, Sequence) else [features]
+
+
+def _three_channels(image: Tensor) -> Tensor:
+    channels = image.shape[1]
+    if channels not in (1, 3, 4):
+        raise UserError(f"the perceptual loss got images with {channels} channels; expected 1, 3 or 4")
+    return image.expand(-1, 3, -1, -1) if channels == 1 else image[:, :3]
+
+
+def _vgg16_layers(weights: dict[str, Tensor], source: str) -> nn.Sequential:
+    """The convolutional layers with these weights, named as in torchvision, with or without `features.` in front."""
+    from torchvision.models import vgg16  # takes a second to import, and only this needs it
+
+    with torch.device("meta"):  # neither memory nor random numbers for layers that are filled or dropped
+        layers = vgg16(weights=None).features[: _BLOCK_ENDS[-1]]
+    wanted = layers.state_dict()
+    found = {key.removeprefix("features."): tensor for key, tensor in weights.items()}
+    missing = [f"features.{key}" for key, tensor in wanted.items() if not _fits(found.get(key), tensor)]
+    if missing:
+        raise UserError(
+            f"{source} does not hold the weights of VGG16: {', '.join(missing[:3])} and {max(len(missing) - 3, 0)} "
+            f"more are missing or of another shape; expected the state dict of torchvision.models.vgg16"
+        )
+    layers.load_state_dict({key: found[key].float() for key in wanted}, assign=True)
+    return layers
+
+
+def _fits(found: Tensor | None, wanted: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.shape == wanted.shape
+
+
+def _download_vgg16() -> dict[str, Tensor]:
+    from torchvision.models import VGG16_Weights
+
+    weights = VGG16_Weights.IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu")
+    except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
+        raise UserError(
+            f"the weights of VGG16 could not be downloaded from {weights.url} ({error}); download them elsewhere and "
+            f"give the file with --model.perceptual /path/to/vgg16.pth, or train without: --model.perceptual none"
+        ) from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(
+            f"--model.perceptual {path} is neither 'vgg16' nor 'none' nor a file; give one of them, or the path of "
+            f"VGG16's weights (.pth or .safetensors)"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises almost anything
+        raise _unreadable(path, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+    if not isinstance(weights, dict):
+        raise _unreadable(path, f"it holds a {type(weights).__name__}")
+    return weights
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} cannot be read as weights ({reason}); expected a state dict, saved with "
+        f"torch.save(model.state_dict(), 'vgg16.pth') or as .safetensors"
+    )

@@ -1,0 +1,53 @@
+"""Seeds by purpose and rank, and the state of the random number generators to save and restore."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part, in order; near parts give unrelated seeds."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed Python's, NumPy's and torch's global generators (all devices) from these parts."""
+    seed = derive_seed(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def generator_states() -> dict[str, Tensor]:
+    """The state of every generator that training draws from, as byte tensors (`torch.load(weights_only=True)`)."""
+    python = torch.tensor(list(repr(random.getstate()).encode()), dtype=torch.uint8)
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_tail = torch.tensor([position, has_gauss, cached], dtype=torch.float64)
+    states = {
+        "python": python,
+        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_tail": numpy_tail,
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generator_states(states: dict[str, Tensor]) -> None:
+    """Bring back what `generator_states` returned."""
+    import ast
+
+    random.setstate(ast.literal_eval(bytes(states["python"].tolist()).decode()))
+    position, has_gauss, cached = states["numpy_tail"].tolist()
+    keys = states["numpy_keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

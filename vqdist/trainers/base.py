@@ -1,0 +1,619 @@
+"""The loop that every trainer shares. A subclass says what one optimizer step is: see `VQGanVAETrainer.update`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from ema_pytorch import EMA
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from vqdist import seeding
+from vqdist.backends import Engine, create_backend, resolve_backend
+from vqdist.backends.environment import rank_of_launcher, world_size_of_launcher
+from vqdist.backends.state import load_tensors, save_tensors
+from vqdist.checkpoint import CheckpointStore, verify, write_atomically
+from vqdist.data.loader import Split, split_indices, train_loader, valid_loader
+from vqdist.data.sources import ImageDataset
+from vqdist.errors import UserError
+from vqdist.metrics import RunningMeans
+from vqdist.ranks import check_ranks_agree
+from vqdist.schedules import learning_rate
+from vqdist.tracking import Tracker, check_trackers, memory_gb
+from vqdist.trainers.config import TrainerConfig, build_config, differing_keys, signature_of
+
+T = TypeVar("T")
+
+
+def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item with whether it is the last."""
+    iterator = iter(items)
+    item = next(iterator)
+    for following in iterator:
+        yield item, False
+        item = following
+    yield item, True
+
+
+class Trainer(ABC):
+    """Trains one model on one source of images, on any backend.
+
+    Everything that a user can get wrong is checked before a process group starts. Every method but the properties is
+    called by every rank.
+
+    Args:
+        model: what to train; moved to this rank's device.
+        dataset: images to train on in place of `folder`: a map-style dataset whose items are tensors (c, h, w) in [0,
+        1],
+            or tuples that begin with one.
+        **options: the fields of `config_class`.
+
+    Attributes:
+        step: finished optimizer steps.
+        position: images of the data order that were used, over all ranks.
+        engines: the networks that are trained, by name.
+        ema: moving average of the network that is evaluated and exported, or None.
+    """
+
+    config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = signature_of(cls.config_class, "vae")
+
+    def __init__(self, model: nn.Module, *, dataset: Dataset | None = None, **options: Any):
+        self.config = build_config(self.config_class, options)
+        self.model = model
+        self.step = 0
+        self.position = 0
+        self.check_model()
+        self.dataset, self.valid_dataset = self._open_data(dataset)
+        self.split = self._split()
+        self.run_folder = Path(self.config.results_folder).expanduser()
+        self._refuse_other_configuration()
+        check_trackers(self.config.trackers)
+        self.backend = create_backend(
+            self.config.backend,
+            grad_accum_every=self.config.grad_accum_every,
+            precision=self.config.precision,
+            dist_timeout=self.config.dist_timeout,
+            micro_batch_size=self.config.batch_size,
+            accelerate_kwargs=self.config.accelerate_kwargs,
+            deepspeed_config=self.config.deepspeed_config,
+        )
+        self._check_shared_folder()
+        self._set_up_networks()
+        self._resume()
+        self.tracker = self._make_tracker() if self.is_main else None
+
+    # ------------------------------------------------------------------------------------- what a subclass says
+
+    @abstractmethod
+    def check_model(self) -> None:
+        """Raise `UserError` for a model or options that cannot work; no process group is there yet."""
+
+    @abstractmethod
+    def build_engines(self) -> dict[str, Engine]:
+        """Prepare each network with its optimizer; the first engine's network is averaged, evaluated and exported."""
+
+    @abstractmethod
+    def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
+        """One optimizer step of every engine on images (b, c, h, w) of this rank.
+
+        Returns:
+            Numbers to log, as 0-d tensors on the device.
+        """
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Measure the averaged (or live) weights on the validation split."""
+
+    @abstractmethod
+    def save_pictures(self, images: Tensor, path: Path) -> None:
+        """Draw what the model makes of images (n, c, h, w); rank 0 only."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the weights for inference; rank 0 only."""
+
+    # ------------------------------------------------------------------------------------- the loop
+
+    def train(self, log_fn: Callable[[dict[str, float]], Any] | None = None) -> dict[str, float]:
+        """Train until `num_train_steps`, from the last checkpoint if there is one.
+
+        Args:
+            log_fn: called on rank 0 with each line of numbers.
+
+        Returns:
+            The numbers of the last validation, or none if there is no validation split.
+        """
+        self.log_fn = log_fn
+        with self._progress_bar() as self.bar:
+            while self.step < self.config.num_train_steps:
+                self.train_step()
+        return self.finish()
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One optimizer step on the next images, then whatever is due after it.
+
+        Returns:
+            This step's numbers on this rank, as 0-d tensors: reading one waits for the device.
+        """
+        micro_batches = self.next_micro_batches()
+        logs = self.update(micro_batches)
+        self.step += 1
+        self.position += self.global_batch
+        self.update_ema()
+        self.means.add(logs)
+        if self.bar is not None:
+            self.bar.update()
+        self._log_when_due()
+        self._evaluate_when_due()
+        self._save_when_due()
+        return logs
+
+    def next_micro_batches(self) -> list[Tensor]:
+        """The next `grad_accum_every` micro-batches of this rank, (b, c, h, w) on its device."""
+        began = time.perf_counter()
+        if self._batches is None:
+            self._batches = iter(self._train_loader())
+        images = []
+        for _ in range(self.config.grad_accum_every):
+            batch = next(self._batches)
+            self._note_bad(batch.bad)
+            images.append(self.to_device(batch.image))
+        self._waited += time.perf_counter() - began
+        return images
+
+    def update_ema(self) -> None:
+        """Fold the new weights into the average. Codebooks count as weights; what is no float (flags) is copied."""
+        if self.ema is None:
+            return
+        self.ema.update()
+        averaged = dict(self.ema.ema_model.named_buffers())
+        for name, buffer in self.ema.model.named_buffers():
+            if not buffer.is_floating_point():
+                averaged[name].copy_(buffer)
+
+    def learning_rate(self, peak: float) -> float:
+        """The rate of the coming update on the run's schedule."""
+        config = self.config
+        return learning_rate(
+            self.step,
+            peak=peak,
+            schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+            total_steps=config.num_train_steps,
+        )
+
+    def finish(self) -> dict[str, float]:
+        """Save, measure and draw the end of the run, if that was not done at this very step."""
+        numbers = self.last_evaluation[1] if self.last_evaluation[0] == self.step else self.run_evaluation()
+        if self._pictured != self.step:
+            self._draw()
+        if self._saved != self.step:
+            self._save_checkpoint()
+        if self._bad_images:
+            self.print(
+                f"{len(self._bad_images)} images could not be decoded and were skipped: {_some(self._bad_images)}"
+            )
+        if self.tracker is not None:
+            self.tracker.close()
+        return numbers
+
+    # ------------------------------------------------------------------------------------- logging
+
+    def _log_when_due(self) -> None:
+        config = self.config
+        if self.step % config.log_every and self.step != config.num_train_steps and self.step != 1:
+            return
+        numbers = self.backend.mean(self.means.means())
+        self.means.reset()
+        elapsed = time.perf_counter() - self._clock
+        numbers["images_per_second"] = self.global_batch * (self.step - self._clock_step) / max(elapsed, 1e-9)
+        numbers["data_wait"] = self._waited / max(elapsed, 1e-9)
+        numbers["memory_gb"] = memory_gb(self.device)
+        self._restart_clock()
+        if self.is_main:
+            self._log(numbers)
+        broken = [name for name, value in numbers.items() if name.endswith("loss") and value != value]
+        if broken:
+            raise UserError(
+                f"{', '.join(broken)} is not a number at step {self.step}; the newest checkpoint is "
+                f"{self.checkpoints.latest() or 'none'}: resume with a lower lr or max_grad_norm"
+            )
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        self.tracker.log(self.step, numbers)
+        if self.bar is not None:
+            shown = {name: f"{value:.3g}" for name, value in numbers.items() if name.endswith("loss")}
+            self.bar.set_postfix({**shown, "img/s": f"{numbers['images_per_second']:.0f}"}, refresh=False)
+        if self.log_fn is not None:
+            self.log_fn({"step": self.step, **numbers})
+
+    def _restart_clock(self) -> None:
+        self._clock, self._clock_step, self._waited = time.perf_counter(), self.step, 0.0
+
+    def _progress_bar(self):
+        config = self.config
+        return tqdm(
+            total=config.num_train_steps,
+            initial=self.step,
+            desc=f"{self.backend.name} x{self.backend.world_size}",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.is_main,
+            # into a file or a log: a line now and then, not ten a second
+            mininterval=0.1 if os.isatty(2) else 10.0,
+        )
+
+    def _note_bad(self, names: list[str]) -> None:
+        for name in names:
+            if name not in self._bad_images:
+                self._bad_images.add(name)
+                tqdm.write(
+                    f"rank {self.backend.rank}: skipped an image that cannot be decoded: {name}", file=_stderr()
+                )
+
+    def print(self, message: str) -> None:
+        """Say something once: on rank 0, on standard error, above the progress bar."""
+        if self.is_main:
+            tqdm.write(message, file=_stderr())
+
+    # ------------------------------------------------------------------------------------- validation and pictures
+
+    def _evaluate_when_due(self) -> None:
+        config = self.config
+        if config.validate_every and self.step % config.validate_every == 0:
+            self.run_evaluation()
+        if config.save_results_every and self.step % config.save_results_every == 0:
+            self._draw()
+
+    def run_evaluation(self) -> dict[str, float]:
+        """Validate, log the numbers as `valid/NAME`, and give them back; nothing without a validation split."""
+        if len(self.split.valid) == 0:
+            return {}
+        paused = time.perf_counter()
+        numbers = self.evaluate()
+        self.last_evaluation = (self.step, numbers)
+        if self.tracker is not None:
+            self.tracker.log(self.step, {f"valid/{name}": value for name, value in numbers.items()})
+        self._clock += time.perf_counter() - paused
+        return numbers
+
+    def _draw(self) -> None:
+        paused = time.perf_counter()
+        if self.is_main:
+            self.save_pictures(self.to_device(self._picture_images()), self.picture_path)
+        self._pictured = self.step
+        self._clock += time.perf_counter() - paused
+
+    def _picture_images(self) -> Tensor:
+        indices = self.split.valid if len(self.split.valid) else self.split.train
+        return torch.stack([self.valid_dataset.fetch(0, int(i))[0] for i in indices[: self.config.num_images_save]])
+
+    @property
+    def picture_path(self) -> Path:
+        """Where the picture of this step is or will be."""
+        return self.run_folder / "results" / f"step_{self.step:08d}.png"
+
+    def valid_batches(self) -> Iterable[Tensor]:
+        """This rank's share of the validation images, (b, c, h, w) on its device."""
+        config = self.config
+        loader = valid_loader(
+            self.valid_dataset,
+            self.split.valid,
+            batch_size=config.batch_size,
+            rank=self.backend.rank,
+            world_size=self.backend.world_size,
+            num_workers=self.num_workers if len(self.split.valid) > 512 else 0,
+            pin_memory=self.pin_memory,
+            prefetch_factor=config.prefetch_factor,
+        )
+        for batch in loader:
+            self._note_bad(batch.bad)
+            yield self.to_device(batch.image)
+
+    # ------------------------------------------------------------------------------------- save and load
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state of the run as one folder; every rank calls this."""
+        write_atomically(Path(path), self.backend, self._write_state, self._state_info())
+
+    def load(self, path: str | Path) -> None:
+        """Restore all that `save` wrote: weights, optimizers, EMA, codebooks, step, random state, data position."""
+        path = Path(path)
+        info = verify(path)
+        for name, engine in self.engines.items():
+            engine.load(path / name)
+        if self.ema is not None:
+            self._load_ema(path)
+        self.step, self.position = info["step"], info["position"]
+        self._batches = None
+        self._saved = self.step
+        self._load_random_state(path, info)
+        self._restart_clock()
+
+    def _save_when_due(self) -> None:
+        every = self.config.save_model_every
+        if every and self.step % every == 0:
+            self._save_checkpoint()
+        every = self.config.check_ranks_every
+        if every and self.step % every == 0:
+            check_ranks_agree(self.backend, self.named_tensors(), self.step)
+
+    def _save_checkpoint(self) -> None:
+        paused = time.perf_counter()
+        self.checkpoints.save(self.step, self._write_state, self._state_info())
+        if self.is_main:
+            self.export(self.run_folder / "export")
+        self._saved = self.step
+        self._clock += time.perf_counter() - paused
+
+    def _state_info(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "position": self.position,
+            "world_size": self.backend.world_size,
+            "backend": self.backend.name,
+        }
+
+    def _write_state(self, folder: Path) -> None:
+        for name, engine in self.engines.items():
+            engine.save(folder / name)
+        torch.save(seeding.generator_states(), folder / f"random_rank_{self.backend.rank:05d}.pt")
+        if self.is_main and self.ema is not None:
+            counters = {"ema_step": self.ema.step, "ema_initted": self.ema.initted}
+            save_tensors(folder / "ema.safetensors", {**self.ema.ema_model.state_dict(), **counters})
+
+    def _load_ema(self, path: Path) -> None:
+        if not (path / "ema.safetensors").is_file():
+            raise UserError(f"{path} was saved with use_ema false and has no average; resume it with use_ema false")
+        tensors = load_tensors(path / "ema.safetensors", self.device)
+        self.ema.step.copy_(tensors.pop("ema_step"))
+        self.ema.initted.copy_(tensors.pop("ema_initted"))
+        self.ema.ema_model.load_state_dict(tensors)
+
+    def _load_random_state(self, path: Path, info: dict[str, Any]) -> None:
+        if info["world_size"] == self.backend.world_size:
+            states = torch.load(path / f"random_rank_{self.backend.rank:05d}.pt", weights_only=True)
+            seeding.restore_generator_states(states)
+            return
+        seeding.seed_everything(self.config.seed, "resume", self.step, self.backend.rank)
+        self.print(
+            f"{path} was saved by {info['world_size']} processes ({info['backend']}) and is resumed by "
+            f"{self.backend.world_size} ({self.backend.name}): weights, optimizers, EMA, step and data position are "
+            f"as saved; training noise is drawn anew, and one step now takes {self.global_batch} images"
+        )
+
+    def _resume(self) -> None:
+        self.checkpoints = CheckpointStore(
+            self.run_folder / "checkpoints", self.backend, keep=self.config.keep_checkpoints
+        )
+        self.checkpoints.clean()
+        damaged: list[str] = []
+        for step in reversed(self.checkpoints.steps()):
+            try:
+                self.load(self.checkpoints.path(step))
+            except UserError as error:
+                damaged.append(str(error))
+                self.print(f"warning: {error}")
+                continue
+            self.print(f"resumed {self.checkpoints.path(step)}: step {self.step} of {self.config.num_train_steps}")
+            return
+        if damaged:
+            raise UserError(f"no checkpoint of {self.run_folder} can be loaded; {damaged[0]}")
+
+    # ------------------------------------------------------------------------------------- set-up
+
+    def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset, ImageDataset]:
+        config = self.config
+        if (dataset is None) == (config.folder is None):
+            given = "neither" if dataset is None else "both"
+            raise UserError(f"folder or dataset must be given, and {given} was; see `vqdist train --help` for sources")
+        views = [
+            ImageDataset(
+                config.folder if dataset is None else dataset,
+                config.image_size,
+                channels=self.model.channels,
+                exts=config.exts,
+                augment=augment,
+                seed=config.seed,
+                on_bad_image=config.on_bad_image,
+            )
+            for augment in (config.augment, False)
+        ]
+        return views[0], views[1]
+
+    def _split(self) -> Split:
+        config = self.config
+        split = split_indices(len(self.dataset), valid_frac=config.valid_frac, seed=config.random_split_seed)
+        world_size = world_size_of_launcher()
+        global_batch = config.batch_size * config.grad_accum_every * world_size
+        if global_batch > len(split.train):
+            raise UserError(
+                f"one optimizer step takes {global_batch} images (batch_size {config.batch_size} x grad_accum_every "
+                f"{config.grad_accum_every} x {world_size} processes) but there are {len(split.train)} to train on; "
+                "lower one of them"
+            )
+        return split
+
+    def _resolved_configuration(self) -> dict[str, Any]:
+        model = getattr(self.model, "_hub_mixin_config", None) or {}
+        return {"trainer": dataclasses.asdict(self.config), "model": model}
+
+    def _refuse_other_configuration(self) -> None:
+        path = self.run_folder / "config.json"
+        if not path.is_file() or self.config.allow_config_change:
+            return
+        resolved = json.loads(json.dumps(self._resolved_configuration()))
+        lines = differing_keys(json.loads(path.read_text()), resolved)
+        if lines:
+            raise UserError(
+                f"{self.run_folder} holds a run with another configuration ({'; '.join(lines)}); give another run "
+                "folder, or resume it all the same with --trainer.allow_config_change true"
+            )
+
+    def _check_shared_folder(self) -> None:
+        """Rank 0 makes the run folder; every rank must see it, with the same data."""
+        if self.is_main:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            (self.run_folder / "config.json").write_text(json.dumps(self._resolved_configuration(), indent=2))
+        self.backend.barrier()
+        if self.backend.any(not (self.run_folder / "config.json").is_file()):
+            raise UserError(f"{self.run_folder} is not visible to every process; use a folder on a shared file system")
+        fingerprint = torch.tensor([int(self.dataset.fingerprint()[:15], 16)], device=self.device)
+        if bool((self.backend.gather(fingerprint) != fingerprint).any()):
+            raise UserError(f"the images of {self.config.folder or 'the dataset'} differ between processes or nodes")
+
+    def _set_up_networks(self) -> None:
+        config = self.config
+        seeding.seed_everything(config.seed, "train", self.backend.rank)
+        on_gpu = self.device.type == "cuda"
+        if config.tf32 and on_gpu:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+        channels_last = on_gpu if config.channels_last is None else config.channels_last
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(device=self.device, memory_format=self.memory_format).train()
+        self.engines = self.build_engines()
+        main_network = next(iter(self.engines.values())).module
+        self.ema = self._make_ema(main_network) if config.use_ema else None
+        check_ranks_agree(self.backend, self.named_tensors(), self.step)
+        self._batches: Iterator | None = None
+        self.bar = self.log_fn = None
+        self.means = RunningMeans()
+        self._bad_images: set[str] = set()
+        self._saved = self._pictured = -1
+        self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
+        self._restart_clock()
+
+    def _make_ema(self, network: nn.Module) -> EMA:
+        config = self.config
+        # counters stay on the CPU: ema-pytorch reads them on every step, and a device would have to be waited for
+        return EMA(
+            network,
+            beta=config.ema_beta,
+            update_after_step=config.ema_update_after_step,
+            update_every=config.ema_update_every,
+            include_online_model=False,
+            use_foreach=True,
+        )
+
+    def make_optimizer(self, module: nn.Module, lr: float) -> Adam:
+        """Adam over the trainable weights of a network."""
+        fused = self.config.fused_adam
+        fused = self.device.type == "cuda" if fused is None else fused
+        return Adam([p for p in module.parameters() if p.requires_grad], lr=lr, fused=fused)
+
+    def _make_tracker(self) -> Tracker:
+        return Tracker(self.run_folder, self.config.trackers, self._resolved_configuration(), self.step)
+
+    def _train_loader(self):
+        config = self.config
+        return train_loader(
+            self.dataset,
+            self.split.train,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            rank=self.backend.rank,
+            world_size=self.backend.world_size,
+            position=self.position,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            prefetch_factor=config.prefetch_factor,
+        )
+
+    # ------------------------------------------------------------------------------------- facts
+
+    @property
+    def backend_name(self) -> str:
+        """The backend in use, `auto` resolved."""
+        return resolve_backend(self.config.backend)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's tensors live."""
+        return self.backend.device
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether more than one process trains."""
+        return self.backend.world_size > 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0 of the whole run."""
+        return self.backend.is_main
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this is the first rank of its node."""
+        return self.backend.is_local_main
+
+    @property
+    def global_batch(self) -> int:
+        """Images of one optimizer step over all ranks."""
+        return self.config.batch_size * self.config.grad_accum_every * self.backend.world_size
+
+    @property
+    def num_workers(self) -> int:
+        """Loader processes of this rank."""
+        if self.config.num_workers is not None:
+            return self.config.num_workers
+        per_rank = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return max(0, min(4, per_rank - 1))
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches are loaded into page-locked memory."""
+        return self.device.type == "cuda" if self.config.pin_memory is None else self.config.pin_memory
+
+    @property
+    def network(self) -> nn.Module:
+        """The network to evaluate and export: the average if there is one, else the live one."""
+        return next(iter(self.engines.values())).module if self.ema is None else self.ema.ema_model
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights and buffers of the engines and the average, by dotted name."""
+        for name, engine in self.engines.items():
+            for key, tensor in engine.module.state_dict().items():
+                yield f"{name}.{key}", tensor
+        if self.ema is not None:
+            for key, tensor in self.ema.ema_model.state_dict().items():
+                yield f"ema.{key}", tensor
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """Images on this rank's device in the run's memory format, without waiting."""
+        return images.to(self.device, memory_format=self.memory_format, non_blocking=True)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.backend.close()
+
+
+def _stderr():
+    import sys
+
+    return sys.stderr
+
+
+def _some(names: set[str], most: int = 5) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
+
+
+# kept here so that messages about ranks can be made before a backend exists
+def is_first_process() -> bool:
+    """Whether this is the first process of the launch, or the only one."""
+    return rank_of_launcher() == 0

@@ -1,0 +1,169 @@
+"""The options that every trainer has, and how keywords become a checked configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from vqdist.data.config import DataConfig
+from vqdist.errors import UserError
+from vqdist.schedules import LR_SCHEDULES
+
+PRECISIONS = ("fp32", "bf16")
+C = TypeVar("C", bound="TrainerConfig")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig(DataConfig):
+    """How to train: length, batch, optimizer, EMA, and what is saved when."""
+
+    num_train_steps: int
+    """Optimizer steps of the whole run."""
+    batch_size: int
+    """Images of one micro-batch of one process."""
+    lr: float = 3e-4
+    """Peak learning rate of Adam."""
+    grad_accum_every: int = 1
+    """Micro-batches per optimizer step; gradients are exchanged once, after the last."""
+    max_grad_norm: float | None = None
+    """Gradients with a larger 2-norm are scaled down to it; null does not clip."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to its peak; 0 starts at the peak."""
+    lr_schedule: str = "constant"
+    """After the warm-up: `constant`, or `cosine` to 0 at the last step."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16`: weights and losses in float32, matrix products in bfloat16."""
+    tf32: bool = True
+    """TensorFloat-32 matrix products and convolutions on a CUDA device; no effect elsewhere."""
+    channels_last: bool | None = None
+    """Channels-last memory layout; by default on a CUDA device only."""
+    fused_adam: bool | None = None
+    """Adam as one kernel per step; by default on a CUDA device only."""
+    compile: bool = False
+    """Compile encoder and decoder with torch.compile: minutes at the start, faster steps on a GPU."""
+    use_ema: bool = True
+    """Keep an exponential moving average of the weights; validation and export use it."""
+    ema_beta: float = 0.995
+    """Decay of the moving average after its warm-up."""
+    ema_update_after_step: int = 0
+    """Steps in which the average only copies the weights."""
+    ema_update_every: int = 1
+    """Steps from one update of the average to the next."""
+    log_every: int = 10
+    """Steps from one line of numbers to the next."""
+    validate_every: int = 1000
+    """Steps from one validation to the next, over the whole validation split; 0 validates at the end only."""
+    save_results_every: int = 100
+    """Steps from one picture to the next; 0 saves none but the last."""
+    num_images_save: int = 16
+    """Images in a picture."""
+    save_model_every: int = 1000
+    """Steps from one checkpoint to the next; 0 saves at the end only."""
+    keep_checkpoints: int | None = 3
+    """Newest checkpoints to keep; null keeps all."""
+    check_ranks_every: int = 1000
+    """Steps from one comparison of weights and codebooks over ranks to the next; 0 compares at the start only."""
+    results_folder: str = "./results"
+    """The run folder: checkpoints, export, pictures, metrics.jsonl. A run that is in it is resumed."""
+    allow_config_change: bool = False
+    """Resume a run although options that shape the result differ from those it began with."""
+    trackers: list[str] = field(default_factory=list)
+    """Also log to `tensorboard` and `wandb`; metrics.jsonl is always written."""
+    backend: str = "auto"
+    """`local`, `accelerate` or `deepspeed`; `auto` is accelerate under a launcher and local without one."""
+    accelerate_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of accelerate.Accelerator, for the accelerate backend."""
+    deepspeed_config: Any = None
+    """DeepSpeed JSON file, for the deepspeed backend: what only DeepSpeed decides, as ZeRO stages."""
+    dist_timeout: float = 10.0
+    """Minutes that a process waits for another before it gives up."""
+    seed: int = 0
+    """Seed of initial weights, data order, augmentation and training noise."""
+
+    def check(self) -> None:
+        """Raise `UserError` for values that cannot work, whatever the machine."""
+        for name in (
+            "num_train_steps",
+            "batch_size",
+            "image_size",
+            "grad_accum_every",
+            "log_every",
+            "num_images_save",
+        ):
+            self.at_least(name, 1)
+        for name in ("ema_update_every", "prefetch_factor"):
+            self.at_least(name, 1)
+        for name in ("warmup_steps", "validate_every", "save_results_every", "save_model_every", "check_ranks_every"):
+            self.at_least(name, 0)
+        for name in ("keep_checkpoints", "max_grad_norm", "num_workers"):
+            if getattr(self, name) is not None:
+                self.at_least(name, 0 if name == "num_workers" else 1 if name == "keep_checkpoints" else 1e-12)
+        self.one_of("lr_schedule", LR_SCHEDULES)
+        self.one_of("on_bad_image", ("raise", "skip"))
+        if not 0 <= self.ema_beta <= 1:
+            raise UserError(f"ema_beta {self.ema_beta} is not possible; give a decay in [0, 1]")
+        if self.precision == "fp16":
+            raise UserError(
+                "precision 'fp16' is not supported: two networks under one loss scale have not been shown to be "
+                "right; use bf16 (same speed, no scaling) or fp32"
+            )
+        self.one_of("precision", PRECISIONS)
+
+    def at_least(self, name: str, lowest: float) -> None:
+        """Raise `UserError` if this option is below `lowest`."""
+        if getattr(self, name) < lowest:
+            raise UserError(f"{name} {getattr(self, name)} is not possible; it must be at least {lowest:g}")
+
+    def one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        """Raise `UserError` if this option is none of the choices."""
+        if getattr(self, name) not in choices:
+            raise UserError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(choices)}")
+
+
+# What may differ between the first start of a run and its resume without changing what is learnt from here on.
+FREE_TO_CHANGE = frozenset(
+    "num_train_steps num_workers prefetch_factor pin_memory log_every validate_every save_results_every "
+    "num_images_save save_model_every keep_checkpoints check_ranks_every results_folder allow_config_change trackers backend "
+    "accelerate_kwargs deepspeed_config dist_timeout tf32 channels_last fused_adam compile on_bad_image".split()
+)
+
+
+def build_config(config_class: type[C], options: dict[str, Any]) -> C:
+    """Make and check a configuration; an unknown or missing option is an error that helps."""
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    for name in options:
+        if name not in fields:
+            nearest = difflib.get_close_matches(name, fields, n=3)
+            raise UserError(f"there is no option {name!r}; nearest: {', '.join(nearest) or 'none'}")
+    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in options]
+    if missing:
+        raise UserError(f"these options have no default and were not given: {', '.join(missing)}")
+    config = config_class(**options)
+    config.check()
+    return config
+
+
+def signature_of(config_class: type[TrainerConfig], first: str) -> inspect.Signature:
+    """What `help(Trainer)` shows: the model, the dataset and every option of the configuration."""
+    positional = inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    dataset = inspect.Parameter("dataset", inspect.Parameter.KEYWORD_ONLY, default=None)
+    options = list(inspect.signature(config_class).parameters.values())
+    return inspect.Signature([positional, dataset, *options])
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for everything that differs and is not free to change; nested dictionaries by dotted key."""
+    lines = []
+    for key in sorted({*old, *new}):
+        if key in FREE_TO_CHANGE:
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines

@@ -1,0 +1,211 @@
+"""Training a VQGAN: one generator update and, once it has joined, one discriminator update per step."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vqdist import losses
+from vqdist.backends import Engine
+from vqdist.errors import UserError
+from vqdist.evaluation import evaluate_reconstruction, reconstruct
+from vqdist.metrics import RunningMeans
+from vqdist.models.discriminator import mean_logit
+from vqdist.models.vqgan import Reconstruction, VQGanVAE
+from vqdist.schedules import linear_ramp
+from vqdist.trainers.base import Trainer, mark_last
+from vqdist.trainers.config import TrainerConfig
+
+
+@dataclass(kw_only=True)
+class VQGanTrainerConfig(TrainerConfig):
+    """How to train a VQGAN: the options of every trainer, and the two players'."""
+
+    discr_lr: float | None = None
+    """Peak learning rate of the discriminator; by default the generator's."""
+    discr_max_grad_norm: float | None = None
+    """As max_grad_norm, for the discriminator."""
+    apply_grad_penalty_every: int = 4
+    """Steps from one gradient penalty of the discriminator to the next; 0 applies none."""
+    grad_penalty_weight: float = 10.0
+    """Weight of the gradient penalty."""
+    discriminator_start: int = 0
+    """Step at which the discriminator begins to train."""
+    discriminator_warmup_steps: int = 0
+    """Steps that the discriminator trains alone before its loss reaches the generator."""
+    adversarial_ramp_steps: int = 0
+    """Steps over which the adversarial weight then rises linearly to its full value."""
+    adversarial_weight: float = 1.0
+    """Weight of the adversarial loss, times the adaptive weight."""
+    adaptive_weight: bool = True
+    """Make the adversarial loss move the last layer as much as the perceptual (or else reconstruction) loss does."""
+    max_adaptive_weight: float = 1e4
+    """Upper bound of the adaptive weight."""
+
+    def check(self) -> None:
+        super().check()
+        for name in (
+            "apply_grad_penalty_every",
+            "grad_penalty_weight",
+            "discriminator_start",
+            "discriminator_warmup_steps",
+            "adversarial_ramp_steps",
+            "adversarial_weight",
+            "max_adaptive_weight",
+        ):
+            self.at_least(name, 0)
+
+
+class VQGanVAETrainer(Trainer):
+    """Trains a `VQGanVAE`; the generator's engine is its autoencoder, the discriminator's its discriminator.
+
+    Args:
+        vae: the model.
+        dataset: see `Trainer`.
+        **options: the fields of `VQGanTrainerConfig`.
+    """
+
+    config_class = VQGanTrainerConfig
+
+    def __init__(self, vae: VQGanVAE, **options):
+        super().__init__(vae, **options)
+
+    def check_model(self) -> None:
+        if not isinstance(self.model, VQGanVAE):
+            raise UserError(f"the model is a {type(self.model).__name__}; VQGanVAETrainer trains a VQGanVAE")
+        self.model.check_image_size(self.config.image_size)
+        self.model.perceptual_loss()  # missing weights are found out here
+
+    def build_engines(self) -> dict[str, Engine]:
+        vae, config = self.model, self.config
+        if config.compile:
+            vae.autoencoder.encoder.compile()
+            vae.autoencoder.decoder.compile()
+        optimizer = self.make_optimizer(vae.autoencoder, config.lr)
+        self.generator = self.backend.prepare(vae.autoencoder, optimizer, max_grad_norm=config.max_grad_norm)
+        self.discriminator = None
+        engines = {"generator": self.generator}
+        if vae.discriminator is not None:
+            optimizer = self.make_optimizer(vae.discriminator, self.discr_lr)
+            self.discriminator = engines["discriminator"] = self.backend.prepare(
+                vae.discriminator, optimizer, max_grad_norm=config.discr_max_grad_norm
+            )
+        self.perceptual = vae.perceptual_loss()
+        return engines
+
+    def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
+        """One generator update and, once it has joined, one discriminator update."""
+        generator, discriminator = self.generator, self.discriminator
+        train_discriminator = discriminator is not None and self.step >= self.config.discriminator_start
+        means = RunningMeans()
+        for image, last in mark_last(micro_batches):
+            with generator.micro_step(last=last):
+                out = generator(image)
+                loss, numbers = self.generator_loss(image, out)
+                generator.backward(loss)
+                means.add(numbers)
+            if train_discriminator:
+                with discriminator.micro_step(last=last):
+                    loss, numbers = self.discriminator_loss(image, out.recon.detach())
+                    discriminator.backward(loss)
+                    means.add(numbers)
+        numbers = means.means()
+        numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
+        numbers["generator_grad_norm"] = generator.step(lr=self.learning_rate(self.config.lr))
+        if train_discriminator:
+            numbers["discriminator_grad_norm"] = discriminator.step(lr=self.learning_rate(self.discr_lr))
+        return numbers
+
+    def generator_loss(self, image: Tensor, out: Reconstruction) -> tuple[Tensor, dict[str, Tensor]]:
+        """What to call `backward` on, and the numbers to log.
+
+        The graph is cut at the reconstruction: each loss gives its gradient there, the adaptive weight is made of
+        these, and the returned sum has the combined gradient. So the loss networks run backward once, the autoencoder
+        once, and no gradient passes an engine's output twice, which DeepSpeed forbids.
+        """
+        recon = out.recon.detach().to(torch.float32).requires_grad_()
+        reconstruction = self.model.reconstruction_loss(recon, image)
+        parts = {"recon_loss": reconstruction, "aux_loss": out.aux_loss}
+        gradient = reference = torch.autograd.grad(reconstruction, recon)[0]
+        if self.perceptual is not None:
+            parts["perceptual_loss"] = self.perceptual(recon, image)
+            reference = torch.autograd.grad(parts["perceptual_loss"], recon)[0]
+            gradient = gradient + reference
+        weight = self.scheduled_adversarial_weight()
+        if weight > 0:
+            parts["adversarial_loss"] = self.model.adversarial_loss(self.discriminator.frozen(recon))
+            adversarial = torch.autograd.grad(parts["adversarial_loss"], recon)[0]
+            if self.config.adaptive_weight:
+                parts["adaptive_weight"] = self.adaptive_weight(out.hidden, reference, adversarial)
+                weight = weight * parts["adaptive_weight"]
+            gradient = gradient + weight * adversarial
+            parts["adversarial_weight"] = torch.as_tensor(weight)
+        return (out.recon * gradient).sum() + out.aux_loss, parts
+
+    def scheduled_adversarial_weight(self) -> float:
+        """What the schedule says of the adversarial loss at this step; 0 where it does not reach the generator."""
+        config = self.config
+        if self.discriminator is None:
+            return 0.0
+        start = config.discriminator_start + config.discriminator_warmup_steps
+        return config.adversarial_weight * linear_ramp(self.step, start=start, length=config.adversarial_ramp_steps)
+
+    def adaptive_weight(self, hidden: Tensor, reference: Tensor, adversarial: Tensor) -> Tensor:
+        """|gradient of the reference loss| / |gradient of the adversarial loss| at the last layer's weight (0-d).
+
+        Both gradients are averaged over ranks before their norms are taken: a weight of each rank's own would be a
+        different loss from the one that one process computes.
+        """
+        shape = self.generator.module.last_layer.weight.shape
+        gradients = losses.last_layer_grads(hidden, shape, reference, adversarial)
+        return losses.adaptive_weight(*self.backend.average(gradients), max_weight=self.config.max_adaptive_weight)
+
+    def discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss on real and reconstructed images (b, c, h, w), and the numbers to log."""
+        real, fake = self.discriminator(torch.cat([image, recon.to(image.dtype)])).chunk(2)
+        loss = self.model.discriminator_loss(real, fake)
+        numbers = {"discr_loss": loss, "real_logits": mean_logit(real), "fake_logits": mean_logit(fake)}
+        every = self.config.apply_grad_penalty_every
+        if every and self.step % every == 0:
+            # through the bare network, in one backward with the loss above: the only way that is right on every
+            # backend
+            penalty = losses.gradient_penalty(self.discriminator.module, image, weight=self.config.grad_penalty_weight)
+            numbers["gradient_penalty"] = penalty
+            loss = loss + penalty
+        return loss, numbers
+
+    @property
+    def discr_lr(self) -> float:
+        """The discriminator's peak learning rate."""
+        return self.config.lr if self.config.discr_lr is None else self.config.discr_lr
+
+    def evaluate(self) -> dict[str, float]:
+        return evaluate_reconstruction(
+            self.network, self.valid_batches(), self.backend, image_size=self.config.image_size
+        )
+
+    def save_pictures(self, images: Tensor, path: Path) -> None:
+        """A sheet with original | reconstruction | reconstruction of the average."""
+        views = [images, reconstruct(self.generator.module, images)]
+        if self.ema is not None:
+            views.append(reconstruct(self.ema.ema_model, images))
+        self.tracker.picture(self.step, "reconstructions", torch.stack(views, dim=1), path)
+
+    def export(self, folder: Path) -> None:
+        """Write config.json and model.safetensors (the average if there is one), whole or not at all."""
+        partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+        live, self.model.autoencoder = self.model.autoencoder, self.network
+        try:
+            self.model.save_pretrained(partial)
+        finally:
+            self.model.autoencoder = live
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
