@@ -234,9 +234,11 @@ def test_exif_orientation_of_jpeg(tmp_path):
     assert np.abs(np.asarray(image).astype(int) - corner).max() <= 2
 
 
-def test_broken_exif_does_not_spoil_the_pixels(tmp_path):
-    image = through_file(tmp_path, Image.new("RGB", (8, 8), RED), "png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert pixels(image)[0] == RED
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0neither"])
+def test_broken_exif_does_not_spoil_the_pixels(tmp_path, exif):
+    image = through_file(tmp_path, Image.new("RGB", (8, 8), RED), "png", exif=exif)
+    assert pixels(image) == [RED] * 64
 
 
 # ------------------------------------------------------------------------------------- broken files

@@ -31,7 +31,6 @@ Legend: c channel, h w image.
 from __future__ import annotations
 
 import ast
-import bisect
 import contextlib
 import difflib
 import functools
@@ -935,7 +934,9 @@ class ImageDataset(Dataset):
         epoch, index = place if isinstance(place, tuple) else (0, place)
         return self.fetch(epoch, index)[0]
 
-    def fetch(self, epoch: int, index: int, *, among: Sequence[int] | None = None) -> tuple[Tensor, tuple[str, ...]]:
+    def fetch(
+        self, epoch: int, index: int, *, among: Sequence[int] | Tensor | None = None
+    ) -> tuple[Tensor, tuple[str, ...]]:
         """One image, and the names of the broken ones that were passed over to find it.
 
         With `on_bad_image="skip"` a broken image is replaced by the next good one: index + 1, index + 2, ... and on
@@ -993,10 +994,10 @@ class ImageDataset(Dataset):
             rng = torch.Generator().manual_seed(derive_seed("augmentation", self.seed, epoch, index))
         return self.source.tensor(candidate, image_size=self.image_size, channels=self.channels, rng=rng)
 
-    def _candidates(self, index: int, among: Sequence[int] | None) -> Iterator[int]:
+    def _candidates(self, index: int, among: Sequence[int] | Tensor | None) -> Iterator[int]:
         yield index
-        others = range(len(self)) if among is None else among
-        start = bisect.bisect_right(others, index)
+        others = np.arange(len(self)) if among is None else np.asarray(among)
+        start = int(np.searchsorted(others, index, side="right"))
         for offset in range(len(others)):
             candidate = int(others[(start + offset) % len(others)])
             if candidate != index:
