@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vqdist import seeding
 from vqdist.backends import Engine, create_backend, resolve_backend
-from vqdist.backends.environment import rank_of_launcher, world_size_of_launcher
+from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.state import load_tensors, save_tensors
 from vqdist.checkpoint import CheckpointStore, verify, write_atomically
 from vqdist.data.loader import Split, split_indices, train_loader, valid_loader
@@ -300,7 +300,8 @@ class Trainer(ABC):
 
     def _picture_images(self) -> Tensor:
         indices = self.split.valid if len(self.split.valid) else self.split.train
-        return torch.stack([self.valid_dataset.fetch(0, int(i))[0] for i in indices[: self.config.num_images_save]])
+        shown = indices[: self.config.num_images_save]
+        return torch.stack([self.valid_dataset.fetch(0, int(index), among=indices)[0] for index in shown])
 
     @property
     def picture_path(self) -> Path:
@@ -421,19 +422,11 @@ class Trainer(ABC):
         if (dataset is None) == (config.folder is None):
             given = "neither" if dataset is None else "both"
             raise UserError(f"folder or dataset must be given, and {given} was; see `vqdist train --help` for sources")
-        views = [
-            ImageDataset(
-                config.folder if dataset is None else dataset,
-                config.image_size,
-                channels=self.model.channels,
-                exts=config.exts,
-                augment=augment,
-                seed=config.seed,
-                on_bad_image=config.on_bad_image,
-            )
-            for augment in (config.augment, False)
-        ]
-        return views[0], views[1]
+        shape = {"image_size": config.image_size, "channels": self.model.channels}
+        view = {**shape, "seed": config.seed, "on_bad_image": config.on_bad_image}
+        source = config.folder if dataset is None else dataset
+        train = ImageDataset(source, exts=config.exts, augment=config.augment, **view)
+        return train, ImageDataset(train.source, augment=False, **view)
 
     def _split(self) -> Split:
         config = self.config
@@ -468,7 +461,9 @@ class Trainer(ABC):
         """Rank 0 makes the run folder; every rank must see it, with the same data."""
         if self.is_main:
             self.run_folder.mkdir(parents=True, exist_ok=True)
-            (self.run_folder / "config.json").write_text(json.dumps(self._resolved_configuration(), indent=2))
+            partial = self.run_folder / "config.json.partial"
+            partial.write_text(json.dumps(self._resolved_configuration(), indent=2))
+            partial.replace(self.run_folder / "config.json")
         self.backend.barrier()
         if self.backend.any(not (self.run_folder / "config.json").is_file()):
             raise UserError(f"{self.run_folder} is not visible to every process; use a folder on a shared file system")
@@ -598,7 +593,7 @@ class Trainer(ABC):
         return images.to(self.device, memory_format=self.memory_format, non_blocking=True)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, when every rank is done; call it at the end of a script of one's own."""
         self.backend.close()
 
 
@@ -611,9 +606,3 @@ def _stderr():
 def _some(names: set[str], most: int = 5) -> str:
     listed = sorted(names)
     return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
-
-
-# kept here so that messages about ranks can be made before a backend exists
-def is_first_process() -> bool:
-    """Whether this is the first process of the launch, or the only one."""
-    return rank_of_launcher() == 0
