@@ -54,7 +54,7 @@ class SmallFeatures(nn.Module):
 
 
 def build_vae(quantizer: str = "lfq", **options) -> VQGanVAE:
-    """A small model with the same weights on every call; `quantizer` is a key of QUANTIZERS or a name of the model's."""
+    """A small model, equal on every call; `quantizer` is a key of QUANTIZERS or a name that the model knows."""
     torch.manual_seed(11)
     settings = {
         "dim": 16,
@@ -71,7 +71,7 @@ def build_vae(quantizer: str = "lfq", **options) -> VQGanVAE:
     return VQGanVAE(**settings)
 
 
-def build_trainer(folder: Path, *, quantizer: str = "lfq", model: dict | None = None, **options) -> VQGanVAETrainer:
+def build_trainer(folder: Path, /, *, quantizer: str = "lfq", model: dict | None = None, **options) -> VQGanVAETrainer:
     """A trainer on 64 synthetic images that writes nothing before it is told to."""
     settings = {
         "folder": "synthetic:64",

@@ -86,8 +86,7 @@ def test_one_process_resumes_what_two_saved(ranks, tmp_path, capsys):
     message = capsys.readouterr().err
     assert f"was saved by 2 processes ({name}) and is resumed by 1 (local)" in message
     train_steps(trainer, 3)
-    moments = [state for state in trainer.generator.optimizer.state.values()]
-    assert all(int(state["step"]) == 6 for state in moments)
+    assert all(int(state["step"]) == 6 for state in trainer.generator.optimizer.state.values())
 
 
 def test_each_network_exchanges_once_per_step(ranks):

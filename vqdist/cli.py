@@ -335,11 +335,15 @@ def _one_line(message: str, known: list[str]) -> str:
     import re
 
     message = " ".join(message.split())
-    unknown = re.search(r"[Kk]ey[s]? ['\"]?([\w.]+)['\"]? is not expected|Unrecognized arguments: --([\w.]+)", message)
-    if unknown is None:
-        return message
-    name = next(group for group in unknown.groups() if group)
-    return f"{message}; {_nearest(name, known)}"
+    for pattern in (
+        r"[Gg]roup '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'",
+        r"(?P<group>)[Kk]ey '(?P<name>[\w.]+)' is not expected",
+        r"(?P<group>)Unrecognized arguments: --(?P<name>[\w.]+)",
+    ):
+        if (unknown := re.search(pattern, message)) is not None:
+            name = ".".join(filter(None, (unknown["group"], unknown["name"])))
+            return f"{message}; {_nearest(name, known)}"
+    return message
 
 
 def _plain(namespace) -> dict[str, Any]:

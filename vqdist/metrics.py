@@ -48,7 +48,8 @@ class ReconstructionMetrics:
     def __init__(self, quantizer: Quantizer, backend: Backend, image_size: int):
         self.quantizer = quantizer
         self.backend = backend
-        window = {} if image_size >= 11 else {"gaussian_kernel": False, "kernel_size": (image_size - 1) // 2 * 2 - 1}
+        side = max(1, (image_size - 1) // 2 * 2 - 1)  # odd, with room for the padding that torchmetrics reflects
+        window = {} if image_size >= 11 else {"gaussian_kernel": False, "kernel_size": side}
         self.metrics = nn.ModuleDict(
             {
                 "l1": MeanMetric(),

@@ -81,6 +81,8 @@ class AccelerateBackend(DistributedBackend):
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
         self.broadcast_from_main(module)
+        # of 1x1 convolutions, whose few weights may lie either way
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; torch 2.5 knows the old name only
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             wrapped = self.accelerator.prepare_model(module) if self.world_size > 1 else module

@@ -57,9 +57,9 @@ OWNED_BY_THE_RUN = {
     "compile": "compile",
 }
 ZERO_3 = (
-    "ZeRO stage 3 is not supported: outside an engine's forward it hands out empty weights, and these need whole ones: "
-    "EMA (averages the bare network), the adversarial loss (a pass through the frozen bare discriminator), the gradient "
-    "penalty (raises), check_ranks_every (sums the bare weights) and the export; use stage 0, 1 or 2"
+    "ZeRO stage 3 is not supported: outside an engine's forward it hands out empty weights, and these need whole "
+    "ones: EMA (averages the bare network), the adversarial loss (a pass through the frozen bare discriminator), the "
+    "gradient penalty (raises), check_ranks_every (sums the bare weights) and the export; use stage 0, 1 or 2"
 )
 OFFLOAD = "offload is not supported yet; remove zero_optimization.{key}"
 

@@ -252,21 +252,23 @@ class VQGanVAE(
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.autoencoder.last_layer.weight.device
 
     def check_image_size(self, size: int) -> None:
         """Raise `UserError` if square images of this side (in pixels) cannot be trained on."""
         if size % self.stride or size < self.stride:
             below = size - size % self.stride
+            near = " or ".join(str(side) for side in (below, below + self.stride) if side > 0)
             raise UserError(
-                f"image_size {size} is not a multiple of {self.stride} (2 ** {self.layers} layers); "
-                f"try {below or self.stride} or {below + self.stride}"
+                f"image_size {size} is not a multiple of {self.stride} (2 ** {self.layers} layers); try {near}"
             )
         if self.discriminator is not None and size < self.discriminator.min_image_size:
             layers = size.bit_length() - 2
+            fewer = f"discr_layers {layers} or " if layers > 0 else ""
             raise UserError(
                 f"image_size {size} is too small for discr_layers {self.discriminator.layers}, which needs at least "
-                f"{self.discriminator.min_image_size}; use discr_layers {layers} or use_gan false"
+                f"{self.discriminator.min_image_size}; use {fewer}use_gan false"
             )
 
     def get_encoded_fmap_size(self, image_size: int) -> int:
@@ -290,14 +292,17 @@ class VQGanVAE(
         return self.autoencoder.decode(fmap)
 
     def decode_from_ids(self, ids: Tensor) -> Tensor:
-        """Codes (b, h', w'), or (b, n) of a square image, -> images (b, c, h, w), not clamped."""
-        if ids.ndim == 2:
+        """Codes (b, h', w'), or (b, n) of a square image, -> images (b, c, h, w), not clamped.
+
+        Where a position has several codes they are the last axis: (b, h', w', q) or (b, n, q).
+        """
+        if ids.ndim == (3 if self.quantizer.num_levels > 1 else 2):
             side = int(ids.shape[1] ** 0.5)
             if side * side != ids.shape[1]:
                 raise UserError(
                     f"{ids.shape[1]} codes do not make a square; give codes of shape (batch, height, width)"
                 )
-            ids = rearrange(ids, "b (h w) -> b h w", h=side)
+            ids = rearrange(ids, "b (h w) ... -> b h w ...", h=side)
         return self.decode(self.quantizer.decode_indices(ids))
 
     def forward(
@@ -335,7 +340,9 @@ class VQGanVAE(
         total = reconstruction + out.aux_loss + (0 if perceptual is None else perceptual)
         if self.discriminator is None:
             return total
-        adversarial = self.adversarial_loss(self.discriminator(out.recon))
+        # with weights held fixed: the generator's loss leaves no gradient in the discriminator
+        fixed = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        adversarial = self.adversarial_loss(torch.func.functional_call(self.discriminator, fixed, (out.recon,)))
         reference = reconstruction if perceptual is None else perceptual
         weight = self.autoencoder.last_layer.weight
         gradients = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (reference, adversarial))
@@ -392,8 +399,17 @@ class VQGanVAE(
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")
         kwargs.setdefault("strict", True)
-        with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints while it loads
-            model = super().from_pretrained(path if path.is_dir() else pretrained_model_name_or_path, **kwargs)
+        name = str(path if path.is_dir() else pretrained_model_name_or_path)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints while it loads
+                model = super().from_pretrained(name, **kwargs)
+        except (OSError, TypeError) as error:  # TypeError: of a repository without config.json, the mixin has no `dim`
+            if path.is_dir():
+                raise
+            raise UserError(
+                f"{name} is no folder here, and no model of that name was found on the Hugging Face Hub "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         return model.eval()
 
     @classmethod

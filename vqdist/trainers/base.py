@@ -45,6 +45,13 @@ def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     yield item, True
 
 
+def allow_tf32(device: torch.device, allowed: bool) -> None:
+    """Whether matrix products and convolutions on a CUDA device may round to TensorFloat-32; nothing elsewhere."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed  # torch allows it from the start: false must be said, too
+
+
 class Trainer(ABC):
     """Trains one model on one source of images, on any backend.
 
@@ -474,11 +481,8 @@ class Trainer(ABC):
     def _set_up_networks(self) -> None:
         config = self.config
         seeding.seed_everything(config.seed, "train", self.backend.rank)
-        on_gpu = self.device.type == "cuda"
-        if config.tf32 and on_gpu:
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.allow_tf32 = True
-        channels_last = on_gpu if config.channels_last is None else config.channels_last
+        allow_tf32(self.device, config.tf32)
+        channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(device=self.device, memory_format=self.memory_format).train()
         self.engines = self.build_engines()

@@ -85,22 +85,16 @@ class TrainerConfig(DataConfig):
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot work, whatever the machine."""
-        for name in (
-            "num_train_steps",
-            "batch_size",
-            "image_size",
-            "grad_accum_every",
-            "log_every",
-            "num_images_save",
-        ):
+        for name in ("num_train_steps", "batch_size", "image_size", "grad_accum_every", "log_every"):
             self.at_least(name, 1)
-        for name in ("ema_update_every", "prefetch_factor"):
+        for name in ("num_images_save", "ema_update_every", "prefetch_factor", "keep_checkpoints"):
             self.at_least(name, 1)
         for name in ("warmup_steps", "validate_every", "save_results_every", "save_model_every", "check_ranks_every"):
             self.at_least(name, 0)
-        for name in ("keep_checkpoints", "max_grad_norm", "num_workers"):
-            if getattr(self, name) is not None:
-                self.at_least(name, 0 if name == "num_workers" else 1 if name == "keep_checkpoints" else 1e-12)
+        for name in ("lr", "ema_update_after_step", "num_workers"):
+            self.at_least(name, 0)
+        for name in ("max_grad_norm", "dist_timeout"):
+            self.above_zero(name)
         self.one_of("lr_schedule", LR_SCHEDULES)
         self.one_of("on_bad_image", ("raise", "skip"))
         if not 0 <= self.ema_beta <= 1:
@@ -113,9 +107,19 @@ class TrainerConfig(DataConfig):
         self.one_of("precision", PRECISIONS)
 
     def at_least(self, name: str, lowest: float) -> None:
-        """Raise `UserError` if this option is below `lowest`."""
-        if getattr(self, name) < lowest:
-            raise UserError(f"{name} {getattr(self, name)} is not possible; it must be at least {lowest:g}")
+        """Raise `UserError` if this option is below `lowest`; null passes where its type allows it."""
+        value = getattr(self, name)
+        if not (self._may_be_null(name) if value is None else value >= lowest):
+            raise UserError(f"{name} {value} is not possible; it must be at least {lowest:g}")
+
+    def above_zero(self, name: str) -> None:
+        """Raise `UserError` if this option is 0 or below; null passes where its type allows it."""
+        value = getattr(self, name)
+        if not (self._may_be_null(name) if value is None else value > 0):
+            raise UserError(f"{name} {value} is not possible; it must be above 0")
+
+    def _may_be_null(self, name: str) -> bool:
+        return any(f.name == name and "None" in str(f.type) for f in dataclasses.fields(self))
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> None:
         """Raise `UserError` if this option is none of the choices."""
@@ -125,9 +129,13 @@ class TrainerConfig(DataConfig):
 
 # What may differ between the first start of a run and its resume without changing what is learnt from here on.
 FREE_TO_CHANGE = frozenset(
-    "num_train_steps num_workers prefetch_factor pin_memory log_every validate_every save_results_every "
-    "num_images_save save_model_every keep_checkpoints check_ranks_every results_folder allow_config_change trackers backend "
-    "accelerate_kwargs deepspeed_config dist_timeout tf32 channels_last fused_adam compile on_bad_image".split()
+    [
+        *("num_train_steps", "results_folder", "allow_config_change", "trackers", "log_every", "validate_every"),
+        *("save_results_every", "num_images_save", "save_model_every", "keep_checkpoints", "check_ranks_every"),
+        *("num_workers", "prefetch_factor", "pin_memory", "on_bad_image"),
+        *("backend", "accelerate_kwargs", "deepspeed_config", "dist_timeout"),
+        *("tf32", "channels_last", "fused_adam", "compile"),
+    ]
 )
 
 

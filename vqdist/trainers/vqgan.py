@@ -48,7 +48,9 @@ class VQGanTrainerConfig(TrainerConfig):
 
     def check(self) -> None:
         super().check()
+        self.above_zero("discr_max_grad_norm")
         for name in (
+            "discr_lr",
             "apply_grad_penalty_every",
             "grad_penalty_weight",
             "discriminator_start",

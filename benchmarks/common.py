@@ -1,0 +1,181 @@
+"""What the benchmarks share: the networks and images that are measured, timing by turns, and rows of the table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqdist import VQGanVAE, VQGanVAETrainer
+from vqdist.data.sources import SyntheticSource
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGE_SIZE = 64
+BATCH_SIZE = 16
+
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "lfq": {"quantizer": "lfq", "codebook_size": 1024},
+    "vq": {"quantizer": "vq", "codebook_size": 1024, "vq_kwargs": {"codebook_dim": 32, "kmeans_init": False}},
+}
+
+# A trainer that does nothing but train: what is saved, drawn and validated when is the user's choice, not overhead.
+ONLY_STEPS = {"save_results_every": 0, "save_model_every": 0, "validate_every": 0, "check_ranks_every": 0}
+
+
+def build_vae(quantizer: str = "lfq", **options: Any) -> VQGanVAE:
+    """The networks of every benchmark, equal on every call: 64x64 colour, GAN on, no perceptual loss."""
+    torch.manual_seed(0)
+    settings = {"dim": 32, "layers": 3, "perceptual": "none", **QUANTIZERS[quantizer], **options}
+    return VQGanVAE(**settings)
+
+
+def build_trainer(vae: VQGanVAE, folder: Path, **options: Any) -> VQGanVAETrainer:
+    """A trainer of these networks on synthetic images, with everything at its default that is not about saving."""
+    settings = {
+        "folder": "synthetic:512",
+        "image_size": IMAGE_SIZE,
+        "batch_size": BATCH_SIZE,
+        "num_train_steps": 1_000_000,
+        "results_folder": str(folder),
+        **ONLY_STEPS,
+        **options,
+    }
+    return VQGanVAETrainer(vae, **settings)
+
+
+def image_batches(count: int = 8, batch_size: int = BATCH_SIZE) -> list[Tensor]:
+    """Decoded batches (b, 3, 64, 64) in [0, 1], so that neither side spends time on data."""
+    source = SyntheticSource(f"synthetic:{count * batch_size}")
+    images = [source.tensor(index, image_size=IMAGE_SIZE, channels=3) for index in range(count * batch_size)]
+    return list(torch.stack(images).split(batch_size))
+
+
+def feed_from_memory(trainer: VQGanVAETrainer, batches: list[Tensor]) -> None:
+    """Let a trainer take these batches, over and over, in place of its loader's."""
+    endless = itertools.cycle(batches)
+    trainer.next_micro_batches = lambda: [next(endless) for _ in range(trainer.config.grad_accum_every)]
+
+
+# --------------------------------------------------------------------------------------- timing
+
+
+@dataclass
+class Timing:
+    """Seconds of a step, one number per turn: on the clock, and of this process's CPU time."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    @property
+    def milliseconds(self) -> float:
+        """The median on the clock."""
+        return 1000 * statistics.median(self.wall)
+
+
+def take_turns(variants: dict[str, Callable[[], Any]], *, steps: int, rounds: int, warmup: int) -> dict[str, Timing]:
+    """Time steps of each variant by turns, A B C C B A ..., so that what else the machine does meets all alike.
+
+    Args:
+        variants: one step of each, by name.
+        steps: of a turn.
+        rounds: turns of each variant.
+        warmup: steps of each before the first turn.
+    """
+    timings = {name: Timing() for name in variants}
+    for step in variants.values():
+        for _ in range(warmup):
+            step()
+    for number in range(rounds):
+        order = list(variants) if number % 2 == 0 else list(reversed(variants))
+        for name in order:
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                variants[name]()
+            timings[name].wall.append((time.perf_counter() - wall) / steps)
+            timings[name].cpu.append((time.process_time() - cpu) / steps)
+    return timings
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Median over the rounds of one variant's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+@dataclass
+class Row:
+    """One line of the table: a number, and the bound that it has to keep, if any."""
+
+    what: str
+    value: float
+    unit: str = "x"
+    at_most: float | None = None
+    at_least: float | None = None
+    detail: str = ""
+
+    @property
+    def target(self) -> str:
+        """The bound in words."""
+        if self.at_most is not None:
+            return f"<= {self.at_most:g}"
+        return "" if self.at_least is None else f">= {self.at_least:g}"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the bound is kept."""
+        if self.at_most is not None:
+            return "yes" if self.value <= self.at_most else "NO"
+        return "" if self.at_least is None else ("yes" if self.value >= self.at_least else "NO")
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+
+# --------------------------------------------------------------------------------------- processes
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """This environment without a launcher's variables, so many threads a process, the repository importable."""
+    launchers = ("ACCELERATE_", "TORCHELASTIC_", "OMPI_", "SLURM_")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers) and key not in names}
+    search = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
+    return {**kept, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PATH": search}
+
+
+def run_json(command: list[str], *, timeout: float = 600) -> Any:
+    """Run a command and parse the last line of its standard output.
+
+    Raises:
+        RuntimeError: it failed; the end of what it printed is in the message.
+    """
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} exited {done.returncode}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def torchrun(arguments: list[str], *, processes: int = 2) -> list[str]:
+    """The command that starts these ranks on this machine, on a free port."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*launcher, "--master_port", str(port), *arguments]
+

@@ -1,0 +1,219 @@
+"""The command line as people use it: the lines of the README, every launcher, evaluate, reconstruct, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launching import ROOT, free_port, run, torchrun, vqdist
+from PIL import Image
+
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+SMALL = (
+    "--data digits --image_size 16 --data.num_workers 0 --model.dim 16 --model.layers 2 --model.channels 1 "
+    "--model.perceptual none --model.codebook_size 64 --model.discr_layers 2 --trainer.batch_size 8 "
+    "--trainer.num_train_steps 3"
+).split()
+
+
+def readme_lines(program: str) -> list[str]:
+    """The README's indented lines that start this program."""
+    return [line.strip() for line in README.splitlines() if re.match(rf"    {program}\b", line)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The first exact line: what a newcomer types."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    vqdist(
+        *"train vqgan --data digits --image_size 32".split(),
+        *("--out", str(out)),
+        *"--model.dim 16 --model.layers 2 --model.channels 1 --model.perceptual none".split(),
+        *"--trainer.num_train_steps 20 --trainer.batch_size 16".split(),
+        timeout=500,
+        OMP_NUM_THREADS="2",
+    )
+    return out
+
+
+def test_train_writes_a_run_folder(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        *("checkpoints", "config.json", "export", "metrics.jsonl", "results")
+    }
+    assert (trained / "results" / "step_00000020.png").stat().st_size > 1000
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 20 and last["valid/images"] == 500
+
+
+def test_evaluate_prints_one_json_object(trained):
+    result = vqdist("evaluate", str(trained), "--data", "synthetic:40")
+    numbers = json.loads(result.stdout)
+    assert list(numbers) == ["l1", "psnr", "ssim", "codebook_usage", "codebook_perplexity", "images"]
+    assert numbers["images"] == 40
+    assert 0 < numbers["l1"] < 1 and 0 < numbers["codebook_usage"] < 1
+
+
+@pytest.mark.distributed
+def test_evaluate_on_two_ranks_gives_the_numbers_of_one(trained):
+    arguments = ["evaluate", str(trained), "--data", "synthetic:33", "--batch_size", "8"]
+    one = json.loads(vqdist(*arguments).stdout)
+    two = json.loads(torchrun(["-m", "vqdist", *arguments]).stdout)
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_reconstruct_draws_pairs(trained, tmp_path):
+    picture = tmp_path / "grid.png"
+    vqdist("reconstruct", str(trained), "--data", "digits", "--out", str(picture), "--num_images", "4")
+    assert Image.open(picture).size == (4 * 34 + 2, 2 * 34 + 2)
+
+
+def test_the_same_command_again_resumes(tmp_path):
+    first = vqdist("train", "vqgan", *SMALL, "--out", str(tmp_path / "run"))
+    assert "resumed" not in first.stderr
+    again = vqdist("train", "vqgan", *SMALL, "--trainer.num_train_steps", "5", "--out", str(tmp_path / "run"))
+    assert "step_00000003: step 3 of 5" in again.stderr
+    assert "5 steps on local" in again.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("line", [*readme_lines("torchrun"), *readme_lines("accelerate launch")])
+def test_launcher_lines_of_the_readme(line, tmp_path):
+    command = shlex.split(line)
+    command[command.index("--out") + 1] = str(tmp_path / "run")
+    if command[0] == "torchrun":
+        command[1:1] = ["--master_port", str(free_port())]
+    result = run([*command, "--trainer.num_train_steps", "4"])
+    assert re.search(r"4 steps on (accelerate|deepspeed), 256 images", result.stdout)  # 2 ranks x 32 images x 4 steps
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "manifest.json").read_text())
+    assert manifest["world_size"] == 2
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("flag", ["--num_accelerators", "--num_gpus"])
+def test_deepspeed_launcher(flag, tmp_path):
+    config = str(ROOT / "deepspeed_configs" / "zero1.json")
+    command = ["deepspeed", flag, "2", "--master_port", str(free_port()), "--module", "vqdist", "train", "vqgan"]
+    backend = ["--backend", "deepspeed", "--deepspeed_config", config, "--out", str(tmp_path / "run")]
+    result = run([*command, *SMALL, *backend])
+    assert "3 steps on deepspeed, 48 images" in result.stdout
+
+
+def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / "nested").mkdir(parents=True)
+    for index in range(40):
+        colour = (index * 6, 255 - index * 6, 90)
+        Image.new("RGB", (40, 36), colour).save(tmp_path / "images" / "nested" / f"{index:02d}.PNG")
+    names: dict = {"images": torch.rand(2, 1, 32, 32)}
+    exec(code, names)
+    assert names["codes"].shape == (2, 8, 8)
+    assert names["images"].shape == (2, 1, 32, 32)
+    assert "'recon_loss'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_trains(recipe, tmp_path):
+    result = vqdist(
+        "train", "vqgan", "--config", str(recipe), "--out", str(tmp_path), "--trainer.num_train_steps", "2"
+    )
+    assert "2 steps on local" in result.stdout
+
+
+def test_print_config_can_be_read_back(tmp_path):
+    printed = vqdist("train", "vqgan", *SMALL, "--out", "x", "--print_config").stdout
+    config = yaml.safe_load(printed)
+    assert config["data"]["folder"] == "digits" and config["trainer"]["batch_size"] == 8 and config["out"] == "x"
+    (tmp_path / "config.yaml").write_text(printed)
+    again = vqdist("train", "vqgan", "--config", str(tmp_path / "config.yaml"), "--print_config").stdout
+    assert yaml.safe_load(again) == config
+
+
+def test_command_line_goes_before_the_file(tmp_path):
+    arguments = [
+        "--config",
+        str(RECIPES[0]),
+        "--trainer.lr",
+        "0.5",
+        "--model.vq_kwargs.decay",
+        "0.7",
+        "--print_config",
+    ]
+    config = yaml.safe_load(vqdist("train", "vqgan", *arguments).stdout)
+    assert config["trainer"]["lr"] == 0.5
+    assert config["model"]["vq_kwargs"]["decay"] == 0.7
+    assert config["model"]["vq_kwargs"]["codebook_dim"] == 16
+
+
+def test_help_explains_every_option():
+    text = " ".join(vqdist("train", "vqgan", "--help").stdout.split())
+    assert "Optimizer steps of the whole run. (required, type: int)" in text
+    assert "channels of the first convolution; a multiple of `encdec_resnet_groups`. (required, type: int)" in text
+    without_help = re.findall(r"--((?:data|model|trainer)\.\w+) \S+ \(type", text)
+    assert without_help == []
+
+
+MISTAKES = {
+    "no command": (["trian"], "there is no command 'trian'; nearest: train"),
+    "no model": (["train", "vqgn"], "there is no model 'vqgn' to train; nearest: vqgan"),
+    "typo": (
+        ["train", "vqgan", *SMALL, "--trainer.bach_size", "4"],
+        "--trainer.bach_size; nearest: trainer.batch_size",
+    ),
+    "no out": (["train", "vqgan", *SMALL], "--out is missing"),
+    "not a number": (["train", "vqgan", *SMALL, "--trainer.batch_size", "ten", "--out", "x"], "trainer.batch_size"),
+    "no folder": (["train", "vqgan", *SMALL, "--data", "/no/such", "--out", "x"], "/no/such"),
+    "image size": (
+        ["train", "vqgan", *SMALL, "--image_size", "30", "--out", "x"],
+        "image_size 30 is not a multiple of 4",
+    ),
+    "batch": (
+        ["train", "vqgan", *SMALL, "--trainer.batch_size", "9999", "--out", "x"],
+        "one optimizer step takes 9999",
+    ),
+    "horovod": (["train", "vqgan", *SMALL, "--backend", "horovod", "--out", "x"], "backend 'accelerate' does its job"),
+    "fp16": (["train", "vqgan", *SMALL, "--trainer.precision", "fp16", "--out", "x"], "use bf16"),
+    "no run": (["evaluate", "/no/run", "--data", "digits"], "no such run folder: /no/run"),
+    "vgg": (
+        ["train", "vqgan", *SMALL, "--model.perceptual", "/no/vgg16.pth", "--out", "x"],
+        "/no/vgg16.pth",
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    from vqdist.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("vqdist: error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_key_of_a_file_is_named_with_the_nearest(capsys, tmp_path):
+    from vqdist.cli import main
+
+    path = tmp_path / "config.yaml"
+    path.write_text(RECIPES[0].read_text().replace("batch_size:", "batch_sise:"))
+    assert main(["train", "vqgan", "--config", str(path), "--out", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "batch_sise" in error and "nearest: trainer.batch_size" in error
+
+
+@pytest.mark.distributed
+def test_two_processes_never_train_two_models(tmp_path):
+    result = torchrun(
+        ["-m", "vqdist", "train", "vqgan", *SMALL, "--backend", "local", "--out", str(tmp_path / "run")], check=False
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("vqdist: error: backend 'local' under a launcher of 2 processes would train 2") == 1

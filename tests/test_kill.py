@@ -1,0 +1,100 @@
+"""kill -9 while training and while saving: the same command goes on, and ends where an undisturbed run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, environment, torchrun, vqdist
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.distributed
+
+TRAIN = [
+    *"train vqgan --data synthetic:64 --image_size 16 --data.num_workers 0 --model.dim 16 --model.layers 2".split(),
+    *"--model.discr_layers 2 --model.perceptual none --model.quantizer vq --model.codebook_size 16".split(),
+    *("--model.vq_kwargs", '{"codebook_dim": 8, "threshold_ema_dead_code": 2}'),
+    *"--trainer.batch_size 4 --trainer.num_train_steps 12 --trainer.save_model_every 4 --trainer.log_every 1".split(),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A run that nobody killed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    vqdist(*TRAIN, "--out", str(out))
+    return out
+
+
+def assert_same_end(out: Path, undisturbed: Path) -> None:
+    """Weights, optimizers and average equal to the bit, every step logged once, nothing partial left."""
+    for file in (
+        "generator/weights",
+        "generator/optimizer",
+        "discriminator/weights",
+        "discriminator/optimizer",
+        "ema",
+    ):
+        path = Path("checkpoints", "step_00000012", f"{file}.safetensors")
+        ours, theirs = load_file(out / path), load_file(undisturbed / path)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "recon_loss" in line] == list(range(1, 13))
+    assert [path.name for path in out.rglob("*.partial")] == []
+
+
+def test_killed_while_saving(tmp_path, undisturbed):
+    out = tmp_path / "run"
+    worker = str(ROOT / "tests" / "workers" / "killed_while_saving.py")
+    killed = subprocess.run(
+        [sys.executable, worker, *TRAIN, "--out", str(out)], env=environment(), capture_output=True, timeout=240
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-3000:]
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000008.partial"]
+    again = vqdist(*TRAIN, "--out", str(out))
+    assert "step_00000004: step 4 of 12" in again.stderr
+    assert_same_end(out, undisturbed)
+
+
+def test_killed_while_training(tmp_path, undisturbed):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vqdist", *TRAIN, "--out", str(out)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 200
+    while not (out / "checkpoints" / "step_00000004").is_dir():
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "checkpoints" / "step_00000012").exists()
+    again = vqdist(*TRAIN, "--out", str(out))
+    assert "resumed" in again.stderr
+    assert_same_end(out, undisturbed)
+
+
+def test_two_ranks_killed_while_saving(tmp_path):
+    worker = str(ROOT / "tests" / "workers" / "killed_while_saving.py")
+    out = tmp_path / "run"
+    killed = torchrun([worker, *TRAIN, "--out", str(out)], check=False)
+    assert killed.returncode != 0
+    assert (out / "checkpoints" / "step_00000004").is_dir()
+    assert not (out / "checkpoints" / "step_00000008").exists()
+    again = torchrun(["-m", "vqdist", *TRAIN, "--out", str(out)])
+    assert "step_00000004: step 4 of 12" in again.stderr
+    straight = tmp_path / "straight"
+    torchrun(["-m", "vqdist", *TRAIN, "--out", str(straight)])
+    assert_same_end(out, straight)

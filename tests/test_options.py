@@ -1,0 +1,737 @@
+"""No option is accepted and ignored: each one is flipped and something is seen to change; each mistake is one line.
+
+The lists of options are those of the code, so a new option without a case here fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from scenarios import SmallFeatures, build_trainer, build_vae, train_steps
+from torch import Tensor, nn
+
+from vqdist import UserError, VQGanVAE, VQGanVAETrainer
+from vqdist.models import perceptual
+from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
+from vqdist.models.vqgan import ResidualBlock
+from vqdist.trainers import base
+from vqdist.trainers.vqgan import VQGanTrainerConfig
+
+NETWORKS = {"generator", "discriminator", "ema"}
+
+# option: (steps, options of both runs, changed value, networks whose weights change; the others stay bit-equal)
+CHANGES_WEIGHTS = {
+    "batch_size": (1, {}, 8, NETWORKS),
+    "lr": (1, {}, 1e-3, NETWORKS),
+    "discr_lr": (1, {}, 1e-3, {"discriminator"}),
+    "grad_accum_every": (1, {}, 2, NETWORKS),
+    "max_grad_norm": (1, {}, 1e-6, {"generator", "ema"}),
+    "discr_max_grad_norm": (1, {}, 1e-6, {"discriminator"}),
+    "warmup_steps": (1, {}, 4, NETWORKS),
+    "lr_schedule": (2, {}, "cosine", NETWORKS),
+    "precision": (1, {}, "bf16", NETWORKS),
+    "ema_beta": (3, {}, 0.1, {"ema"}),
+    "ema_update_after_step": (3, {}, 5, {"ema"}),
+    "ema_update_every": (2, {}, 2, {"ema"}),
+    "seed": (1, {}, 1, NETWORKS),
+    "augment": (1, {}, False, NETWORKS),
+    "valid_frac": (1, {}, 0.5, NETWORKS),
+    "random_split_seed": (1, {}, 43, NETWORKS),
+    "apply_grad_penalty_every": (1, {}, 0, {"discriminator"}),
+    "grad_penalty_weight": (1, {}, 5.0, {"discriminator"}),
+    "discriminator_start": (1, {}, 1, NETWORKS),
+    "discriminator_warmup_steps": (1, {}, 1, {"generator", "ema"}),
+    "adversarial_ramp_steps": (1, {}, 4, {"generator", "ema"}),
+    "adversarial_weight": (1, {}, 0.5, {"generator", "ema"}),
+    "adaptive_weight": (1, {}, False, {"generator", "ema"}),
+    "max_adaptive_weight": (1, {}, 1e-3, {"generator", "ema"}),
+}
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory) -> Callable[..., dict[str, Tensor]]:
+    """The weights of the plain run after so many steps, each computed once."""
+    known = {}
+
+    def run(steps: int) -> dict[str, Tensor]:
+        if steps not in known:
+            known[steps] = train_steps(build_trainer(tmp_path_factory.mktemp("plain") / "run"), steps)
+        return known[steps]
+
+    return run
+
+
+@pytest.mark.parametrize("option", CHANGES_WEIGHTS)
+def test_option_changes_exactly_the_weights_that_it_is_about(option, tmp_path, unchanged):
+    steps, common, value, expected = CHANGES_WEIGHTS[option]
+    plain = train_steps(build_trainer(tmp_path / "plain", **common), steps) if common else unchanged(steps)
+    changed = train_steps(build_trainer(tmp_path / "changed", **common, **{option: value}), steps)
+    assert plain.keys() == changed.keys()
+    differ = {name.partition(".")[0] for name in plain if not torch.equal(plain[name], changed[name])}
+    assert differ == expected
+
+
+def test_the_same_options_give_the_same_weights(tmp_path, unchanged):
+    again = train_steps(build_trainer(tmp_path), 3)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in unchanged(3).items())
+
+
+def test_bf16_is_a_rounding_and_weights_stay_float32(tmp_path, unchanged):
+    trainer = build_trainer(tmp_path, precision="bf16")
+    kinds = []
+    trainer.generator.module.encoder[0].register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
+    changed, plain = train_steps(trainer, 1), unchanged(1)
+    assert kinds == [torch.bfloat16]
+    for name, tensor in plain.items():
+        assert changed[name].dtype == tensor.dtype
+        assert torch.allclose(changed[name].double(), tensor.double(), atol=2 * trainer.config.lr * 1.001), name
+
+
+# ------------------------------------------------------------------------- options that do something else
+
+CASES: dict[str, Callable] = {}
+
+
+def case(function: Callable) -> Callable:
+    """Registers `function` as the case of the option that it is named after."""
+    CASES[function.__name__] = function
+    return function
+
+
+def logged(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def images_of(trainer: VQGanVAETrainer) -> Tensor:
+    return torch.cat(trainer.next_micro_batches())
+
+
+def write_images(folder: Path, names: list[str]) -> str:
+    """Images of 16 pixels, each of another grey; a name that ends in `broken.png` is no image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        if name.endswith("broken.png"):
+            (folder / name).write_bytes(b"not an image")
+        else:
+            Image.new("RGB", (16, 16), (20 * number + 5,) * 3).save(folder / name)
+    return str(folder)
+
+
+@case
+def num_train_steps(tmp_path):
+    for steps in (1, 2):
+        trainer = build_trainer(tmp_path / str(steps), num_train_steps=steps)
+        trainer.train()
+        assert trainer.step == steps
+
+
+@case
+def image_size(tmp_path):
+    for side in (16, 24):
+        assert images_of(build_trainer(tmp_path / str(side), image_size=side)).shape == (4, 3, side, side)
+
+
+@case
+def folder(tmp_path):
+    names = [f"{number}.png" for number in range(6)]
+    trainer = build_trainer(tmp_path / "run", folder=write_images(tmp_path / "images", names), batch_size=2)
+    assert len(trainer.dataset) == 6
+    shades = {round(float(image.mean()) * 255) for image in images_of(trainer)}
+    assert len(shades) == 2 and shades <= {5, 25, 45, 65, 85, 105}
+
+
+@case
+def exts(tmp_path):
+    images = write_images(tmp_path / "images", ["a.png", "b.png", "c.bmp", "d.bmp", "e.bmp"])
+    for given, found in ((None, 5), (["png"], 2), ([".BMP"], 3)):
+        trainer = build_trainer(tmp_path / f"run{found}", folder=images, exts=given, batch_size=1, valid_frac=0.0)
+        assert len(trainer.dataset) == found
+
+
+@case
+def on_bad_image(tmp_path, capsys):
+    images = write_images(tmp_path / "images", ["a.png", "b.png", "broken.png"])
+    options = {"folder": images, "batch_size": 3, "valid_frac": 0.0}
+    with pytest.raises(UserError, match=r"broken\.png"):
+        build_trainer(tmp_path / "raise", **options).train_step()
+    build_trainer(tmp_path / "skip", on_bad_image="skip", **options).train_step()
+    assert f"skipped an image that cannot be decoded: {images}/broken.png" in capsys.readouterr().err
+
+
+@case
+def num_workers(tmp_path):
+    in_process, worker = (build_trainer(tmp_path / str(n), num_workers=n) for n in (0, 1))
+    assert torch.equal(images_of(in_process), images_of(worker))
+    assert not hasattr(in_process._batches, "_workers")
+    assert len(worker._batches._workers) == 1
+
+
+@case
+def prefetch_factor(tmp_path):
+    for factor in (1, 5):
+        trainer = build_trainer(tmp_path / str(factor), num_workers=1, prefetch_factor=factor)
+        images_of(trainer)
+        assert trainer._batches._prefetch_factor == factor
+
+
+@case
+def pin_memory(tmp_path):
+    asked = {given: build_trainer(tmp_path / str(given), pin_memory=given) for given in (None, True, False)}
+    on_gpu = torch.cuda.is_available()
+    assert {given: trainer._train_loader().pin_memory for given, trainer in asked.items()} == {
+        None: on_gpu,
+        True: True,
+        False: False,
+    }
+
+
+@case
+def tf32(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(base, "allow_tf32", lambda device, allowed: told.append((device.type, allowed)))
+    for allowed in (True, False):
+        device = build_trainer(tmp_path / str(allowed), tf32=allowed).device.type
+    assert told == [(device, True), (device, False)]
+    monkeypatch.undo()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for allowed, precision in ((True, "high"), (False, "highest")):
+            base.allow_tf32(torch.device("cuda"), allowed)
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (precision, allowed)
+        base.allow_tf32(torch.device("cpu"), True)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@case
+def channels_last(tmp_path):
+    for given in (True, False):
+        trainer = build_trainer(tmp_path / str(given), channels_last=given)
+        weight = trainer.generator.module.encoder[1].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == given
+        assert images_of(trainer).is_contiguous(memory_format=torch.channels_last) == given
+
+
+@case
+def fused_adam(tmp_path):
+    results = {}
+    for given in (True, False):
+        trainer = build_trainer(tmp_path / str(given), fused_adam=given)
+        engines = trainer.engines.values()
+        assert [engine.optimizer.param_groups[0]["fused"] for engine in engines] == [given, given]
+        results[given] = train_steps(trainer, 1)
+    assert all(torch.allclose(results[True][name].float(), t.float(), atol=1e-6) for name, t in results[False].items())
+
+
+@case
+def compile(tmp_path):
+    for given in (True, False):
+        module = build_trainer(tmp_path / str(given), compile=given).generator.module
+        assert [part._compiled_call_impl is not None for part in (module.encoder, module.decoder)] == [given, given]
+
+
+@case
+def use_ema(tmp_path):
+    averaged, plain = (build_trainer(tmp_path / str(given), use_ema=given) for given in (True, False))
+    names = {name.partition(".")[0] for name in train_steps(averaged, 2)}
+    assert names == NETWORKS and averaged.network is averaged.ema.ema_model
+    names = {name.partition(".")[0] for name in train_steps(plain, 2)}
+    assert names == NETWORKS - {"ema"} and plain.network is plain.generator.module
+
+
+@case
+def log_every(tmp_path):
+    for every, steps in ((1, [1, 2, 3, 4, 5]), (2, [1, 2, 4, 5])):
+        trainer = build_trainer(tmp_path / str(every), log_every=every, num_train_steps=5, valid_frac=0.0)
+        trainer.train()
+        assert [line["step"] for line in logged(trainer.run_folder)] == steps
+
+
+@case
+def validate_every(tmp_path):
+    for every, steps in ((0, [3]), (2, [2, 3])):
+        trainer = build_trainer(tmp_path / str(every), validate_every=every, num_train_steps=3)
+        trainer.train()
+        assert [line["step"] for line in logged(trainer.run_folder) if "valid/psnr" in line] == steps
+
+
+@case
+def save_results_every(tmp_path):
+    for every, steps in ((0, [3]), (2, [2, 3])):
+        trainer = build_trainer(tmp_path / str(every), save_results_every=every, num_train_steps=3)
+        trainer.train()
+        files = sorted(path.name for path in (trainer.run_folder / "results").iterdir())
+        assert files == [f"step_{step:08d}.png" for step in steps]
+
+
+@case
+def num_images_save(tmp_path):
+    for count, height in ((2, 1), (8, 4)):
+        trainer = build_trainer(tmp_path / str(count), num_images_save=count, num_train_steps=1)
+        trainer.train()
+        with Image.open(trainer.picture_path) as picture:  # three views of an image, two images a row
+            assert picture.size == (6 * 18 + 2, height * 18 + 2)
+
+
+@case
+def save_model_every(tmp_path):
+    for every, steps in ((0, [3]), (2, [2, 3])):
+        trainer = build_trainer(tmp_path / str(every), save_model_every=every, num_train_steps=3)
+        trainer.train()
+        assert trainer.checkpoints.steps() == steps
+
+
+@case
+def keep_checkpoints(tmp_path):
+    for keep, steps in ((1, [3]), (2, [2, 3]), (None, [1, 2, 3])):
+        trainer = build_trainer(tmp_path / str(keep), keep_checkpoints=keep, save_model_every=1)
+        train_steps(trainer, 3)
+        assert trainer.checkpoints.steps() == steps
+
+
+@case
+def check_ranks_every(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(base, "check_ranks_agree", lambda backend, tensors, step: checked.append(step))
+    for every, steps in ((0, [0]), (2, [0, 2, 4])):
+        train_steps(build_trainer(tmp_path / str(every), check_ranks_every=every), 4)
+        assert checked == steps
+        checked.clear()
+
+
+@case
+def results_folder(tmp_path):
+    build_trainer(tmp_path / "here", num_train_steps=1).train()
+    expected = {"checkpoints", "config.json", "export", "metrics.jsonl", "results"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@case
+def allow_config_change(tmp_path):
+    build_trainer(tmp_path)
+    with pytest.raises(UserError, match="lr: 0.0003 -> 0.1"):
+        build_trainer(tmp_path, lr=0.1)
+    assert build_trainer(tmp_path, lr=0.1, allow_config_change=True).config.lr == 0.1
+
+
+@case
+def trackers(tmp_path):
+    for names in ([], ["tensorboard"]):
+        trainer = build_trainer(tmp_path / str(len(names)), trackers=names, num_train_steps=1)
+        trainer.train()
+        assert len(list(trainer.run_folder.glob("tensorboard/events*"))) == len(names)
+
+
+@case
+def backend(tmp_path):
+    for name in ("local", "accelerate"):
+        trainer = build_trainer(tmp_path / name, backend=name)
+        assert trainer.backend_name == trainer.backend.name == name
+        trainer.close()
+
+
+@case
+def accelerate_kwargs(tmp_path):
+    for given in ({}, {"step_scheduler_with_optimizer": False}):
+        trainer = build_trainer(tmp_path / str(len(given)), backend="accelerate", accelerate_kwargs=given)
+        assert trainer.backend.accelerator.step_scheduler_with_optimizer == (not given)
+        trainer.close()
+
+
+@case
+def dist_timeout(tmp_path):
+    for minutes in (10.0, 2.5):
+        trainer = build_trainer(tmp_path / str(minutes), backend="accelerate", dist_timeout=minutes)
+        assert trainer.backend.accelerator.init_handler.timeout == timedelta(minutes=minutes)
+        trainer.close()
+
+
+@case
+def deepspeed_config(tmp_path):
+    config = tmp_path / "deepspeed.json"
+    config.write_text('{"zero_optimization": {"stag": 2}}')
+    with pytest.raises(UserError, match=rf"{config}: zero_optimization has no key 'stag'; nearest: stage"):
+        build_trainer(tmp_path / "run", backend="deepspeed", deepspeed_config=str(config))
+
+
+def test_every_trainer_option_has_a_case():
+    options = {field.name for field in dataclasses.fields(VQGanTrainerConfig)}
+    assert options == CHANGES_WEIGHTS.keys() | CASES.keys()
+
+
+@pytest.mark.parametrize("option", CASES)
+def test_option_has_its_effect(option, request):
+    function = CASES[option]
+    function(**{name: request.getfixturevalue(name) for name in inspect.signature(function).parameters})
+
+
+def test_every_trainer_option_says_what_it_is():
+    documented = {
+        name
+        for cls in VQGanTrainerConfig.__mro__[:-1]
+        for name, following in _statements_after_fields(cls)
+        if following.startswith('"""')
+    }
+    assert {field.name for field in dataclasses.fields(VQGanTrainerConfig)} == documented
+
+
+def _statements_after_fields(cls: type) -> list[tuple[str, str]]:
+    lines = [line.strip() for line in inspect.getsource(cls).splitlines()]
+    fields = {field.name for field in dataclasses.fields(cls)}
+    pairs = zip(lines, lines[1:])
+    return [(line.partition(":")[0], following) for line, following in pairs if line.partition(":")[0] in fields]
+
+
+def test_signature_shows_every_option():
+    shown = inspect.signature(VQGanVAETrainer).parameters
+    assert list(shown)[:2] == ["vae", "dataset"]
+    options = {field.name: field for field in dataclasses.fields(VQGanTrainerConfig)}
+    assert options.keys() == shown.keys() - {"vae", "dataset"}
+    assert shown["lr"].default == options["lr"].default and shown["batch_size"].default is inspect.Parameter.empty
+
+
+# ------------------------------------------------------------------------------------- the model's arguments
+
+MODEL_CASES: dict[str, Callable[[], None]] = {}
+
+
+def model_case(function: Callable[[], None]) -> Callable[[], None]:
+    MODEL_CASES[function.__name__.removeprefix("model_")] = function
+    return function
+
+
+def with_and_without(**options):
+    """Two models, one with these options."""
+    return build_vae(), build_vae(**options)
+
+
+def pixels(channels: int = 3) -> Tensor:
+    return torch.rand(2, channels, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+@model_case
+def model_dim():
+    assert [build_vae(dim=dim).autoencoder.encoder[0].out_channels for dim in (16, 8)] == [16, 8]
+
+
+@model_case
+def model_channels():
+    assert [build_vae(channels=c)(pixels(c)).shape[1] for c in (1, 3, 4)] == [1, 3, 4]
+
+
+@model_case
+def model_layers():
+    assert [build_vae(layers=layers).encode(pixels())[1].shape[1:] for layers in (1, 2, 3)] == [(8, 8), (4, 4), (2, 2)]
+
+
+@model_case
+def model_l2_recon_loss():
+    l1, l2 = with_and_without(l2_recon_loss=True)
+    recon, image = pixels(), 1 - pixels()
+    assert torch.allclose(l1.reconstruction_loss(recon, image), (recon - image).abs().mean())
+    assert torch.allclose(l2.reconstruction_loss(recon, image), (recon - image).square().mean())
+
+
+@model_case
+def model_use_hinge_loss():
+    logits = torch.tensor([[-2.0, 3.0]])
+    bce, hinge = with_and_without(use_hinge_loss=True)
+    assert float(hinge.adversarial_loss(logits)) == -0.5
+    assert float(bce.adversarial_loss(logits)) == pytest.approx((2.126928 + 0.048587) / 2)
+    assert float(hinge.discriminator_loss(logits, logits)) == 1.5 + 2.0
+    assert float(bce.discriminator_loss(logits, logits)) == pytest.approx(
+        (2.126928 + 0.048587 + 0.126928 + 3.048587) / 2
+    )
+
+
+@model_case
+def model_quantizer():
+    names = {
+        "lfq": (LFQQuantizer, 32),
+        "vq": (VQQuantizer, 32),
+        "fsq": (FSQQuantizer, 256),
+        "simvq": (SimVQQuantizer, 32),
+        "residual_vq": (ResidualVQQuantizer, 32),
+    }
+    built = {name: type(build_vae(quantizer=name, codebook_size=size).quantizer) for name, (_, size) in names.items()}
+    assert built == {name: cls for name, (cls, _) in names.items()}
+
+
+@model_case
+def model_lookup_free_quantization():
+    options = {"quantizer": None, "codebook_size": 32}
+    assert isinstance(build_vae(lookup_free_quantization=True, **options).quantizer, LFQQuantizer)
+    assert isinstance(build_vae(lookup_free_quantization=False, **options).quantizer, VQQuantizer)
+    options["quantizer"] = "simvq"  # a name wins
+    assert isinstance(build_vae(lookup_free_quantization=False, **options).quantizer, SimVQQuantizer)
+
+
+@model_case
+def model_codebook_size():
+    assert [build_vae(codebook_size=size).codebook_size for size in (16, 64)] == [16, 64]
+
+
+@model_case
+def model_vq_kwargs():
+    model = build_vae(quantizer="vq", vq_kwargs={"codebook_dim": 4, "decay": 0.5})
+    assert model.quantizer.inner.codebook.shape[-1] == 4
+    assert model.quantizer.inner._codebook.decay == 0.5
+
+
+@model_case
+def model_lfq_kwargs():
+    assert [vae.quantizer.inner.diversity_gamma for vae in with_and_without(lfq_kwargs={"diversity_gamma": 2})] == [
+        4,
+        2,
+    ]
+
+
+@model_case
+def model_quantizer_kwargs():
+    model = build_vae(quantizer="fsq", codebook_size=None, quantizer_kwargs={"levels": [5, 3]})
+    assert model.codebook_size == 15
+
+
+@model_case
+def model_use_vgg_and_gan():
+    on, off = with_and_without(use_vgg_and_gan=False)
+    assert on.discriminator is not None and on.perceptual_loss() is not None
+    assert off.discriminator is None and off.perceptual_loss() is None
+
+
+@model_case
+def model_use_gan():
+    on, off = with_and_without(use_gan=False)
+    assert on.discriminator is not None and off.discriminator is None
+    assert off.perceptual_loss() is not None
+
+
+@model_case
+def model_perceptual():
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perceptual.PerceptualLoss, "build", lambda spec: asked.append(spec))
+        for spec in ("vgg16", "none", "weights.pth"):
+            build_vae(vgg=None, perceptual=spec).perceptual_loss()
+    assert asked == ["vgg16", "none", "weights.pth"]
+    assert build_vae(vgg=None, perceptual="none").perceptual_loss() is None
+    with pytest.raises(UserError, match=r"--model.perceptual weights\.pth is neither 'vgg16' nor 'none' nor a file"):
+        build_vae(vgg=None, perceptual="weights.pth").perceptual_loss()
+
+
+@model_case
+def model_vgg():
+    recon, image = pixels(), 1 - pixels()
+    model = build_vae(vgg=nn.Identity())  # features are the normalised pixels
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    assert torch.allclose(model.perceptual_loss()(recon, image), ((recon - image) / std).square().mean())
+    assert build_vae(vgg=None, perceptual="none").perceptual_loss() is None
+
+
+@model_case
+def model_discr_layers():
+    assert [build_vae(discr_layers=n).discriminator(pixels()).shape[-1] for n in (1, 2, 3)] == [7, 3, 1]
+
+
+@model_case
+def model_encdec_layer_mults():
+    default, changed = with_and_without(encdec_layer_mults=[1, 3])
+    widths = [[conv.out_channels for conv in vae.autoencoder.encoder if isinstance(conv, nn.Conv2d)] for vae in (default, changed)]  # fmt: skip
+    assert widths == [[16, 16, 32], [16, 16, 48]]
+
+
+@model_case
+def model_encdec_num_resnet_blocks():
+    def places(blocks) -> list[int]:
+        encoder = build_vae(encdec_num_resnet_blocks=blocks).autoencoder.encoder
+        return [block.net[0].in_channels for block in encoder if isinstance(block, ResidualBlock)]
+
+    assert [places(blocks) for blocks in (0, 1, [2, 1])] == [[], [32], [16, 16, 32]]
+
+
+@model_case
+def model_encdec_resnet_groups():
+    for groups in (4, 8):
+        model = build_vae(encdec_resnet_groups=groups)
+        norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+        assert {norm.num_groups for norm in norms} == {groups}
+
+
+@model_case
+def model_encdec_first_conv_kernel_size():
+    sizes = [vae.autoencoder.encoder[0].kernel_size for vae in with_and_without(encdec_first_conv_kernel_size=7)]
+    assert sizes == [(5, 5), (7, 7)]
+
+
+@model_case
+def model_kwargs():
+    named = build_vae(quantizer="vq", vq_kwargs={}, vq_decay=0.5, vq_codebook_dim=4)
+    assert named.quantizer.inner._codebook.decay == 0.5
+    assert named.quantizer.inner.codebook.shape[-1] == 4
+
+
+def test_every_argument_of_the_model_has_a_case():
+    assert inspect.signature(VQGanVAE.__init__).parameters.keys() - {"self"} == MODEL_CASES.keys()
+
+
+@pytest.mark.parametrize("argument", MODEL_CASES)
+def test_argument_of_the_model_has_its_effect(argument):
+    MODEL_CASES[argument]()
+
+
+def test_every_argument_of_the_model_says_what_it_is():
+    for name in inspect.signature(VQGanVAE.__init__).parameters.keys() - {"self", "kwargs"}:
+        assert f"\n        {name}: " in inspect.getdoc(VQGanVAE).replace("\n    ", "\n        "), name
+
+
+# ----------------------------------------------------------------------------------------------- messages
+
+# options of the trainer (folder and results_folder are added) and what the message says
+WRONG_OPTIONS = [
+    ({"precision": "fp16"}, r"^precision 'fp16' is not supported: two networks .*use bf16 .*or fp32$"),
+    ({"precision": "fp8"}, r"^precision 'fp8' is not known; choose one of fp32, bf16$"),
+    ({"backend": "nccl"}, r"^backend 'nccl' is not known; choose auto, local, accelerate, deepspeed$"),
+    ({"backend": "horovod"}, r"^backend 'horovod' is not supported; backend 'accelerate' does its job"),
+    ({"grad_acum_every": 2}, r"^there is no option 'grad_acum_every'; nearest: grad_accum_every"),
+    ({"xyzzy": 2}, r"^there is no option 'xyzzy'; nearest: none$"),
+    ({"batch_size": 1000}, r"^one optimizer step takes 1000 images \(batch_size 1000 x grad_accum_every 1 x 1 "
+                           r"processes\) but there are 48 to train on; lower one of them$"),
+    ({"grad_accum_every": 13}, r"takes 52 images .* but there are 48"),
+    ({"image_size": 18}, r"^image_size 18 is not a multiple of 4 \(2 \*\* 2 layers\); try 16 or 20$"),
+    ({"image_size": 2}, r"^image_size 2 is not a multiple of 4 .*; try 4$"),
+    ({"image_size": 4}, r"^image_size 4 is too small for discr_layers 2, which needs at least 8; use discr_layers 1 or "
+                        r"use_gan false$"),
+    ({"folder": None}, r"^folder or dataset must be given, and neither was"),
+    ({"dataset": [torch.zeros(3, 16, 16)] * 8}, r"^folder or dataset must be given, and both was"),
+    ({"accelerate_kwargs": {"cpu": True}}, r"^accelerate_kwargs is given but the backend is 'local'; use --backend "),
+    ({"deepspeed_config": {"x": 1}}, r"^deepspeed_config is given but the backend is 'local'; use --backend deepspeed$"),
+    ({"backend": "accelerate", "deepspeed_config": "zero.json"}, r"deepspeed_config .* the backend is 'accelerate'"),
+    ({"backend": "accelerate", "accelerate_kwargs": {"mixed_precision": "bf16"}}, r"'mixed_precision', which belongs "
+                                                                                  r"to the run; use precision"),
+    ({"backend": "deepspeed", "deepspeed_config": {"optimizer": {}}}, r"sets 'optimizer', which belongs to the run; "
+                                                                      r"remove it there and use lr and discr_lr$"),
+    ({"backend": "deepspeed", "deepspeed_config": "absent.json"}, r"^deepspeed_config absent.json is not a file"),
+    ({"backend": "deepspeed", "deepspeed_config": {"zero_optimization": {"stage": 3}}}, r"ZeRO stage 3 is not supp"),
+    ({"trackers": ["mlflow"]}, r"^tracker 'mlflow' is not known; choose from tensorboard, wandb$"),
+    ({"folder": "ABSENT/images"}, r"^no such folder: .*ABSENT/images; check the path"),
+    ({"folder": "EMPTY"}, r"^no images in .*EMPTY: found no files; expected files ending in bmp, gif,"),
+    ({"folder": "syntetic"}, r"did you mean `synthetic`\?"),
+    ({"folder": "synthetic:64", "exts": ["png"]}, r"^exts \['png'\] has no meaning for 'synthetic:64'"),
+    ({"lr_schedule": "linear"}, r"^lr_schedule 'linear' is not known; choose one of constant, cosine$"),
+    ({"on_bad_image": "ignore"}, r"^on_bad_image 'ignore' is not known; choose one of raise, skip$"),
+    ({"ema_beta": 1.5}, r"^ema_beta 1.5 is not possible; give a decay in \[0, 1\]$"),
+    ({"valid_frac": 1.0}, r"^valid_frac 1.0 is not possible; give a share of the images in \[0, 1\)"),
+    ({"valid_frac": 0.999}, r"^valid_frac 0.999 of 64 images leaves none to train on; lower it$"),
+    ({"max_grad_norm": 0.0}, r"^max_grad_norm 0.0 is not possible; it must be above 0$"),
+    ({"discr_max_grad_norm": -1.0}, r"^discr_max_grad_norm -1.0 is not possible; it must be above 0$"),
+    ({"dist_timeout": 0}, r"^dist_timeout 0 is not possible; it must be above 0$"),
+    ({"batch_size": None}, r"^batch_size None is not possible; it must be at least 1$"),
+    ({"lr": float("nan")}, r"^lr nan is not possible; it must be at least 0$"),
+]  # fmt: skip
+LOWEST = {
+    **dict.fromkeys(["num_train_steps", "batch_size", "image_size", "grad_accum_every", "log_every"], 1),
+    **dict.fromkeys(["num_images_save", "ema_update_every", "prefetch_factor", "keep_checkpoints"], 1),
+    **dict.fromkeys(["warmup_steps", "validate_every", "save_results_every", "save_model_every"], 0),
+    **dict.fromkeys(["check_ranks_every", "num_workers", "lr", "discr_lr", "ema_update_after_step"], 0),
+    **dict.fromkeys(["apply_grad_penalty_every", "grad_penalty_weight", "discriminator_start"], 0),
+    **dict.fromkeys(["discriminator_warmup_steps", "adversarial_ramp_steps", "adversarial_weight"], 0),
+    "max_adaptive_weight": 0,
+}
+WRONG_OPTIONS += [
+    ({name: lowest - 1}, rf"^{name} {lowest - 1} is not possible; it must be at least {lowest}$")
+    for name, lowest in LOWEST.items()
+]
+
+
+def assert_nothing_began(run: Path) -> None:
+    assert not dist.is_initialized(), "a process group was started"
+    assert not run.exists(), "the run folder was written to"
+
+
+def describe(value) -> str:
+    return ",".join(f"{key}={str(item)[:20]}" for key, item in value.items()) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize("options, message", WRONG_OPTIONS, ids=describe)
+def test_a_wrong_option_is_one_line_before_anything_begins(options, message, tmp_path):
+    (tmp_path / "EMPTY").mkdir()
+    if options.get("folder") in ("EMPTY", "ABSENT/images"):
+        options = {**options, "folder": str(tmp_path / options["folder"])}
+    with pytest.raises(UserError, match=message) as error:
+        build_trainer(tmp_path / "run", **options)
+    assert "\n" not in str(error.value)
+    assert_nothing_began(tmp_path / "run")
+
+
+def test_missing_options_are_named(tmp_path):
+    with pytest.raises(
+        UserError, match="^these options have no default and were not given: image_size, num_train_steps, batch_size$"
+    ):
+        VQGanVAETrainer(build_vae(), folder="synthetic:64", results_folder=str(tmp_path / "run"))
+    assert_nothing_began(tmp_path / "run")
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^tracker 'wandb' is not installed; install it with pip install 'vqdist"):
+        build_trainer(tmp_path / "run", trackers=["wandb"])
+    assert_nothing_began(tmp_path / "run")
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    options = {"folder": "synthetic:64", "num_train_steps": 1, "batch_size": 1, "image_size": 16}
+    with pytest.raises(UserError, match="^the model is a SmallFeatures; VQGanVAETrainer trains a VQGanVAE$"):
+        VQGanVAETrainer(SmallFeatures(), results_folder=str(tmp_path / "run"), **options)
+    assert_nothing_began(tmp_path / "run")
+
+
+def test_local_backend_under_a_launcher_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match="backend 'local' under a launcher of 2 processes would train 2 separate models"
+    ):
+        build_trainer(tmp_path / "run", backend="local")
+    with pytest.raises(UserError, match=r"takes 64 images \(batch_size 32 x grad_accum_every 1 x 2 processes\)"):
+        build_trainer(tmp_path / "run", batch_size=32)
+    assert_nothing_began(tmp_path / "run")
+
+
+WRONG_ARGUMENTS = [
+    ({"channels": 2}, r"^channels 2 is not possible; use 1 \(grey\), 3 \(colour\) or 4"),
+    ({"layers": 0}, r"^layers 0 is not possible; at least one halving"),
+    ({"dim": 18}, r"^dim 18 is not a multiple of encdec_resnet_groups 4; try 16$"),
+    ({"dim": 2}, r"^dim 2 is not a multiple of encdec_resnet_groups 4; try 4$"),
+    ({"encdec_first_conv_kernel_size": 4}, r"^encdec_first_conv_kernel_size 4 is even; try 5$"),
+    ({"encdec_layer_mults": [1]}, r"^encdec_layer_mults has 1 numbers; layers 2 needs 2$"),
+    ({"encdec_num_resnet_blocks": [1, 1, 1]}, r"^encdec_num_resnet_blocks has 3 numbers; layers 2 needs 2$"),
+    ({"discr_layers": 0}, r"^discr_layers 0 is not possible; at least one layer is needed$"),
+    ({"quantizer": "lfg"}, r"^quantizer 'lfg' is not known; nearest: lfq"),
+    ({"codebook_size": 33}, r"^quantizer lfq: codebook_size 33 is no power of 2, .*try 32 or 64$"),
+    ({"codebok_size": 32}, r"^VQGanVAE has no argument 'codebok_size'; nearest: codebook_size$"),
+    (
+        {"vq_kwargs": {"decay": 0.9}},
+        r"^vq_kwargs \{'decay': 0.9\} is given but the quantizer is 'lfq'; use .* 'vq' or ",
+    ),
+    ({"vq_decay": 0.9}, r"^vq_kwargs \{'decay': 0.9\} is given but the quantizer is 'lfq'"),
+    ({"quantizer": "vq", "lfq_kwargs": {"diversity_gamma": 1}}, r"^lfq_kwargs .* is given but the quantizer is 'vq'"),
+    ({"quantizer_kwargs": {"diversity_gama": 1}}, r"^quantizer lfq has no option 'diversity_gama'; nearest: divers"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_ARGUMENTS, ids=describe)
+def test_a_wrong_argument_of_the_model_is_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_vae(**arguments)
+    assert "\n" not in str(error.value)
