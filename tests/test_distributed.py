@@ -37,6 +37,9 @@ def reference(tmp_path_factory) -> dict:
         results[f"parity_{quantizer}"] = weights_of(trainer)
         results[f"logs_{quantizer}"] = [trainer.backend.mean(line) for line in logs]
         results[f"valid_{quantizer}"] = trainer.evaluate()
+    options = {**EVERYTHING, "precision": "bf16", "grad_accum_every": 2, "batch_size": 8}
+    trainer = build_trainer(folder / "bf16", quantizer="vq", **options)
+    results["logs_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
     return results
 
 
@@ -53,6 +56,15 @@ def test_losses_and_norms_are_those_of_one_process(ranks, reference, quantizer):
         assert ours.keys() == theirs.keys()
         for name in {*per_rank & ours.keys(), "recon_loss"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def test_bf16_losses_and_norms_are_near_those_of_one_process(ranks, reference):
+    for ours, theirs in zip(ranks[1]["logs_bf16"], reference["logs_bf16"], strict=True):
+        for name in ("recon_loss", "generator_grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=0.05), name
+    exact = [line["recon_loss"] for line in reference["logs_vq"]]
+    assert [line["recon_loss"] for line in reference["logs_bf16"]] != exact  # bf16 was really on
+    assert [line["recon_loss"] for line in reference["logs_bf16"]] == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])

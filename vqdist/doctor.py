@@ -66,6 +66,7 @@ def guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 
 def installed_version(distribution: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -88,6 +89,7 @@ def requirements(extra: str = "") -> list:
 
 
 def check_vqdist() -> Iterator[Finding]:
+    """Whether vqdist is installed here, and as the version that runs."""
     from vqdist.version import __version__
 
     yield Finding(OK, f"vqdist {__version__}, Python {platform.python_version()} at {sys.prefix}")
@@ -99,17 +101,20 @@ def check_vqdist() -> Iterator[Finding]:
 
 
 def check_core_packages() -> Iterator[Finding]:
+    """The packages that vqdist cannot do without."""
     for requirement in requirements():
         yield judge_package(requirement, missing=FAIL, mend=f"pip install '{requirement.name}{requirement.specifier}'")
 
 
 def check_optional_packages() -> Iterator[Finding]:
+    """The packages of the extras; a missing one is a warning."""
     for extra in EXTRAS:
         for requirement in requirements(extra):
             yield judge_package(requirement, missing=WARN, mend=f"pip install 'vqdist[{extra}]'")
 
 
 def judge_package(requirement, *, missing: str, mend: str) -> Finding:
+    """Whether a package is there in a version that vqdist asks for."""
     version = installed_version(requirement.name)
     if version is None:
         return Finding(missing, f"{requirement.name} is not installed", mend)
@@ -122,12 +127,13 @@ def judge_package(requirement, *, missing: str, mend: str) -> Finding:
 
 
 def check_devices() -> Iterator[Finding]:
+    """The GPUs that torch sees, and the cores of the CPU."""
     import torch
 
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
-            bf16 = "bf16" if device.major >= 8 else "no bf16: use --precision fp16 or fp32"
+            bf16 = "bf16" if device.major >= 8 else "no bf16: keep --trainer.precision fp32"
             yield Finding(OK, f"cuda:{index} {device.name}, {device.total_memory / 2**30:.0f} GiB, {bf16}")
     elif shutil.which("nvidia-smi"):
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -164,6 +170,7 @@ def check_backends() -> Iterator[Finding]:
 
 
 def check_process_group() -> Iterator[Finding]:
+    """Two processes add numbers over gloo, and over NCCL where there are two GPUs."""
     import torch
 
     backends = ["gloo"] + ["nccl"] * (torch.cuda.device_count() >= 2)
@@ -273,6 +280,7 @@ def check_deepspeed_op() -> Iterator[Finding]:
 
 
 def judge_locks(locks: list) -> Iterator[Finding]:
+    """What each lock of a DeepSpeed build means for the next start."""
     for lock in locks:
         found = f"DeepSpeed build lock {lock.path}, {duration(lock.age)} old"
         if lock.stale and lock.blocks:
@@ -285,6 +293,7 @@ def judge_locks(locks: list) -> Iterator[Finding]:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as a person says them: `90 s`, `5 min`, `3 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -27,6 +27,17 @@ def parity(backend: dict, folder: Path, results: dict) -> None:
         results[f"valid_{quantizer}"] = trainer.evaluate()
 
 
+def bf16(backend: dict, folder: Path, results: dict) -> None:
+    """bfloat16 products; weights, codebooks and optimizer states in float32, equal over ranks."""
+    options = {**EVERYTHING, "precision": "bf16", "grad_accum_every": 2, **backend}
+    trainer = build_trainer(folder / "bf16", quantizer="vq", **options)
+    assert trainer.generator(trainer.next_micro_batches()[0]).recon.dtype == torch.bfloat16
+    trainer = build_trainer(folder / "bf16", quantizer="vq", **options)
+    results["logs_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
+    assert all(tensor.dtype != torch.bfloat16 for _, tensor in trainer.named_tensors())
+    check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
+
+
 def linear_splits(backend: dict, folder: Path, results: dict) -> None:
     """16 images of one step as 2 processes x 2 micro-batches x 4 and as 2 x 1 x 8."""
     for accumulation, batch in ((2, 4), (1, 8)):
@@ -122,6 +133,7 @@ def main() -> None:
         backend["deepspeed_config"] = {"zero_optimization": {"stage": int(stage)}}
     results: dict = {}
     parity(backend, folder, results)
+    bf16(backend, folder, results)
     resume(backend, folder, results)
     gradients_do_not_leak(backend, folder)
     trainer = build_trainer(folder / "last", **backend)

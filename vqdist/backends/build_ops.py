@@ -50,6 +50,7 @@ class Lock:
 
     @property
     def remedy(self) -> str:
+        """The command that removes it."""
         return f"rm {self.path}"
 
 
@@ -80,6 +81,7 @@ def prepare_environment() -> None:
 
 
 def is_built(folder: Path | None = None) -> bool:
+    """Whether the op lies under `folder` (the extensions folder by default)."""
     folder = folder or extensions_dir()
     return (folder / OP_NAME / f"{OP_NAME}.so").exists()
 
@@ -128,6 +130,7 @@ def lock_holders(path: Path, proc: Path = Path("/proc")) -> tuple[int, ...] | No
 
 
 def holds_open(process: Path, target: str) -> bool:
+    """Whether the process of this folder of /proc has the file `target` open."""
     try:
         return any(os.readlink(fd) == target for fd in (process / "fd").iterdir())
     except OSError:  # it ended meanwhile, or belongs to somebody else
@@ -159,6 +162,7 @@ def find_compiler() -> str | None:
 
 
 def require_tools() -> None:
+    """Raise `BuildError` if the compiler or ninja is missing."""
     prepare_environment()
     if find_compiler() is None:
         raise BuildError(

@@ -235,8 +235,11 @@ def read_config(config: str | dict | None) -> dict[str, Any]:
     for key, owner in OWNED_BY_THE_RUN.items():
         if key in content:
             raise UserError(f"{where} sets {key!r}, which belongs to the run; remove it there and use {owner}")
+    _refuse_unknown_keys(content, _known_keys(), where)
     zero = content.get("zero_optimization", {})
-    _refuse_unknown_zero_keys(zero, where)
+    if not isinstance(zero, dict):
+        raise UserError(f'{where}: zero_optimization is {zero!r}; an object is expected, as {{"stage": 2}}')
+    _refuse_unknown_keys(zero, _known_zero_keys(), f"{where}: zero_optimization")
     if zero.get("stage", 0) not in (0, 1, 2):
         raise UserError(f"{where}: {ZERO_3}")
     for key in ("offload_optimizer", "offload_param"):
@@ -257,15 +260,33 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
     return content
 
 
-def _refuse_unknown_zero_keys(zero: dict[str, Any], where: str) -> None:
+def _known_zero_keys() -> list[str]:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
-    known = [*fields, *(field.alias for field in fields.values() if field.alias)]
-    for key in zero:
+    return [*fields, *(field.alias for field in fields.values() if field.alias)]
+
+
+def _known_keys() -> list[str]:
+    """The top-level keys of a DeepSpeed configuration: DeepSpeed itself ignores any other."""
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    named = [value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)]
+    return [*named, ZERO_OPTIMIZATION, *_SECTIONS]
+
+
+_SECTIONS = (
+    *("activation_checkpointing", "aio", "autotuning", "comms_logger", "communication_data_type", "compile"),
+    *("flops_profiler", "monitor", "nebula", "tensorboard", "wandb", "csv_monitor", "zero_allow_untested_optimizer"),
+)
+
+
+def _refuse_unknown_keys(content: dict[str, Any], known: list[str], where: str) -> None:
+    for key in content:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=3)
-            raise UserError(f"{where}: zero_optimization has no key {key!r}; nearest: {', '.join(nearest) or 'none'}")
+            raise UserError(f"{where} has no key {key!r}; nearest: {', '.join(nearest) or 'none'}")
 
 
 def _refuse_stale_build_lock() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import inspect
 import io
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -394,7 +395,7 @@ class VQGanVAE(
             The model in eval mode, on the CPU unless `map_location` says otherwise.
         """
         path = Path(pretrained_model_name_or_path).expanduser()
-        if not path.is_dir() and (path.is_absolute() or len(path.parts) != 2 or path.parts[0].startswith(".")):
+        if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(pretrained_model_name_or_path)):
             raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")

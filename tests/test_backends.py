@@ -1,0 +1,145 @@
+"""What the backends refuse before anything starts, and what the local one does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from vqdist.backends import create_backend, resolve_backend
+from vqdist.backends.local import LocalBackend
+from vqdist.errors import UserError
+
+
+def test_auto_is_local_alone_and_accelerate_under_a_launcher(monkeypatch):
+    assert resolve_backend("auto") == "local"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert resolve_backend("auto") == "accelerate"
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert resolve_backend("auto") == "accelerate"
+
+
+def test_local_refuses_to_train_one_model_per_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="would train 4 separate models; use --backend accelerate"):
+        create_backend("local")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "keeps one DeepSpeed engine, a GAN needs two; use `--backend deepspeed",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, "distributed_type FSDP, which vqdist does not support yet"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision 'fp16' and the run says precision 'fp32'"),
+    ],
+)
+def test_settings_of_accelerate_that_belong_elsewhere(environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        create_backend("accelerate")
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("key", ["gradient_accumulation_steps", "mixed_precision", "cpu", "fsdp_plugin", "log_with"])
+def test_accelerate_kwargs_that_belong_to_the_run(key):
+    with pytest.raises(UserError, match=f"accelerate_kwargs sets '{key}', which belongs to the run; use "):
+        create_backend("accelerate", accelerate_kwargs={key: 1})
+
+
+def deepspeed_error(config) -> str:
+    with pytest.raises(UserError) as error:
+        create_backend("deepspeed", deepspeed_config=config)
+    assert not torch.distributed.is_initialized()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "owner"),
+    [
+        ("train_batch_size", "batch_size"),
+        ("train_micro_batch_size_per_gpu", "batch_size"),
+        ("gradient_accumulation_steps", "grad_accum_every"),
+        ("gradient_clipping", "max_grad_norm"),
+        ("optimizer", "lr"),
+        ("scheduler", "lr_schedule"),
+        ("fp16", "precision"),
+        ("bf16", "precision"),
+        ("torch_autocast", "precision"),
+        ("wandb", "trackers"),
+    ],
+)
+def test_deepspeed_keys_that_belong_to_the_run(key, owner):
+    message = deepspeed_error({key: {}})
+    assert f"sets '{key}', which belongs to the run; remove it there and use {owner}" in message
+
+
+def test_zero_3_is_refused_feature_by_feature():
+    message = deepspeed_error({"zero_optimization": {"stage": 3}})
+    for feature in ("EMA", "adversarial loss", "gradient penalty", "check_ranks_every", "export", "stage 0, 1 or 2"):
+        assert feature in message
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_offload_is_refused(key):
+    message = deepspeed_error({"zero_optimization": {"stage": 2, key: {"device": "cpu"}}})
+    assert f"remove zero_optimization.{key}" in message
+
+
+def test_a_typo_in_a_zero_key_is_named_with_the_nearest():
+    message = deepspeed_error({"zero_optimization": {"stage": 2, "overlap_com": True}})
+    assert "zero_optimization has no key 'overlap_com'; nearest: overlap_comm" in message
+
+
+def test_a_typo_at_the_top_of_a_deepspeed_file_is_named_with_the_nearest():
+    message = deepspeed_error({"zero_optimisation": {"stage": 2}})
+    assert "no key 'zero_optimisation'; nearest: zero_optimization" in message
+
+
+def test_deepspeed_files_that_are_none(tmp_path):
+    assert "is not a file; the shipped ones are in deepspeed_configs/" in deepspeed_error(str(tmp_path / "none.json"))
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert "is not valid JSON" in deepspeed_error(str(broken))
+    broken.write_text(json.dumps([1]))
+    assert "holds a list; a JSON object is expected" in deepspeed_error(str(broken))
+
+
+def test_a_stale_build_lock_is_named_with_its_remedy(monkeypatch, tmp_path):
+    import vqdist.backends.deepspeed as module
+
+    monkeypatch.setattr(module, "find_stale_lock", lambda: tmp_path / "lock")
+    assert f"rm {tmp_path / 'lock'}" in deepspeed_error(None)
+
+
+def test_local_engine_divides_clips_and_reports_the_norm_before_clipping():
+    network = nn.Linear(3, 1, bias=False)
+    start = network.weight.detach().clone()
+    backend = LocalBackend(grad_accum_every=2, device="cpu")
+    engine = backend.prepare(network, torch.optim.SGD(network.parameters(), lr=9.0), max_grad_norm=0.5)
+    inputs = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    for row, last in ((inputs[:1], False), (inputs[1:], True)):
+        with engine.micro_step(last=last):
+            engine.backward(engine(row).sum())
+    gradient = inputs.sum(dim=0) / 2
+    norm = engine.step(lr=0.1)
+    assert float(norm) == pytest.approx(float(gradient.norm()))
+    expected = start - 0.1 * gradient / gradient.norm() * 0.5
+    assert torch.allclose(network.weight, expected, atol=1e-6)
+    assert network.weight.grad is None
+
+
+def test_frozen_forward_reaches_the_input_only():
+    network = nn.Linear(3, 1)
+    engine = LocalBackend(device="cpu").prepare(network, torch.optim.Adam(network.parameters()), max_grad_norm=None)
+    image = torch.ones(1, 3, requires_grad=True)
+    engine.frozen(image).sum().backward()
+    assert torch.equal(image.grad, network.weight.detach())
+    assert network.weight.grad is None and network.weight.requires_grad

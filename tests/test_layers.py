@@ -1,0 +1,180 @@
+"""Which file may know which, read from the source without running it, and a few habits that a reader relies on."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import statistics
+from pathlib import Path
+
+import pytest
+
+import vqdist
+
+ROOT = Path(vqdist.__file__).parent
+PATHS = {
+    ".".join(["vqdist", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
+
+# What each part may import of vqdist, besides itself; `cli -> trainers -> {...} -> leaves`.
+LEAVES = {"vqdist.errors", "vqdist.version"}
+PARTS = {
+    "vqdist.errors": set(),
+    "vqdist.version": set(),
+    "vqdist.seeding": LEAVES,
+    "vqdist.schedules": LEAVES,
+    "vqdist.losses": LEAVES,
+    "vqdist.sampling": LEAVES,
+    "vqdist.models": {*LEAVES, "vqdist.losses", "vqdist.sampling", "vqdist.schedules"},
+    "vqdist.data": {*LEAVES, "vqdist.seeding"},
+    "vqdist.backends": LEAVES,
+    "vqdist.checkpoint": {*LEAVES, "vqdist.backends"},
+    "vqdist.ranks": {*LEAVES, "vqdist.backends"},
+    "vqdist.tracking": LEAVES,
+    "vqdist.metrics": {*LEAVES, "vqdist.backends", "vqdist.models"},
+    "vqdist.evaluation": {*LEAVES, "vqdist.backends", "vqdist.metrics", "vqdist.models"},
+}
+PARTS["vqdist.trainers"] = PARTS.keys() - {"vqdist.version"}
+PARTS["vqdist.doctor"] = {*LEAVES, "vqdist", "vqdist.backends"}
+PARTS["vqdist.cli"] = set(PARTS)
+PARTS["vqdist.__main__"] = {"vqdist.cli"}
+
+
+def part_of(module: str) -> str:
+    """The part that a module belongs to: `vqdist.models.vqgan` is of `vqdist.models`."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """Modules that are imported anywhere, inside functions too. `from a import b` gives a.b where that is a module."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in PATHS else node.module for name in names}
+    return found
+
+
+def modules_below(part: str) -> list[str]:
+    return [module for module in TREES if part_of(module) == part]
+
+
+def test_the_scan_sees_the_package():
+    assert {"vqdist.models.vqgan", "vqdist.trainers.base", "vqdist.backends.deepspeed", "vqdist.cli"} <= TREES.keys()
+    assert "vqdist.backends" in imports_of(TREES["vqdist.trainers.vqgan"])
+    assert "vqdist.losses" in imports_of(TREES["vqdist.models.vqgan"])
+    assert "vqdist.doctor" in imports_of(TREES["vqdist.cli"])  # within a function
+
+
+@pytest.mark.parametrize("module", [module for module in TREES if module != "vqdist"])
+def test_imports_flow_one_way(module):
+    part = part_of(module)
+    assert part in PARTS, f"say in PARTS what {part} may import"
+    own = {part_of(name) for name in imports_of(TREES[module]) if name.partition(".")[0] == "vqdist"}
+    assert own - {part} <= PARTS[part]
+
+
+@pytest.mark.parametrize("part", ["vqdist.models", "vqdist.losses", "vqdist.sampling", "vqdist.schedules"])
+def test_models_and_their_leaves_know_nothing_above_them(part):
+    above = {"vqdist.trainers", "vqdist.backends", "vqdist.data", "vqdist.cli", "vqdist.checkpoint", "vqdist.tracking"}
+    for module in modules_below(part):
+        assert not {part_of(name) for name in imports_of(TREES[module])} & above, module
+
+
+def test_only_backends_speak_to_accelerate_and_deepspeed():
+    users = {
+        module
+        for module, tree in TREES.items()
+        if {name.partition(".")[0] for name in imports_of(tree)} & {"accelerate", "deepspeed"}
+    }
+    assert users and {part_of(module) for module in users} == {"vqdist.backends"}
+
+
+def test_nobody_but_main_imports_the_command_line():
+    users = {module for module, tree in TREES.items() if "vqdist.cli" in imports_of(tree)}
+    assert users == {"vqdist.__main__"}
+
+
+def test_data_does_not_know_trainers_or_models():
+    for module in modules_below("vqdist.data"):
+        assert {part_of(name) for name in imports_of(TREES[module])}.isdisjoint({"vqdist.trainers", "vqdist.models"})
+
+
+def calls_in(tree: ast.AST) -> list[tuple[str, ast.Call]]:
+    """Every call with the dotted name of what is called."""
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_nothing_is_asked_or_unpickled(module):
+    assert {name.partition(".")[0] for name in imports_of(TREES[module])}.isdisjoint({"pickle", "dill", "cloudpickle"})
+    for name, call in calls_in(TREES[module]):
+        assert name not in ("input", "eval", "exec"), f"line {call.lineno}"
+        if name == "torch.load":
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert options.get("weights_only") == "True", f"line {call.lineno}"
+
+
+@pytest.mark.parametrize(
+    "module", [*modules_below("vqdist.models"), *modules_below("vqdist.trainers"), "vqdist.losses"]
+)
+def test_models_and_trainers_do_not_print(module):
+    assert [call.lineno for name, call in calls_in(TREES[module]) if name == "print"] == []
+
+
+PACKAGES = ["vqdist", "vqdist.backends", "vqdist.data", "vqdist.models", "vqdist.trainers"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_are_short(package):
+    """The median function, constructors aside, has at most 12 lines without its docstring."""
+    folder = ROOT if package == "vqdist" else ROOT / package.partition(".")[2]
+    lengths = [
+        length_without_docstring(node)
+        for module, path in PATHS.items()
+        if path.parent == folder
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__"
+    ]
+    assert len(lengths) > 10 and statistics.median(lengths) <= 12
+
+
+def length_without_docstring(function: ast.FunctionDef) -> int:
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return lines
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_what_is_public_is_documented(module):
+    assert not ast.get_docstring(TREES[module]) == "" and undocumented(module) == []
+
+
+def undocumented(module: str) -> list[str]:
+    """Public names of a module without a docstring, of their own or inherited with the contract they fulfil."""
+    if not TREES[module].body:  # an empty __init__.py
+        return []
+    loaded = importlib.import_module(module) if module != "vqdist.__main__" else None
+    missing = [] if ast.get_docstring(TREES[module]) else [module]
+    for name, value in vars(loaded).items() if loaded else ():
+        if name.startswith("_") or getattr(value, "__module__", None) != module:
+            continue
+        if inspect.isfunction(value) and not value.__doc__:
+            missing.append(name)
+        if inspect.isclass(value):
+            missing += [name] * (not value.__doc__)
+            missing += [
+                f"{name}.{attribute}"
+                for attribute, member in vars(value).items()
+                if not attribute.startswith("_")
+                and (inspect.isroutine(member) or isinstance(member, property | classmethod | staticmethod))
+                and not inspect.getdoc(getattr(value, attribute))
+            ]
+    return missing

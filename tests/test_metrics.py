@@ -1,0 +1,204 @@
+"""The numbers of a run against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scenarios import build_vae
+from torch import Tensor
+
+from vqdist.backends.local import LocalBackend
+from vqdist.evaluation import evaluate_reconstruction, reconstruct
+from vqdist.metrics import ReconstructionMetrics, RunningMeans, codebook_usage
+from vqdist.models.quantizers import build_quantizer
+
+
+def measure(batches: list[tuple[Tensor, Tensor, Tensor]], *, image_size: int, quantizer=None) -> dict[str, float]:
+    quantizer = quantizer or build_quantizer("lfq", dim=8, codebook_size=4)
+    metrics = ReconstructionMetrics(quantizer, LocalBackend(device="cpu"), image_size)
+    for image, recon, indices in batches:
+        metrics.update(image, recon, indices)
+    return metrics.compute()
+
+
+def pictures(batch: int, side: int, seed: int = 0) -> Tensor:
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def codes(*values: int) -> Tensor:
+    return torch.tensor(values).view(1, 1, -1)
+
+
+# ------------------------------------------------------------------------------------------- running means
+
+
+def test_running_means_average_each_name_over_its_own_values():
+    means = RunningMeans()
+    means.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0, requires_grad=True)})
+    means.add({"a": torch.tensor(2.0)})
+    means.add({"a": torch.tensor(6.0, dtype=torch.bfloat16), "c": torch.tensor(7)})
+    values = means.means()
+    assert {name: value.item() for name, value in values.items()} == {"a": 3.0, "b": 5.0, "c": 7.0}
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in values.values())
+
+
+def test_running_means_forget():
+    means = RunningMeans()
+    means.add({"a": torch.tensor(1.0)})
+    means.reset()
+    assert means.means() == {}
+    means.add({"a": torch.tensor(3.0)})
+    assert means.means()["a"] == 3.0
+
+
+def test_running_means_do_not_change_what_was_added():
+    value, means = torch.tensor(1.0), RunningMeans()
+    for _ in range(3):
+        means.add({"a": value})
+    assert value == 1.0 and means.means()["a"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------- reconstructions
+
+
+def test_l1_and_psnr_of_a_known_difference():
+    image = torch.full((2, 3, 16, 16), 0.5)
+    recon = image.clone()
+    recon[0] += 0.1  # mean absolute difference 0.05, mean squared 0.005
+    numbers = measure([(image, recon, codes(0))], image_size=16)
+    assert numbers["l1"] == pytest.approx(0.05, abs=1e-6)
+    assert numbers["psnr"] == pytest.approx(-10 * math.log10(0.005), abs=1e-4)
+
+
+def test_overshoot_is_clamped_before_it_is_measured():
+    image = torch.ones(1, 3, 16, 16)
+    numbers = measure([(image, image + 0.3, codes(0)), (1 - image, image - 1.3, codes(0))], image_size=16)
+    assert numbers["l1"] == 0 and numbers["ssim"] == pytest.approx(1)
+
+
+def test_ssim_of_two_flat_images_is_their_luminance_term():
+    a, b, c1 = 0.6, 0.3, 0.01**2
+    image, recon = torch.full((1, 3, 16, 16), a), torch.full((1, 3, 16, 16), b)
+    expected = (2 * a * b + c1) / (a * a + b * b + c1)
+    assert measure([(image, recon, codes(0))], image_size=16)["ssim"] == pytest.approx(expected, abs=1e-5)
+    small = measure([(image[..., :8, :8], recon[..., :8, :8], codes(0))], image_size=8)
+    assert small["ssim"] == pytest.approx(expected, abs=1e-5)
+
+
+def ssim_by_hand(image: Tensor, recon: Tensor) -> float:
+    """SSIM (Wang 2004) of one 11 x 11 image: one Gaussian window of sigma 1.5 over all of it, per channel."""
+    line = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = torch.outer(line, line) / line.sum() ** 2
+    x, y = image.double(), recon.double()
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * window).sum(dim=(-2, -1))
+
+    variance_x, variance_y = mean(x * x) - mean(x) ** 2, mean(y * y) - mean(y) ** 2
+    covariance = mean(x * y) - mean(x) * mean(y)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean(x) * mean(y) + c1) / (mean(x) ** 2 + mean(y) ** 2 + c1)
+    return float((luminance * (2 * covariance + c2) / (variance_x + variance_y + c2)).mean())
+
+
+def test_ssim_is_the_published_formula():
+    image, recon = pictures(1, 11), 0.5 * pictures(1, 11) + 0.5 * pictures(1, 11, seed=1)
+    numbers = measure([(image, recon, codes(0))], image_size=11)
+    assert numbers["ssim"] == pytest.approx(ssim_by_hand(image, recon), abs=1e-5)
+
+
+@pytest.mark.parametrize("side", [2, 4, 6, 8, 10, 11, 12])
+def test_small_images_have_an_ssim(side):
+    image = pictures(2, side)
+    same = measure([(image, image, codes(0))], image_size=side)
+    assert same["ssim"] == pytest.approx(1, abs=1e-5) and same["l1"] == 0 and same["images"] == 2
+    other = measure([(image, image.flip(0), codes(0))], image_size=side)
+    assert other["ssim"] < 0.9
+
+
+def test_each_image_counts_once_whatever_the_batches():
+    image, recon = pictures(7, 16), pictures(7, 16, seed=1)
+    recon[:2] = image[:2]  # batches of unequal quality: a mean of batch means would differ
+    indices = torch.arange(7).view(7, 1, 1) % 4
+    whole = measure([(image, recon, indices)], image_size=16)
+    split = [slice(0, 1), slice(1, 6), slice(6, 7)]
+    parts = measure([(image[part], recon[part], indices[part]) for part in split], image_size=16)
+    assert whole["images"] == parts["images"] == 7
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert whole["l1"] == pytest.approx((recon - image).abs().mean().item(), rel=1e-5)
+
+
+def test_bf16_reconstructions_are_measured_in_float32():
+    image = pictures(2, 16)
+    recon = pictures(2, 16, seed=1).bfloat16()
+    assert measure([(image, recon, codes(0))], image_size=16) == measure(
+        [(image, recon.float(), codes(0))], image_size=16
+    )
+
+
+# ------------------------------------------------------------------------------------------- codebook
+
+
+def test_usage_and_perplexity_of_known_counts():
+    usage, perplexity = codebook_usage(torch.tensor([2, 1, 1, 0]))
+    assert usage == 0.75
+    assert perplexity == pytest.approx(2**1.5)  # entropy of (1/2, 1/4, 1/4) is 1.5 bits
+    assert codebook_usage(torch.tensor([1, 1, 1, 1])) == (1.0, pytest.approx(4.0))
+    assert codebook_usage(torch.tensor([0, 9, 0, 0])) == (0.25, pytest.approx(1.0))
+
+
+def test_usage_of_levels_is_averaged_over_them():
+    usage, perplexity = codebook_usage(torch.tensor([4, 0, 0, 0, 1, 1, 1, 1]), num_levels=2)
+    assert usage == (0.25 + 1.0) / 2 and perplexity == pytest.approx((1 + 4) / 2)
+
+
+def test_nothing_counted_is_no_division_by_zero():
+    assert codebook_usage(torch.zeros(4, dtype=torch.int64)) == (0.0, 1.0)
+
+
+def test_codes_are_counted_over_batches():
+    image = pictures(1, 16)
+    numbers = measure([(image, image, codes(0, 0, 1)), (image, image, codes(2))], image_size=16)
+    assert numbers["codebook_usage"] == 0.75
+    assert numbers["codebook_perplexity"] == pytest.approx(2**1.5)
+
+
+def test_residual_levels_have_histograms_of_their_own():
+    quantizer = build_quantizer(
+        "residual_vq", dim=8, codebook_size=4, codebook_dim=4, num_quantizers=2, kmeans_init=False
+    )
+    image = pictures(1, 16)
+    indices = torch.tensor([[0, 0], [0, 1], [0, 2], [0, 3]]).view(1, 2, 2, 2)
+    numbers = measure([(image, image, indices)], image_size=16, quantizer=quantizer)
+    assert numbers["codebook_usage"] == (0.25 + 1.0) / 2
+    assert numbers["codebook_perplexity"] == pytest.approx((1 + 4) / 2)
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_model_as_it_was(training):
+    autoencoder = build_vae("vq").autoencoder.train(training)
+    before = {name: tensor.clone() for name, tensor in autoencoder.state_dict().items()}
+    batches = [pictures(3, 16), pictures(1, 16, seed=1)]
+    numbers = evaluate_reconstruction(autoencoder, batches, LocalBackend(device="cpu"), image_size=16)
+    assert autoencoder.training == training
+    assert all(torch.equal(before[name], tensor) for name, tensor in autoencoder.state_dict().items())
+    autoencoder.eval()
+    recons = [autoencoder(image).recon.clamp(0, 1) for image in batches]
+    expected = (torch.cat(recons) - torch.cat(batches)).abs().mean().item()
+    assert numbers["l1"] == pytest.approx(expected, rel=1e-5) and numbers["images"] == 4
+    assert numbers.keys() == {"l1", "psnr", "ssim", "codebook_usage", "codebook_perplexity", "images"}
+
+
+def test_reconstructions_for_pictures_are_in_range_and_of_eval_mode():
+    autoencoder = build_vae("vq").autoencoder.train()
+    with torch.no_grad():
+        autoencoder.last_layer.bias += torch.tensor([5.0, -5.0, 0.0])
+    recon = reconstruct(autoencoder, pictures(2, 16))
+    assert autoencoder.training and not recon.requires_grad
+    assert bool((recon[:, 0] == 1).all()) and bool((recon[:, 1] == 0).all())
+    assert torch.equal(recon, autoencoder.eval()(pictures(2, 16)).recon.clamp(0, 1))
