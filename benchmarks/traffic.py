@@ -69,7 +69,7 @@ def expected_bytes(trainer) -> dict[str, int]:
     quantizer = trainer.generator.module.quantizer
     statistics = quantizer.codebook_size  # lfq: how probable each code is on average
     if quantizer.name == "vq":  # uses of each code, and the sum of the vectors that use it
-        statistics *= 1 + quantizer.inner.codebook_dim
+        statistics += quantizer.inner.codebook.numel()
     last = trainer.generator.module.last_layer.weight
     return {
         **parameters,

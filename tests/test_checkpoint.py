@@ -121,7 +121,7 @@ def test_another_configuration_is_refused_with_keys_and_flag(tmp_path):
     build_trainer(tmp_path, **EVERYTHING).finish()
     changed = {**EVERYTHING, "lr": 0.5, "log_every": 7, "num_train_steps": 9}
     with pytest.raises(
-        UserError, match=r"trainer\.lr: 0\.001 -> 0\.5\); .*--trainer\.allow_config_change true"
+        UserError, match=r"trainer\.lr: 0\.0001 -> 0\.5\); .*--trainer\.allow_config_change true"
     ) as error:
         build_trainer(tmp_path, **changed)
     assert "log_every" not in str(error.value) and "num_train_steps" not in str(error.value)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vqdist.errors import UserError
+from vqdist.errors import RanksDiverged, UserError
 from vqdist.version import __version__
 
 # short names of the options that every run has
@@ -41,9 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     try:
         return _command(name)(rest)
-    except UserError as error:
+    except (UserError, RanksDiverged) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
+        print("vqdist: interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
         return 130
 
 
@@ -69,10 +70,18 @@ def _nearest(name: str, known: Any) -> str:
 def _fail(message: str) -> int:
     from vqdist.backends.environment import rank_of_launcher
 
-    # every rank makes the same mistake: one of them says it
-    if rank_of_launcher() == 0:
+    rank = rank_of_launcher()
+    # before the ranks know of each other all make the same mistake and one says it; later it is this one's own
+    if rank == 0:
         print(f"vqdist: error: {message}", file=sys.stderr)
+    elif _in_process_group():
+        print(f"vqdist: error: rank {rank}: {message}", file=sys.stderr)
     return 2
+
+
+def _in_process_group() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 # ----------------------------------------------------------------------------------------- train
@@ -137,12 +146,10 @@ def _train_vqgan(options) -> int:
     vae = VQGanVAE(**_plain(options.model))
     top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
     trainer = VQGanVAETrainer(vae, **_plain(options.data), **_plain(options.trainer), **top)
-    try:
-        numbers = trainer.train()
-        if trainer.is_main:
-            _print_summary(trainer, numbers)
-    finally:
-        trainer.close()
+    numbers = trainer.train()
+    if trainer.is_main:
+        _print_summary(trainer, numbers)
+    trainer.close()
     return 0
 
 
@@ -166,14 +173,12 @@ def evaluate(arguments: list[str]) -> int:
     options = _parse(parser, arguments)
     vae, dataset, image_size = _open_run(options)
     backend = _evaluation_backend(options)
-    try:
-        vae.to(backend.device)
-        batches = _batches(dataset, options, backend)
-        numbers = evaluate_reconstruction(vae.autoencoder, batches, backend, image_size=image_size)
-        if backend.is_main:
-            print(json.dumps(numbers))
-    finally:
-        backend.close()
+    vae.to(backend.device)
+    batches = _batches(dataset, options, backend)
+    numbers = evaluate_reconstruction(vae.autoencoder, batches, backend, image_size=image_size)
+    if backend.is_main:
+        print(json.dumps(numbers))
+    backend.close()
     return 0
 
 

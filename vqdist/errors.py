@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this, and the message says how."""
+"""What ends a command with one line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with 2; in Python it is a `ValueError`.
     """
+
+
+class RanksDiverged(RuntimeError):
+    """Two ranks hold different weights or codebooks: what they would train from here on is not one model."""

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from vqdist.backends.base import Backend
-
-
-class RanksDiverged(RuntimeError):
-    """Two ranks hold different weights or codebooks: what they would train from here on is not one model."""
+from vqdist.errors import RanksDiverged
 
 
 def checksum(tensor: Tensor) -> Tensor:

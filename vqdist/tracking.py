@@ -120,7 +120,7 @@ def _drop_later_steps(file: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
     partial = file.with_name(file.name + ".partial")
     partial.write_text("".join(line + "\n" for line in kept))

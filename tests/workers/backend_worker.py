@@ -14,7 +14,8 @@ import pytest
 import torch
 from scenarios import EVERYTHING, LINEAR, build_trainer, train_steps, weights_of
 
-from vqdist.ranks import RanksDiverged, check_ranks_agree
+from vqdist.errors import RanksDiverged
+from vqdist.ranks import check_ranks_agree
 
 
 def parity(backend: dict, folder: Path, results: dict) -> None:

@@ -97,12 +97,18 @@ class _Fetcher(torch.utils.data.Dataset):
         self.dataset = dataset
         self.indices = indices
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
-        return self.dataset.fetch(*place, among=self.indices)
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]] | UserError:
+        try:
+            return self.dataset.fetch(*place, among=self.indices)
+        except UserError as error:  # raised in a worker it would arrive wrapped in the worker's traceback
+            return error
 
 
-def collate(samples: list[tuple[Tensor, tuple[str, ...]]]) -> Batch:
-    """Stack images and join the names of the replaced ones."""
+def collate(samples: list[tuple[Tensor, tuple[str, ...]] | UserError]) -> Batch | UserError:
+    """Stack images and join the names of the replaced ones; or pass the first error on."""
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
     images, bad = zip(*samples, strict=True)
     return Batch(torch.stack(images), [name for names in bad for name in names])
 
@@ -119,7 +125,7 @@ def train_loader(
     num_workers: int,
     pin_memory: bool,
     prefetch_factor: int,
-) -> DataLoader:
+) -> Iterator[Batch]:
     """An endless loader of this rank's micro-batches from a position of the stream on."""
     sampler = PositionSampler(
         indices, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, position=position
@@ -143,7 +149,7 @@ def valid_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     prefetch_factor: int = 2,
-) -> DataLoader:
+) -> Iterator[Batch]:
     """This rank's share of the images, each once over all ranks; its last batch may be smaller, or it may be empty."""
     mine = [(0, int(index)) for index in indices[rank::world_size]]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -156,8 +162,10 @@ def valid_loader(
     )
 
 
-def _loader(dataset: _Fetcher, batches, *, num_workers: int, pin_memory: bool, prefetch_factor: int) -> DataLoader:
-    return DataLoader(
+def _loader(
+    dataset: _Fetcher, batches, *, num_workers: int, pin_memory: bool, prefetch_factor: int
+) -> Iterator[Batch]:
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
@@ -168,6 +176,10 @@ def _loader(dataset: _Fetcher, batches, *, num_workers: int, pin_memory: bool, p
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_limit_threads if num_workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _limit_threads(_worker: int) -> None:

@@ -22,7 +22,7 @@ from vqdist import seeding
 from vqdist.backends import Engine, create_backend, resolve_backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.state import load_tensors, save_tensors
-from vqdist.checkpoint import CheckpointStore, verify, write_atomically
+from vqdist.checkpoint import MANIFEST, CheckpointStore, verify, write_atomically
 from vqdist.data.loader import Split, split_indices, train_loader, valid_loader
 from vqdist.data.sources import ImageDataset
 from vqdist.errors import UserError
@@ -173,7 +173,7 @@ class Trainer(ABC):
         """The next `grad_accum_every` micro-batches of this rank, (b, c, h, w) on its device."""
         began = time.perf_counter()
         if self._batches is None:
-            self._batches = iter(self._train_loader())
+            self._batches = self._train_loader()
         images = []
         for _ in range(self.config.grad_accum_every):
             batch = next(self._batches)
@@ -341,7 +341,7 @@ class Trainer(ABC):
     def load(self, path: str | Path) -> None:
         """Restore all that `save` wrote: weights, optimizers, EMA, codebooks, step, random state, data position."""
         path = Path(path)
-        info = verify(path)
+        info = self._verified(path)
         for name, engine in self.engines.items():
             engine.load(path / name)
         if self.ema is not None:
@@ -351,6 +351,18 @@ class Trainer(ABC):
         self._saved = self.step
         self._load_random_state(path, info)
         self._restart_clock()
+
+    def _verified(self, path: Path) -> dict[str, Any]:
+        """The manifest of a checkpoint whose files rank 0 has checked; every rank fails if it does."""
+        problem = None
+        if self.is_main:
+            try:
+                verify(path)
+            except UserError as error:
+                problem = error
+        if self.backend.any(problem is not None):
+            raise problem or UserError(f"rank 0 cannot read {path}")
+        return json.loads((path / MANIFEST).read_text())
 
     def _save_when_due(self) -> None:
         every = self.config.save_model_every
@@ -409,6 +421,9 @@ class Trainer(ABC):
             self.run_folder / "checkpoints", self.backend, keep=self.config.keep_checkpoints
         )
         self.checkpoints.clean()
+        found = torch.tensor([self.checkpoints.steps()[-1:] or [-1]], device=self.device)
+        if bool((self.backend.gather(found) != found).any()):
+            raise UserError(f"processes see different checkpoints in {self.run_folder}; use a shared file system")
         damaged: list[str] = []
         for step in reversed(self.checkpoints.steps()):
             try:
