@@ -11,8 +11,8 @@ The perceptual network is measured twice:
   takes the same module frozen.
 
 The ancestor puts the gradient penalty on every step: its trainer passes `add_gradient_penalty` to the generator's
-loss, which does not read it, and the discriminator's loss applies one by default. So `apply_grad_penalty_every=4` costs
-it a penalty each step; vqdist is measured with its default of every fourth step, and with one on every step.
+loss, which does not read it, and the discriminator's loss applies one by default. So its `apply_grad_penalty_every=4`
+means a penalty each step; vqdist is measured with its default of every fourth step, and with one on every step.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ class Side:
             text=True,
         )
         self.sizes = self._answer()
-        self.profile = self._answer() if options.get("profile") else {}
 
     def train(self, steps: int) -> dict[str, float]:
         """So many steps; seconds on the clock and of CPU time."""
@@ -102,7 +101,7 @@ class Side:
 
 
 def measure(python: str, vgg: str, *, steps: int, rounds: int, threads: int = 1) -> tuple[dict[str, Timing], dict]:
-    """Time of a step of the ancestor and of vqdist, by turns; and vqdist's profile with the penalty on every step."""
+    """Time of a step of the ancestor and of vqdist's two settings, by turns; and the players' parameter counts."""
     shared = {"num_train_steps": 10**6, "batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE}
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"

@@ -19,7 +19,6 @@ import torch
 import torchvision
 from torch import nn
 
-
 VGG16 = torchvision.models.vgg16
 
 
@@ -62,10 +61,6 @@ def vqdist_step(options: dict) -> Callable[[], object]:
     trainer = VQGanVAETrainer(
         vae, folder=options["images"], results_folder=options["runs"], **ONLY_STEPS, **options["trainer"]
     )
-    if options.get("profile"):
-        from benchmarks.profile_step import profile
-
-        print(json.dumps(profile(trainer, steps=options["profile"])), file=ANSWERS, flush=True)
     return trainer.train_step
 
 

@@ -88,7 +88,9 @@ class TextbookLoop(BareLoop):
         reconstruction = F.l1_loss(out.recon, image)
         adversarial = -self.discriminator(out.recon).mean()
         last = self.autoencoder.last_layer.weight
-        norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+        norms = [
+            torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+        ]
         weight = (norms[0] / norms[1].clamp_min(1e-8)).clamp(0, 1e4).detach()
         (reconstruction + weight * adversarial + out.aux_loss).backward()
 

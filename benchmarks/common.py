@@ -178,4 +178,3 @@ def torchrun(arguments: list[str], *, processes: int = 2) -> list[str]:
         port = server.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     return [*launcher, "--master_port", str(port), *arguments]
-

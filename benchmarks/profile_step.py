@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from benchmarks.common import Row, build_trainer, build_vae
 from vqdist import VQGanVAETrainer, losses
 
 
@@ -75,3 +79,17 @@ def profile(trainer: VQGanVAETrainer, *, steps: int, warmup: int = 2) -> dict[st
     watch.seconds.pop("between steps", None)
     parts = {part: 1000 * seconds / steps for part, seconds in watch.seconds.items()}
     return {"step": sum(parts.values()), **dict(sorted(parts.items(), key=lambda item: -item[1]))}
+
+
+def run(quick: bool = False) -> list[Row]:
+    """Rows of the table: the ancestor's comparison without VGG, with no penalty and with one on every step."""
+    rows = []
+    for every, label in ((0, "no penalty"), (1, "penalty on every step")):
+        with tempfile.TemporaryDirectory() as folder:
+            vae = build_vae(layers=4, vgg=nn.Identity())
+            trainer = build_trainer(vae, Path(folder), backend="local", apply_grad_penalty_every=every)
+            parts = profile(trainer, steps=5 if quick else 20)
+        step = parts.pop("step")
+        rows.append(Row(f"{label}: a step", step, unit="ms"))
+        rows += [Row(f"{label}: {part}", value, unit="ms") for part, value in parts.items()]
+    return rows

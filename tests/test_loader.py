@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
+from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import PositionSampler, split_indices, train_loader, valid_loader
-from vqdist.data.sources import ImageDataset
 from vqdist.errors import UserError
 
 

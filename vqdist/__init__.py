@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from vqdist.version import __version__
 
 if TYPE_CHECKING:
-    from vqdist.data.sources import DummyDataset, ImageDataset
+    from vqdist.data.dataset import ImageDataset
+    from vqdist.data.sources import DummyDataset
     from vqdist.errors import UserError
     from vqdist.models.vqgan import VQGanVAE
     from vqdist.trainers.vqgan import VQGanVAETrainer
 
 _PUBLIC = {
     "DummyDataset": "vqdist.data.sources",
-    "ImageDataset": "vqdist.data.sources",
+    "ImageDataset": "vqdist.data.dataset",
     "UserError": "vqdist.errors",
     "VQGanVAE": "vqdist.models.vqgan",
     "VQGanVAETrainer": "vqdist.trainers.vqgan",

@@ -222,7 +222,7 @@ def _run_parser(program: str, description: str):
 
 def _open_run(options):
     """The exported model of a run, its view of the images, and their size."""
-    from vqdist.data.sources import ImageDataset
+    from vqdist.data.dataset import ImageDataset
     from vqdist.models.vqgan import VQGanVAE
 
     run = Path(options.run)

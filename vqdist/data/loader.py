@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from vqdist.data.sources import ImageDataset
+from vqdist.data.dataset import ImageDataset
 from vqdist.errors import UserError
 from vqdist.seeding import derive_seed
 

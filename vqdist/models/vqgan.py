@@ -154,7 +154,7 @@ class VQGanVAE(
 
     Args:
         dim: channels of the first convolution; a multiple of `encdec_resnet_groups`.
-        channels: of the images: 1 grey, 3 colour, 4 colour and alpha.
+        channels: channels of the images: 1 grey, 3 colour, 4 colour and alpha.
         layers: halvings of the resolution; image sides must be multiples of 2 ** layers.
         l2_recon_loss: mean squared error for the reconstruction instead of the mean absolute error.
         use_hinge_loss: hinge adversarial losses; false takes binary cross-entropy.

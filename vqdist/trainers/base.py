@@ -23,8 +23,8 @@ from vqdist.backends import Engine, create_backend, resolve_backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.state import load_tensors, save_tensors
 from vqdist.checkpoint import MANIFEST, CheckpointStore, verify, write_atomically
+from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split, split_indices, train_loader, valid_loader
-from vqdist.data.sources import ImageDataset
 from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.ranks import check_ranks_agree

@@ -1,0 +1,154 @@
+"""The images of a source as tensors of one size, ready for a loader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vqdist.data.images import BadImageError, check_channels
+from vqdist.data.sources import Source, TensorSource, open_source
+from vqdist.data.sources.base import checked_index
+from vqdist.errors import UserError
+from vqdist.seeding import derive_seed
+
+
+class ImageDataset(Dataset):
+    """The images of a source as tensors of one size; what comes out depends on (seed, epoch, index) only.
+
+    `dataset[index]` is the image in epoch 0, `dataset[epoch, index]` in another; both are (c, h, w) float32 in [0, 1].
+    `dataset.fetch` also tells which files were broken. The shorter side is resized to `image_size` and the centre cut
+    out; training images are mirrored with probability 0.5 where the source allows it (not digits).
+
+    Args:
+        source: a spec (see `vqdist.data.sources`), a `Source`, another `ImageDataset` of the same size and channels
+            (its images are looked at anew; augmented only if both are), or any map-style dataset of float tensors
+            (c, h, w) in [0, 1], which are taken as they are.
+        image_size: side in pixels.
+        channels: 1, 3 or 4.
+        exts: file name extensions to read from a folder or tar files; by default every image format that is known.
+        augment: False gives the view for validation.
+        seed: of the augmentation.
+        on_bad_image: what to do with an image that cannot be decoded: `raise`, or `skip`, which puts the next good
+            image in its place.
+
+    Raises:
+        UserError: a wrong argument, or a source that cannot be opened or is empty.
+    """
+
+    ON_BAD_IMAGE = ("raise", "skip")
+
+    def __init__(
+        self,
+        source: Source | Dataset | str | os.PathLike,
+        image_size: int,
+        *,
+        channels: int = 3,
+        exts: Iterable[str] | str | None = None,
+        augment: bool = True,
+        seed: int = 0,
+        on_bad_image: str = "raise",
+    ):
+        if not isinstance(image_size, int) or image_size < 1:
+            raise UserError(
+                f"image_size {image_size!r} is not possible; give the side in pixels, a whole number from 1"
+            )
+        check_channels(channels)
+        if on_bad_image not in self.ON_BAD_IMAGE:
+            raise UserError(f"on_bad_image {on_bad_image!r} is not known; choose {' or '.join(self.ON_BAD_IMAGE)}")
+        if isinstance(source, ImageDataset):
+            source, augment = source._source_for(image_size, channels), augment and source.augment
+        self.source = _as_source(source, exts)
+        self.image_size = image_size
+        self.channels = channels
+        self.augment = augment
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
+        epoch, index = place if isinstance(place, tuple) else (0, place)
+        return self.fetch(epoch, index)[0]
+
+    def fetch(
+        self, epoch: int, index: int, *, among: Sequence[int] | Tensor | None = None
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """One image, and the names of the broken ones that were passed over to find it.
+
+        With `on_bad_image="skip"` a broken image is replaced by the next good one: index + 1, index + 2, ... and on
+        from the start after the last. The augmentation stays that of `index`.
+
+        Args:
+            epoch: from 0.
+            index: 0 <= index < len, or counted from the end if negative.
+            among: sorted indices to replace from, so that a split never gives an image of the other; by default all.
+
+        Returns:
+            (c, h, w) float32 in [0, 1]; the names.
+
+        Raises:
+            IndexError: there is no such index.
+            BadImageError: the image cannot be decoded and `on_bad_image` is `raise`.
+            UserError: not one image can be decoded.
+        """
+        index = checked_index(index, len(self))
+        bad: list[str] = []
+        first: BadImageError | None = None
+        for candidate in self._candidates(index, among):
+            try:
+                return self._view(epoch, index, candidate), tuple(bad)
+            except BadImageError as error:
+                if self.on_bad_image == "raise":
+                    raise
+                bad.append(self.source.name(candidate))
+                first = first or error
+        raise UserError(f"none of the {len(bad)} images could be decoded; first: {first}")
+
+    def label(self, index: int) -> int | None:
+        """The class of the image at an index (of this very index, also where a broken image is replaced)."""
+        return self.source.label(checked_index(index, len(self)))
+
+    def name(self, index: int) -> str:
+        """The path or name of the image at an index."""
+        return self.source.name(checked_index(index, len(self)))
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return self.source.fingerprint()
+
+    def _source_for(self, image_size: int, channels: int) -> Source:
+        if (self.image_size, self.channels) != (image_size, channels):
+            raise UserError(
+                f"the dataset has image_size {self.image_size} and channels {self.channels}; expected {image_size} "
+                f"and {channels}: build it with these, or change the options"
+            )
+        return self.source
+
+    def _view(self, epoch: int, index: int, candidate: int) -> Tensor:
+        rng = None
+        if self.augment and self.source.flip:
+            rng = torch.Generator().manual_seed(derive_seed("augmentation", self.seed, epoch, index))
+        return self.source.tensor(candidate, image_size=self.image_size, channels=self.channels, rng=rng)
+
+    def _candidates(self, index: int, among: Sequence[int] | Tensor | None) -> Iterator[int]:
+        yield index
+        others = np.arange(len(self)) if among is None else np.asarray(among)
+        start = int(np.searchsorted(others, index, side="right"))
+        for offset in range(len(others)):
+            candidate = int(others[(start + offset) % len(others)])
+            if candidate != index:
+                yield candidate
+
+
+def _as_source(source: Source | Dataset | str | os.PathLike, exts: Iterable[str] | str | None) -> Source:
+    if source is None or isinstance(source, str | os.PathLike):
+        return open_source(source, exts=exts)
+    if exts is not None:
+        raise UserError(f"exts {exts!r} has no meaning for a {type(source).__name__} that is open; leave it out")
+    return source if isinstance(source, Source) else TensorSource(source)
