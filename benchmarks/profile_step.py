@@ -45,7 +45,7 @@ class Stopwatch:
 
 
 def profile(trainer: VQGanVAETrainer, *, steps: int, warmup: int = 2) -> dict[str, float]:
-    """Milliseconds of a step by part, with the step's total; for the local backend on a CPU, where nothing is queued."""
+    """Milliseconds of a step by part, and of the whole; for the local backend on a CPU, where nothing is queued."""
     watch = Stopwatch()
     generator, discriminator = trainer.generator, trainer.discriminator
     quantizer = generator.module.quantizer

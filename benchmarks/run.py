@@ -7,23 +7,18 @@ busy or slow machine widens the scatter and moves no verdict by itself.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from benchmarks.common import Row
 
-from benchmarks import ancestor, bare_loop, memory, profile_step, traffic
-from benchmarks.common import Row
-
-BENCHMARKS = {
-    "bare_loop": bare_loop,
-    "ancestor": ancestor,
-    "traffic": traffic,
-    "memory": memory,
-    "profile": profile_step,
-}
+# Modules beside this one, each with `run(quick, **options) -> list[Row]`; imported when they run.
+BENCHMARKS = ("bare_loop", "ancestor", "traffic", "memory", "profile_step")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,13 +43,15 @@ def print_table(name: str, rows: list[Row]) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    import torch
+
     # one thread, as each side has in a process of its own: so the rest of the machine disturbs least
     torch.set_num_threads(1)
     results: dict[str, list[Row]] = {}
     for name in arguments.only or BENCHMARKS:
         began = time.perf_counter()
         options = {"python": arguments.ancestor_python} if name == "ancestor" else {}
-        results[name] = BENCHMARKS[name].run(arguments.quick, **options)
+        results[name] = importlib.import_module(f"benchmarks.{name}").run(arguments.quick, **options)
         print_table(f"{name} ({time.perf_counter() - began:.0f} s)", results[name])
         if arguments.out is not None:
             write_results(arguments.out, results)
@@ -65,13 +62,12 @@ def main() -> int:
 
 def write_results(path: Path, results: dict[str, list[Row]]) -> None:
     """All rows so far, with what they were measured on."""
+    import torch
+
     machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
-    content = {
-        "machine": machine,
-        "results": {name: [row.as_json() for row in rows] for name, rows in results.items()},
-    }
+    rows = {name: [row.as_json() for row in rows] for name, rows in results.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": machine, "results": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ once; the halves of one that DeepSpeed's ZeRO does apart (reduce here, gather th
 tensor, as they carry half the bytes in a ring. So the least that data parallel training needs is one copy of the
 trainable parameters, whatever the way.
 
-usage of the two ranks: torchrun ... -m benchmarks.traffic BACKEND STAGE QUANTIZER[,QUANTIZER] FOLDER
+usage of the two ranks: torchrun ... -m benchmarks.traffic BACKEND ZERO QUANTIZER[,QUANTIZER] FOLDER, where ZERO is
+the JSON of DeepSpeed's `zero_optimization`, {} for accelerate
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ def _parameter_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
-def ranks(backend: str, stage: str, quantizers: list[str], folder: Path) -> dict[str, Any]:
+def ranks(backend: str, zero: dict[str, Any], quantizers: list[str], folder: Path) -> dict[str, Any]:
     """What each quantizer's training exchanges; runs on every rank."""
     results = {}
     for quantizer in quantizers:
         vae = build_vae(quantizer, **MODEL)
         options: dict[str, Any] = {"backend": backend, "grad_accum_every": ACCUMULATION, "batch_size": 4}
         if backend == "deepspeed":
-            options["deepspeed_config"] = {"zero_optimization": {"stage": int(stage)}}
+            options["deepspeed_config"] = {"zero_optimization": zero}
         trainer = build_trainer(vae, folder / quantizer, apply_grad_penalty_every=3, num_workers=0, **options)
         trainer.train_step()  # DDP makes its buckets anew after the first step, and this one logs
         trainer.train_step()
@@ -103,10 +104,10 @@ def ranks(backend: str, stage: str, quantizers: list[str], folder: Path) -> dict
     return results
 
 
-def measure(backend: str, stage: str = "-", quantizers: str = "lfq,vq") -> dict[str, Any]:
+def measure(backend: str, zero: dict[str, Any], quantizers: str = "lfq,vq") -> dict[str, Any]:
     """Start two ranks and give what rank 0 counted, by quantizer."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["-m", "benchmarks.traffic", backend, stage, quantizers, folder]
+        arguments = ["-m", "benchmarks.traffic", backend, json.dumps(zero), quantizers, folder]
         return run_json(torchrun(arguments))
 
 
@@ -117,19 +118,31 @@ def total(counted: dict[str, dict[str, float]]) -> float:
 
 def run(quick: bool = False) -> list[Row]:
     """Rows of the table."""
-    runtimes = [("accelerate", "-"), ("deepspeed", "0"), ("deepspeed", "1"), ("deepspeed", "2")]
+    zero_1 = {"stage": 1, "use_multi_rank_bucket_allreduce": False}
+    zero_2 = {"stage": 2, "use_multi_rank_bucket_allreduce": False}
+    runtimes = [
+        ("accelerate", {}),
+        ("deepspeed", {"stage": 0}),
+        ("deepspeed", {"stage": 1}),
+        ("deepspeed", zero_1),
+        ("deepspeed", {"stage": 2}),
+        ("deepspeed", zero_2),
+    ]
     rows = []
-    for backend, stage in runtimes[:1] if quick else runtimes:
-        for quantizer, result in measure(backend, stage).items():
+    for backend, zero in runtimes[:1] if quick else runtimes:
+        for quantizer, result in measure(backend, zero).items():
             expected = result["expected"]
             needed = sum(expected.values()) - expected["adaptive weight"]
             calls = ", ".join(
                 f"{value['calls']:.0f} {name} {value['bytes']:,.0f}" for name, value in result["counted"].items()
             )
             parts = ", ".join(f"{name} {size:,}" for name, size in expected.items())
-            # ZeRO 2 keeps no whole gradient to accumulate in, so it exchanges on each micro-batch by design
-            target = TOLERANCE if (backend, stage) != ("deepspeed", "2") else None
-            name = backend + (f" ZeRO {stage}" if backend == "deepspeed" else "")
+            # ZeRO 2 keeps no whole gradient to accumulate in, so it exchanges on each micro-batch by design; and by
+            # DeepSpeed's default ZeRO 1 and 2 reduce whole gradients to every rank and gather the weights as well
+            bounded = zero.get("stage", 0) == 0 or zero == zero_1
+            target = TOLERANCE if bounded else None
+            name = backend + (f" ZeRO {zero['stage']}" if zero else "")
+            name += " without use_multi_rank_bucket_allreduce" if len(zero) > 1 else ""
             what = f"{name}, {quantizer}: bytes exchanged / (parameters + codebook statistics)"
             detail = f"bytes of {calls}; needed: {parts}"
             rows.append(Row(what, total(result["counted"]) / needed, at_most=target, detail=detail))
@@ -137,4 +150,4 @@ def run(quick: bool = False) -> list[Row]:
 
 
 if __name__ == "__main__":
-    ranks(sys.argv[1], sys.argv[2], sys.argv[3].split(","), Path(sys.argv[4]))
+    ranks(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3].split(","), Path(sys.argv[4]))

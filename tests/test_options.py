@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from PIL import Image
 from scenarios import SmallFeatures, build_trainer, build_vae, train_steps
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from vqdist import UserError, VQGanVAE, VQGanVAETrainer
+from vqdist.data import loader
 from vqdist.models import perceptual
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
 from vqdist.models.vqgan import ResidualBlock
@@ -167,31 +170,41 @@ def on_bad_image(tmp_path, capsys):
     assert f"skipped an image that cannot be decoded: {images}/broken.png" in capsys.readouterr().err
 
 
-@case
-def num_workers(tmp_path):
-    in_process, worker = (build_trainer(tmp_path / str(n), num_workers=n) for n in (0, 1))
-    assert torch.equal(images_of(in_process), images_of(worker))
-    assert not hasattr(in_process._batches, "_workers")
-    assert len(worker._batches._workers) == 1
+@pytest.fixture
+def loaders(monkeypatch) -> list[DataLoader]:
+    """The loaders that are made from here on."""
+    made = []
+
+    class Noted(DataLoader):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(loader, "DataLoader", Noted)
+    return made
 
 
 @case
-def prefetch_factor(tmp_path):
+def num_workers(tmp_path, loaders):
+    in_process, worker = (images_of(build_trainer(tmp_path / str(n), num_workers=n)) for n in (0, 1))
+    assert torch.equal(in_process, worker)
+    assert [made.num_workers for made in loaders] == [0, 1]
+
+
+@case
+def prefetch_factor(tmp_path, loaders):
     for factor in (1, 5):
-        trainer = build_trainer(tmp_path / str(factor), num_workers=1, prefetch_factor=factor)
-        images_of(trainer)
-        assert trainer._batches._prefetch_factor == factor
+        images_of(build_trainer(tmp_path / str(factor), num_workers=1, prefetch_factor=factor))
+    assert [made.prefetch_factor for made in loaders] == [1, 5]
 
 
 @case
-def pin_memory(tmp_path):
-    asked = {given: build_trainer(tmp_path / str(given), pin_memory=given) for given in (None, True, False)}
-    on_gpu = torch.cuda.is_available()
-    assert {given: trainer._train_loader().pin_memory for given, trainer in asked.items()} == {
-        None: on_gpu,
-        True: True,
-        False: False,
-    }
+def pin_memory(tmp_path, loaders):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no accelerator is found")
+        for given in (None, True, False):
+            images_of(build_trainer(tmp_path / str(given), pin_memory=given))
+    assert [made.pin_memory for made in loaders] == [torch.cuda.is_available(), True, False]
 
 
 @case

@@ -174,3 +174,11 @@ def test_files_that_are_no_weights_are_named(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="it holds a list"):
         PerceptualLoss.build(tmp_path / "list.pth")
+
+
+def test_an_image_size_below_what_vgg16_needs_is_refused_before_anything_is_loaded():
+    from vqdist import VQGanVAE
+
+    vae = VQGanVAE(dim=16, layers=2, discr_layers=1, codebook_size=64, perceptual="/no/such/file.pth")
+    with pytest.raises(UserError, match="image_size 8 is too small for the perceptual loss, whose VGG16 needs 16"):
+        vae.check_image_size(8)

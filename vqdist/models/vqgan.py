@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vqdist import losses
 from vqdist.errors import UserError
 from vqdist.models.discriminator import PatchDiscriminator
-from vqdist.models.perceptual import PerceptualLoss
+from vqdist.models.perceptual import MIN_IMAGE_SIZE, PerceptualLoss
 from vqdist.models.quantizers import Quantizer, build_quantizer
 
 
@@ -217,6 +217,7 @@ class VQGanVAE(
         self._perceptual_loss: list[PerceptualLoss | None] = []  # in a list, so that it is never part of this module
         if vgg is not None:
             self._perceptual_loss.append(PerceptualLoss(vgg) if use_vgg_and_gan else None)
+        self._min_image_size = MIN_IMAGE_SIZE if vgg is None and self.perceptual != "none" else 0
         self.autoencoder = VQAutoencoder(
             channels=channels,
             dims=dims,
@@ -258,6 +259,11 @@ class VQGanVAE(
 
     def check_image_size(self, size: int) -> None:
         """Raise `UserError` if square images of this side (in pixels) cannot be trained on."""
+        if size < self._min_image_size:
+            raise UserError(
+                f"image_size {size} is too small for the perceptual loss, whose VGG16 needs {self._min_image_size}; use "
+                "perceptual none"
+            )
         if size % self.stride or size < self.stride:
             below = size - size % self.stride
             near = " or ".join(str(side) for side in (below, below + self.stride) if side > 0)

@@ -81,7 +81,7 @@ class TrainerConfig(DataConfig):
     dist_timeout: float = 10.0
     """Minutes that a process waits for another before it gives up."""
     seed: int = 0
-    """Seed of initial weights, data order, augmentation and training noise."""
+    """Seed of data order, augmentation and training noise; on the command line of the initial weights too."""
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot work, whatever the machine."""
