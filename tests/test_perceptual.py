@@ -181,4 +181,4 @@ def test_an_image_size_below_what_vgg16_needs_is_refused_before_anything_is_load
 
     vae = VQGanVAE(dim=16, layers=2, discr_layers=1, codebook_size=64, perceptual="/no/such/file.pth")
     with pytest.raises(UserError, match="image_size 8 is too small for the perceptual loss, whose VGG16 needs 16"):
-        vae.check_image_size(8)
+        vae.check_training_size(8)

@@ -337,13 +337,13 @@ def test_the_perceptual_network_is_no_part_of_the_model():
             lambda vae: build(use_gan=False)(pixels(), return_discr_loss=True),
             r"^return_discr_loss is set but this model has no discriminator; build it with use_gan=True$",
         ),
-        (lambda vae: vae.check_image_size(30), r"^image_size 30 is not a multiple of 4 .*; try 28 or 32$"),
+        (lambda vae: vae.check_training_size(30), r"^image_size 30 is not a multiple of 4 .*; try 28 or 32$"),
         (
-            lambda vae: vae.check_image_size(4),
+            lambda vae: vae.check_training_size(4),
             r"^image_size 4 is too small for discr_layers 2, .*use discr_layers 1 or",
         ),
         (
-            lambda vae: build(layers=1).check_image_size(2),
+            lambda vae: build(layers=1).check_training_size(2),
             r"^image_size 2 is too small .*at least 8; use use_gan false$",
         ),
     ],
@@ -357,10 +357,10 @@ def test_a_mistake_is_one_line(call, message):
 @pytest.mark.parametrize("discr_layers, smallest", [(1, 4), (2, 8), (3, 16)])
 def test_the_smallest_image_of_the_discriminator(discr_layers, smallest):
     model = build(layers=1, discr_layers=discr_layers)
-    model.check_image_size(smallest)
+    model.check_training_size(smallest)
     assert model.discriminator(pixels(height=smallest, width=smallest)).shape == (2, 1, 1, 1)
     with pytest.raises(UserError, match="too small"):
-        model.check_image_size(smallest - 2)
+        model.check_training_size(smallest - 2)
 
 
 @pytest.mark.parametrize("player", ["return_loss", "return_discr_loss"])

@@ -217,7 +217,7 @@ class VQGanVAE(
         self._perceptual_loss: list[PerceptualLoss | None] = []  # in a list, so that it is never part of this module
         if vgg is not None:
             self._perceptual_loss.append(PerceptualLoss(vgg) if use_vgg_and_gan else None)
-        self._min_image_size = MIN_IMAGE_SIZE if vgg is None and self.perceptual != "none" else 0
+        self._min_perceptual_size = MIN_IMAGE_SIZE if vgg is None and self.perceptual != "none" else 0
         self.autoencoder = VQAutoencoder(
             channels=channels,
             dims=dims,
@@ -258,24 +258,28 @@ class VQGanVAE(
         return self.autoencoder.last_layer.weight.device
 
     def check_image_size(self, size: int) -> None:
-        """Raise `UserError` if square images of this side (in pixels) cannot be trained on."""
-        if size < self._min_image_size:
-            raise UserError(
-                f"image_size {size} is too small for the perceptual loss, whose VGG16 needs {self._min_image_size}; use "
-                "perceptual none"
-            )
+        """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
         if size % self.stride or size < self.stride:
             below = size - size % self.stride
             near = " or ".join(str(side) for side in (below, below + self.stride) if side > 0)
             raise UserError(
                 f"image_size {size} is not a multiple of {self.stride} (2 ** {self.layers} layers); try {near}"
             )
+
+    def check_training_size(self, size: int) -> None:
+        """As `check_image_size`, and for the networks that are needed for training only."""
+        self.check_image_size(size)
         if self.discriminator is not None and size < self.discriminator.min_image_size:
             layers = size.bit_length() - 2
             fewer = f"discr_layers {layers} or " if layers > 0 else ""
             raise UserError(
                 f"image_size {size} is too small for discr_layers {self.discriminator.layers}, which needs at least "
                 f"{self.discriminator.min_image_size}; use {fewer}use_gan false"
+            )
+        if size < self._min_perceptual_size:
+            raise UserError(
+                f"image_size {size} is too small for the perceptual loss, whose VGG16 needs "
+                f"{self._min_perceptual_size}; use perceptual none"
             )
 
     def get_encoded_fmap_size(self, image_size: int) -> int:

@@ -79,7 +79,7 @@ class VQGanVAETrainer(Trainer):
     def check_model(self) -> None:
         if not isinstance(self.model, VQGanVAE):
             raise UserError(f"the model is a {type(self.model).__name__}; VQGanVAETrainer trains a VQGanVAE")
-        self.model.check_image_size(self.config.image_size)
+        self.model.check_training_size(self.config.image_size)
         self.model.perceptual_loss()  # missing weights are found out here
 
     def build_engines(self) -> dict[str, Engine]:
