@@ -63,10 +63,20 @@ def gradient_penalty(
     (image,) = _at_least_float32(image)
     with torch.enable_grad(), _no_autocast(image):
         image = image.detach().requires_grad_()
-        logits = discriminator(image)
-        (gradient,) = torch.autograd.grad(logits, image, torch.ones_like(logits), create_graph=True)
-        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-        return weight * (norm - 1).square().mean()
+        return gradient_penalty_of_logits(discriminator(image), image, weight)
+
+
+def gradient_penalty_of_logits(logits: Tensor, image: Tensor, weight: float = 10.0) -> Tensor:
+    """As `gradient_penalty`, of logits that were computed already: saves a forward where they are needed anyway.
+
+    Args:
+        logits: (b, ...), the discriminator's for `image`.
+        image: (b, c, h, w), which the logits were computed from with `requires_grad`.
+        weight: of the penalty.
+    """
+    (gradient,) = torch.autograd.grad(logits, image, torch.ones_like(logits), create_graph=True)
+    norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return weight * (norm - 1).square().mean()
 
 
 @torch.no_grad()

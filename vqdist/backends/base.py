@@ -24,9 +24,12 @@ class Engine(ABC):
     Attributes:
         module: the bare network, for state dicts, EMA and parameter counts. Training through it skips the exchange of
             gradients; use the engine itself.
+        double_backward: whether gradients of gradients may be taken through this engine's outputs, as a gradient
+            penalty does; where not, the penalty goes through `module`, in one backward with the rest.
     """
 
     module: nn.Module
+    double_backward: bool
 
     @abstractmethod
     def __call__(self, *args, **kwargs):

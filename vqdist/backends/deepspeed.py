@@ -79,6 +79,7 @@ class DeepSpeedEngine(Engine):
         self.precision = precision
         self.module = engine.module
         self.zero_stage = engine.zero_optimization_stage()
+        self.double_backward = False  # its output hooks raise, or at stage 1 give wrong weights without a word
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)

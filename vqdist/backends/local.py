@@ -64,6 +64,7 @@ class TorchEngine(Engine):
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self.grad_accum_every = grad_accum_every
         self.precision = precision
+        self.double_backward = precision == "fp32"  # a penalty is float32 under every precision
 
     def __call__(self, *args, **kwargs):
         with autocast_for(self.backend.device, self.precision):

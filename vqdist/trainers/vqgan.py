@@ -168,17 +168,26 @@ class VQGanVAETrainer(Trainer):
 
     def discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss on real and reconstructed images (b, c, h, w), and the numbers to log."""
-        real, fake = self.discriminator(torch.cat([image, recon.to(image.dtype)])).chunk(2)
+        every = self.config.apply_grad_penalty_every
+        penalised = bool(every) and self.step % every == 0
+        if penalised and self.discriminator.double_backward:
+            image = image.detach().requires_grad_()  # its logits serve the loss and the penalty
+            real, fake = self.discriminator(image), self.discriminator(recon.to(image.dtype))
+        else:
+            real, fake = self.discriminator(torch.cat([image, recon.to(image.dtype)])).chunk(2)
         loss = self.model.discriminator_loss(real, fake)
         numbers = {"discr_loss": loss, "real_logits": mean_logit(real), "fake_logits": mean_logit(fake)}
-        every = self.config.apply_grad_penalty_every
-        if every and self.step % every == 0:
-            # through the bare network, in one backward with the loss above: the only way that is right on every
-            # backend
-            penalty = losses.gradient_penalty(self.discriminator.module, image, weight=self.config.grad_penalty_weight)
-            numbers["gradient_penalty"] = penalty
-            loss = loss + penalty
+        if penalised:
+            numbers["gradient_penalty"] = self.gradient_penalty(real, image)
+            loss = loss + numbers["gradient_penalty"]
         return loss, numbers
+
+    def gradient_penalty(self, logits: Tensor, image: Tensor) -> Tensor:
+        """The penalty at real images (b, c, h, w), 0-d; added to the loss, as DDP allows one backward only."""
+        weight = self.config.grad_penalty_weight
+        if self.discriminator.double_backward:
+            return losses.gradient_penalty_of_logits(logits, image, weight)
+        return losses.gradient_penalty(self.discriminator.module, image, weight)
 
     @property
     def discr_lr(self) -> float:
