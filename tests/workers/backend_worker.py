@@ -131,7 +131,8 @@ def main() -> None:
     name, stage, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     backend = {"backend": name}
     if name == "deepspeed":
-        backend["deepspeed_config"] = {"zero_optimization": {"stage": int(stage)}}
+        shipped = Path(__file__).parents[2] / "deepspeed_configs" / f"zero{stage}.json"
+        backend["deepspeed_config"] = str(shipped) if stage != "0" else None
     results: dict = {}
     parity(backend, folder, results)
     bf16(backend, folder, results)
