@@ -20,9 +20,10 @@ PATHS = {
 TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 
 # What each part may import of vqdist, besides itself; `cli -> trainers -> {...} -> leaves`.
-LEAVES = {"vqdist.errors", "vqdist.version"}
+LEAVES = {"vqdist.errors", "vqdist.files", "vqdist.version"}
 PARTS = {
     "vqdist.errors": set(),
+    "vqdist.files": {"vqdist.errors"},
     "vqdist.version": set(),
     "vqdist.seeding": LEAVES,
     "vqdist.schedules": LEAVES,

@@ -18,6 +18,7 @@ from typing import Any
 
 from vqdist.backends.base import Backend
 from vqdist.errors import UserError
+from vqdist.files import read_json
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -120,7 +121,9 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or one that was never finished")
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
+    if not {"files", "step"} <= manifest.keys():
+        raise UserError(f"{folder / MANIFEST} is not the manifest of a checkpoint; remove {folder}")
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vqdist.errors import RanksDiverged, UserError
+from vqdist.files import read_json
 from vqdist.version import __version__
 
 # short names of the options that every run has
@@ -32,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # `deepspeed` hands each process its rank as an argument as well as in the environment
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
     if arguments[0] == "--version":
@@ -44,8 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, RanksDiverged) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("vqdist: interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+        print(
+            "vqdist: interrupted; the same command resumes from the newest checkpoint, if there is one",
+            file=sys.stderr,
+        )
         return 130
+    except BrokenPipeError:  # whoever read standard output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a full disk, a folder that may not be read: the system's words name it
+        return _fail(str(error))
 
 
 def _overview() -> str:
@@ -63,8 +74,14 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+    """The known names that are most like this one, also by their last part: `lr` is near `trainer.lr`."""
+    known = [option for option in known if option != "help"]
+    ends = {option.rpartition(".")[2]: option for option in known}
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close += [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=3, cutoff=0.6)]
+    if close:
+        return f"nearest: {', '.join(dict.fromkeys(close))}"
+    return f"known: {', '.join(known)}" if len(known) < 10 else "see --help"
 
 
 def _fail(message: str) -> int:
@@ -76,6 +93,8 @@ def _fail(message: str) -> int:
         print(f"vqdist: error: {message}", file=sys.stderr)
     elif _in_process_group():
         print(f"vqdist: error: rank {rank}: {message}", file=sys.stderr)
+    else:
+        time.sleep(2)  # a launcher ends the others when one exits: rank 0 first says what is wrong
     return 2
 
 
@@ -102,6 +121,7 @@ def train(arguments: list[str]) -> int:
 def train_parser():
     """The options of `vqdist train vqgan`, derived from `VQGanVAE` and `VQGanTrainerConfig`."""
     import dataclasses
+    from argparse import SUPPRESS
 
     from vqdist.data.config import DataConfig
     from vqdist.models.vqgan import VQGanVAE
@@ -114,9 +134,15 @@ def train_parser():
         kind = int if name == "seed" else str if name == "backend" else str | None
         default = None if name == "results_folder" else top[name].default
         parser.add_argument(f"--{option}", type=kind, default=default, help=_field_doc(VQGanTrainerConfig, name))
+    parser.usage = "vqdist train vqgan --data IMAGES --image_size PIXELS --out RUN [options]"
     parser.add_class_arguments(DataConfig, "data", help="The images (short: --data, --image_size, --on_bad_image)")
     parser.add_class_arguments(VQGanVAE, "model", skip={"vgg", "kwargs"}, help="The networks and their losses")
     parser.add_class_arguments(VQGanTrainerConfig, "trainer", skip={*data, *TOP_LEVEL}, help="The training")
+    for (
+        action
+    ) in parser._actions:  # `--data FILE` and the like: `--config` reads files, and --data is short for the folder
+        if action.dest in ("data", "model", "trainer"):
+            action.help = SUPPRESS
     return parser
 
 
@@ -167,12 +193,21 @@ def _print_summary(trainer, numbers: dict[str, float]) -> None:
 
 def evaluate(arguments: list[str]) -> int:
     """Measure a tokenizer's reconstructions of a set of images; one JSON object on standard output."""
+    from vqdist.backends import create_backend
     from vqdist.evaluation import evaluate_reconstruction
 
     parser = _run_parser("vqdist evaluate", "Measure a run's reconstructions over all images of --data.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images per batch of one process.")
+    parser.add_argument("--num_workers", type=int, default=0, help="Loader processes of each rank.")
+    parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
     options = _parse(parser, arguments)
+    if options.batch_size < 1 or options.num_workers < 0:
+        raise UserError(
+            f"batch_size {options.batch_size} and num_workers {options.num_workers} are not possible; they must be at "
+            "least 1 and 0"
+        )
     vae, dataset, image_size = _open_run(options)
-    backend = _evaluation_backend(options)
+    backend = create_backend(options.backend)
     vae.to(backend.device)
     batches = _batches(dataset, options, backend)
     numbers = evaluate_reconstruction(vae.autoencoder, batches, backend, image_size=image_size)
@@ -197,7 +232,12 @@ def reconstruct(arguments: list[str]) -> int:
     count = min(options.num_images, len(dataset))
     if count < 1:
         raise UserError(f"num_images {options.num_images} is not possible; it must be at least 1")
-    images = torch.stack([dataset.fetch(0, index)[0] for index in range(count)])
+    if options.out.suffix.lower() != ".png":
+        raise UserError(f"--out {options.out} is not the name of a PNG file; give one that ends in .png")
+    images, skipped = zip(*(dataset.fetch(0, index) for index in range(count)), strict=True)
+    images = torch.stack(images)
+    for name in sum(skipped, ()):
+        print(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
     save_sheet(torch.stack([images, reconstruct_images(vae.autoencoder, images)], dim=1), options.out)
     print(options.out)
     return 0
@@ -209,14 +249,14 @@ def _run_parser(program: str, description: str):
     parser.add_argument("run", type=str, help="Run folder, or a folder that save_pretrained wrote.")
     parser.add_argument("--data.folder", type=str, required=True, help="Images, as for train (short: --data).")
     parser.add_argument(
-        "--data.image_size", type=int | None, default=None, help="Side in pixels (short: --image_size); the run's."
+        "--data.image_size",
+        type=int | None,
+        default=None,
+        help="Side in pixels (short: --image_size); by default the run's.",
     )
     parser.add_argument(
         "--data.on_bad_image", type=str, default="raise", help="`raise` or `skip` (short: --on_bad_image)."
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="Images per batch of one process.")
-    parser.add_argument("--num_workers", type=int, default=0, help="Loader processes.")
-    parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
     return parser
 
 
@@ -233,7 +273,8 @@ def _open_run(options):
         raise UserError(
             f"{run} has no export/ with config.json and model.safetensors; train it to its first checkpoint"
         )
-    image_size = options.data.image_size or _trained_image_size(run)
+    image_size = options.data.image_size
+    image_size = _trained_image_size(run) if image_size is None else image_size
     vae = VQGanVAE.from_pretrained(folder)
     vae.check_image_size(image_size)
     dataset = ImageDataset(
@@ -247,17 +288,11 @@ def _open_run(options):
 
 
 def _trained_image_size(run: Path) -> int:
-    if not (run / "config.json").is_file() or "trainer" not in (
-        content := json.loads((run / "config.json").read_text())
-    ):
+    path = run / "config.json"
+    content = read_json(path) if path.is_file() else {}
+    if "image_size" not in content.get("trainer", {}):
         raise UserError(f"{run} does not say on which image size it was trained; give --image_size")
     return content["trainer"]["image_size"]
-
-
-def _evaluation_backend(options):
-    from vqdist.backends import create_backend
-
-    return create_backend(options.backend)
 
 
 def _batches(dataset, options, backend):
@@ -311,15 +346,25 @@ def _parse(parser, arguments: list[str]):
     from jsonargparse import ArgumentError
 
     known = [action.dest for action in parser._actions]
-    arguments = [_unaliased(argument) for argument in arguments]
+    arguments = _configurations_first([_unaliased(argument) for argument in arguments])
     for argument in arguments:
         option = argument.split("=")[0]
         if option.startswith("--") and not _is_known(option[2:], known):
             raise UserError(f"there is no option {option}; {_nearest(option[2:], known)}")
     try:
         return parser.parse_args(arguments)
-    except ArgumentError as error:
+    except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(_one_line(str(error), known)) from error
+
+
+def _configurations_first(arguments: list[str]) -> list[str]:
+    """`--config FILE` before all else, so that the command line goes before the file wherever it stands."""
+    first, rest = [], list(arguments)
+    while (place := next((i for i, a in enumerate(rest) if a.split("=")[0] == "--config"), None)) is not None:
+        length = 1 if "=" in rest[place] else 2
+        first += rest[place : place + length]
+        del rest[place : place + length]
+    return [*first, *rest]
 
 
 def _is_known(option: str, known: list[str]) -> bool:
@@ -340,8 +385,11 @@ def _one_line(message: str, known: list[str]) -> str:
     import re
 
     message = " ".join(message.split())
+    for short, option in ALIASES.items():  # people know the short names
+        message = message.replace(f'"{option[2:]}"', short).replace(f"'{option[2:]}'", short)
     for pattern in (
         r"[Gg]roup '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'",
+        r"(?P<group>)Option '(?P<name>[\w.]+)' is not accepted",
         r"(?P<group>)[Kk]ey '(?P<name>[\w.]+)' is not expected",
         r"(?P<group>)Unrecognized arguments: --(?P<name>[\w.]+)",
     ):

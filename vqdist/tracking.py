@@ -53,9 +53,12 @@ class Tracker:
         if "wandb" in trackers:
             import wandb
 
-            self.wandb = wandb.init(
-                project="vqdist", dir=str(folder), config=config, id=_run_id(folder), resume="allow"
-            )
+            options = {"project": "vqdist", "dir": str(folder), "id": _run_id(folder), "resume": "allow"}
+            try:
+                self.wandb = wandb.init(config=config, **options)
+            except Exception as error:  # no key, no network, a setting that it does not take: of many types
+                reason = " ".join(str(error).split())
+                raise UserError(f"wandb could not start ({reason}); log in, or set WANDB_MODE=offline") from error
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and tell the trackers. NaN and infinity become null: JSON has neither."""

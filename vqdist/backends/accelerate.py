@@ -7,6 +7,8 @@ both networks, its `zero_grad` does nothing on some micro-steps, and a prepared 
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import warnings
 from typing import Any
@@ -19,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vqdist.backends.base import Engine
-from vqdist.backends.distributed import DistributedBackend, group_timeout
+from vqdist.backends.distributed import DistributedBackend, group_timeout, require_address
 from vqdist.backends.local import TorchEngine
 from vqdist.errors import UserError
 
@@ -58,6 +60,7 @@ class AccelerateBackend(DistributedBackend):
         accelerate_kwargs: dict[str, Any] | None = None,
     ):
         accelerate_kwargs = dict(accelerate_kwargs or {})
+        require_address()
         _refuse_foreign_settings(accelerate_kwargs, precision)
         self.grad_accum_every = grad_accum_every
         self.precision = precision
@@ -108,6 +111,11 @@ class AccelerateBackend(DistributedBackend):
 
 def _refuse_foreign_settings(accelerate_kwargs: dict[str, Any], precision: str) -> None:
     """Two places must not say the same thing: settings of Accelerate that belong to the run are errors."""
+    known = inspect.signature(Accelerator).parameters
+    for key in accelerate_kwargs:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=3)
+            raise UserError(f"accelerate.Accelerator has no argument {key!r}; nearest: {', '.join(nearest) or 'none'}")
     for key, owner in OWNED_BY_THE_RUN.items():
         if key in accelerate_kwargs:
             raise UserError(f"accelerate_kwargs sets {key!r}, which belongs to the run; use {owner} instead")

@@ -9,7 +9,6 @@ tensors.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from vqdist.backends.build_ops import find_stale_lock, prepare_environment
 from vqdist.backends.distributed import DistributedBackend, group_timeout
 from vqdist.backends.local import autocast_for, frozen_weights
 from vqdist.errors import UserError
+from vqdist.files import read_json
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -116,7 +116,7 @@ class DeepSpeedEngine(Engine):
 
     def load(self, folder: Path) -> None:
         device = self.backend.device
-        self.module.load_state_dict(state.load_tensors(folder / state.WEIGHTS, device))
+        state.load_weights(self.module, folder / state.WEIGHTS, device)
         tensors = state.load_tensors(folder / state.OPTIMIZER, device)
         if self.zero_stage == 0:
             state.load_optimizer_tensors(self.module, self.engine.basic_optimizer, tensors)
@@ -241,8 +241,11 @@ def read_config(config: str | dict | None) -> dict[str, Any]:
     if not isinstance(zero, dict):
         raise UserError(f'{where}: zero_optimization is {zero!r}; an object is expected, as {{"stage": 2}}')
     _refuse_unknown_keys(zero, _known_zero_keys(), f"{where}: zero_optimization")
-    if zero.get("stage", 0) not in (0, 1, 2):
+    stage = zero.get("stage", 0)
+    if stage == 3:
         raise UserError(f"{where}: {ZERO_3}")
+    if stage not in (0, 1, 2):
+        raise UserError(f"{where}: zero_optimization.stage is {stage!r}; use 0, 1 or 2")
     for key in ("offload_optimizer", "offload_param"):
         if key in zero:
             raise UserError(f"{where}: {OFFLOAD.format(key=key)}")
@@ -252,13 +255,7 @@ def read_config(config: str | dict | None) -> dict[str, Any]:
 def _read_json(path: Path, where: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{where} is not a file; the shipped ones are in deepspeed_configs/")
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where} holds a {type(content).__name__}; a JSON object is expected")
-    return content
+    return read_json(path)
 
 
 def _known_zero_keys() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
@@ -65,6 +66,16 @@ class DistributedBackend(Backend):
                 value = tensor.detach().contiguous()
                 dist.broadcast(value, src=0)
                 tensor.copy_(value)
+
+
+def require_address() -> None:
+    """Several processes must know where to meet; launchers say it in MASTER_ADDR and MASTER_PORT."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size_of_launcher() > 1 and missing:
+        raise UserError(
+            f"the environment says {world_size_of_launcher()} processes but not {' and '.join(missing)}; start with "
+            "torchrun, or unset WORLD_SIZE for one process"
+        )
 
 
 def group_timeout(minutes: float) -> timedelta:

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import os
 
+from vqdist.errors import UserError
+
 WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
 def _first_integer(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None:
+        return default
+    if not os.environ[name].isdecimal():
+        raise UserError(f"the environment says {name}={os.environ[name]}, which is no number; unset it")
+    return int(os.environ[name])
 
 
 def started_by_launcher() -> bool:

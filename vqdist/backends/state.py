@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqdist.errors import UserError
+from vqdist.files import follow_umask
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -26,14 +28,31 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share storage (a codebook shared by residual levels): each name gets its own
     # copy
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(own, path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written ({error}); the checkpoints before it are whole") from error
+    follow_umask(path)
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Read the named tensors of one safetensors file onto the device."""
     if not path.is_file():
         raise UserError(f"{path} is missing; this is not a checkpoint of this trainer")
-    return load_file(path, device=str(device))
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
+def load_weights(module: nn.Module, path: Path, device: torch.device | str = "cpu") -> None:
+    """Fill a network with the tensors of one safetensors file."""
+    try:
+        module.load_state_dict(load_tensors(path, device))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:40])
+        raise UserError(f"{path} holds another network than this configuration builds: {reason} ...") from error
 
 
 def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

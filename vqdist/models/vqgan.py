@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from vqdist import losses
 from vqdist.errors import UserError
+from vqdist.files import follow_umask
 from vqdist.models.discriminator import PatchDiscriminator
 from vqdist.models.perceptual import MIN_IMAGE_SIZE, PerceptualLoss
 from vqdist.models.quantizers import Quantizer, build_quantizer
@@ -390,7 +392,9 @@ class VQGanVAE(
                 raise UserError(f"image side {size} is not a multiple of {self.stride} (2 ** {self.layers} layers)")
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_model(_OnlyAutoencoder(self.autoencoder), str(save_directory / "model.safetensors"))
+        path = save_directory / "model.safetensors"
+        save_model(_OnlyAutoencoder(self.autoencoder), str(path))
+        follow_umask(path)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VQGanVAE:
@@ -414,13 +418,13 @@ class VQGanVAE(
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints while it loads
                 model = super().from_pretrained(name, **kwargs)
-        except (OSError, TypeError) as error:  # TypeError: of a repository without config.json, the mixin has no `dim`
-            if path.is_dir():
-                raise
-            raise UserError(
-                f"{name} is no folder here, and no model of that name was found on the Hugging Face Hub "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+        except UserError:
+            raise
+        except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            found = "holds no model that can be loaded"
+            if not path.is_dir():  # TypeError: of a repository without config.json, the mixin has no `dim`
+                found = "is no folder here, and no model of that name was found on the Hugging Face Hub"
+            raise UserError(f"{name} {found} ({' '.join(str(error).split()[:30])})") from error
         return model.eval()
 
     @classmethod
@@ -452,6 +456,8 @@ def _check_shape_options(dim: int, channels: int, layers: int, groups: int, firs
         raise UserError(f"channels {channels} is not possible; use 1 (grey), 3 (colour) or 4 (colour and alpha)")
     if layers < 1:
         raise UserError(f"layers {layers} is not possible; at least one halving of the resolution is needed")
+    if groups < 1:
+        raise UserError(f"encdec_resnet_groups {groups} is not possible; it must be at least 1")
     if dim < groups or dim % groups:
         raise UserError(
             f"dim {dim} is not a multiple of encdec_resnet_groups {groups}; try {max(groups, dim - dim % groups)}"
@@ -462,6 +468,8 @@ def _check_shape_options(dim: int, channels: int, layers: int, groups: int, firs
 
 def _layer_mults(mults: list[int] | None, layers: int) -> list[int]:
     mults = [2**layer for layer in range(layers)] if mults is None else list(mults)
+    if any(mult < 1 for mult in mults):
+        raise UserError(f"encdec_layer_mults {mults} is not possible; each must be at least 1")
     if len(mults) != layers:
         raise UserError(f"encdec_layer_mults has {len(mults)} numbers; layers {layers} needs {layers}")
     return mults
@@ -469,6 +477,8 @@ def _layer_mults(mults: list[int] | None, layers: int) -> list[int]:
 
 def _blocks_per_layer(blocks: int | list[int], layers: int) -> list[int]:
     blocks = [*[0] * (layers - 1), blocks] if isinstance(blocks, int) else list(blocks)
+    if any(number < 0 for number in blocks):
+        raise UserError(f"encdec_num_resnet_blocks {blocks} is not possible; each must be at least 0")
     if len(blocks) != layers:
         raise UserError(f"encdec_num_resnet_blocks has {len(blocks)} numbers; layers {layers} needs {layers}")
     return blocks

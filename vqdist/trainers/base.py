@@ -26,6 +26,7 @@ from vqdist.checkpoint import MANIFEST, CheckpointStore, verify, write_atomicall
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
+from vqdist.files import read_json, write_json
 from vqdist.metrics import RunningMeans
 from vqdist.ranks import check_ranks_agree
 from vqdist.schedules import learning_rate
@@ -86,7 +87,7 @@ class Trainer(ABC):
         self.check_model()
         self.dataset, self.valid_dataset = self._open_data(dataset)
         self.split = self._split()
-        self.run_folder = Path(self.config.results_folder).expanduser()
+        self.run_folder = self._run_folder()
         self._refuse_other_configuration()
         check_trackers(self.config.trackers)
         self.backend = create_backend(
@@ -362,7 +363,7 @@ class Trainer(ABC):
                 problem = error
         if self.backend.any(problem is not None):
             raise problem or UserError(f"rank 0 cannot read {path}")
-        return json.loads((path / MANIFEST).read_text())
+        return read_json(path / MANIFEST)
 
     def _save_when_due(self) -> None:
         every = self.config.save_model_every
@@ -402,7 +403,10 @@ class Trainer(ABC):
         tensors = load_tensors(path / "ema.safetensors", self.device)
         self.ema.step.copy_(tensors.pop("ema_step"))
         self.ema.initted.copy_(tensors.pop("ema_initted"))
-        self.ema.ema_model.load_state_dict(tensors)
+        try:
+            self.ema.ema_model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"{path} holds the average of another network than this configuration builds") from error
 
     def _load_random_state(self, path: Path, info: dict[str, Any]) -> None:
         if info["world_size"] == self.backend.world_size:
@@ -433,9 +437,15 @@ class Trainer(ABC):
                 self.print(f"warning: {error}")
                 continue
             self.print(f"resumed {self.checkpoints.path(step)}: step {self.step} of {self.config.num_train_steps}")
+            if self.step > self.config.num_train_steps:
+                self.print(
+                    f"warning: this run is past num_train_steps {self.config.num_train_steps}; nothing is trained"
+                )
             return
         if damaged:
             raise UserError(f"no checkpoint of {self.run_folder} can be loaded; {damaged[0]}")
+        if (self.run_folder / "metrics.jsonl").exists():
+            self.print(f"warning: {self.run_folder} holds a run without a complete checkpoint; it starts at step 0")
 
     # ------------------------------------------------------------------------------------- set-up
 
@@ -463,16 +473,30 @@ class Trainer(ABC):
             )
         return split
 
+    def _run_folder(self) -> Path:
+        if not self.config.results_folder:
+            raise UserError("results_folder is empty; give the folder of the run")
+        folder, images = Path(self.config.results_folder).expanduser(), Path(self.config.folder or "").expanduser()
+        if self.config.folder and images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
+            raise UserError(
+                f"the run folder {folder} lies in the folder of the images, {images}: its pictures would be trained "
+                "on; give another one"
+            )
+        return folder
+
     def _resolved_configuration(self) -> dict[str, Any]:
         model = getattr(self.model, "_hub_mixin_config", None) or {}
-        return {"trainer": dataclasses.asdict(self.config), "model": model}
+        images = self.dataset.fingerprint()  # in place of their path, which may differ between machines
+        return {"trainer": dataclasses.asdict(self.config), "model": model, "data": {"images": images}}
 
     def _refuse_other_configuration(self) -> None:
         path = self.run_folder / "config.json"
         if not path.is_file() or self.config.allow_config_change:
             return
-        resolved = json.loads(json.dumps(self._resolved_configuration()))
-        lines = differing_keys(json.loads(path.read_text()), resolved)
+        before = read_json(path)
+        if not {"trainer", "model", "data"} <= before.keys():
+            raise UserError(f"{path} is not of a run of vqdist; give another run folder")
+        lines = differing_keys(before, json.loads(json.dumps(self._resolved_configuration())))
         if lines:
             raise UserError(
                 f"{self.run_folder} holds a run with another configuration ({'; '.join(lines)}); give another run "
@@ -481,12 +505,15 @@ class Trainer(ABC):
 
     def _check_shared_folder(self) -> None:
         """Rank 0 makes the run folder; every rank must see it, with the same data."""
+        problem = None
         if self.is_main:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            partial = self.run_folder / "config.json.partial"
-            partial.write_text(json.dumps(self._resolved_configuration(), indent=2))
-            partial.replace(self.run_folder / "config.json")
-        self.backend.barrier()
+            try:
+                self.run_folder.mkdir(parents=True, exist_ok=True)
+                write_json(self.run_folder / "config.json", self._resolved_configuration())
+            except OSError as error:
+                problem = UserError(f"the run folder {self.run_folder} cannot be written: {error.strerror}")
+        if self.backend.any(problem is not None):
+            raise problem or UserError(f"rank 0 cannot write the run folder {self.run_folder}")
         if self.backend.any(not (self.run_folder / "config.json").is_file()):
             raise UserError(f"{self.run_folder} is not visible to every process; use a folder on a shared file system")
         fingerprint = torch.tensor([int(self.dataset.fingerprint()[:15], 16)], device=self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -105,11 +106,20 @@ class TrainerConfig(DataConfig):
                 "right; use bf16 (same speed, no scaling) or fp32"
             )
         self.one_of("precision", PRECISIONS)
+        if not self.use_ema:
+            self.refuse_set("ema_beta", "ema_update_after_step", "ema_update_every", because="use_ema is false")
+
+    def refuse_set(self, *names: str, because: str) -> None:
+        """Raise `UserError` if one of these options was changed from its default, where it would not be read."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"{name} {getattr(self, name)} does nothing, because {because}; leave it out")
 
     def at_least(self, name: str, lowest: float) -> None:
         """Raise `UserError` if this option is below `lowest`; null passes where its type allows it."""
         value = getattr(self, name)
-        if not (self._may_be_null(name) if value is None else value >= lowest):
+        if not (self._may_be_null(name) if value is None else lowest <= value < math.inf):
             raise UserError(f"{name} {value} is not possible; it must be at least {lowest:g}")
 
     def above_zero(self, name: str) -> None:
@@ -132,7 +142,7 @@ FREE_TO_CHANGE = frozenset(
     [
         *("num_train_steps", "results_folder", "allow_config_change", "trackers", "log_every", "validate_every"),
         *("save_results_every", "num_images_save", "save_model_every", "keep_checkpoints", "check_ranks_every"),
-        *("num_workers", "prefetch_factor", "pin_memory", "on_bad_image"),
+        *("folder", "exts", "num_workers", "prefetch_factor", "pin_memory", "on_bad_image"),
         *("backend", "accelerate_kwargs", "deepspeed_config", "dist_timeout"),
         *("tf32", "channels_last", "fused_adam", "compile"),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -62,6 +62,10 @@ class VQGanTrainerConfig(TrainerConfig):
             self.at_least(name, 0)
 
 
+# all that the configuration adds to every trainer's is about the discriminator
+DISCRIMINATOR_OPTIONS = [f.name for f in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
+
+
 class VQGanVAETrainer(Trainer):
     """Trains a `VQGanVAE`; the generator's engine is its autoencoder, the discriminator's its discriminator.
 
@@ -81,6 +85,8 @@ class VQGanVAETrainer(Trainer):
             raise UserError(f"the model is a {type(self.model).__name__}; VQGanVAETrainer trains a VQGanVAE")
         self.model.check_training_size(self.config.image_size)
         self.model.perceptual_loss()  # missing weights are found out here
+        if self.model.discriminator is None:
+            self.config.refuse_set(*DISCRIMINATOR_OPTIONS, because="the model has no discriminator (use_gan)")
 
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
