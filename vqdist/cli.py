@@ -385,8 +385,10 @@ def _one_line(message: str, known: list[str]) -> str:
     import re
 
     message = " ".join(message.split())
-    for short, option in ALIASES.items():  # people know the short names
-        message = message.replace(f'"{option[2:]}"', short).replace(f"'{option[2:]}'", short)
+    if (required := re.search(r"arguments are required: (.*)", message)) is not None:
+        short = {option: name for name, option in ALIASES.items()}  # people know the short names
+        options = (f"--{name}" for name in required[1].split(", "))
+        return f"missing: {', '.join(short.get(option, option) for option in options)}"
     for pattern in (
         r"[Gg]roup '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'",
         r"(?P<group>)Option '(?P<name>[\w.]+)' is not accepted",

@@ -1,0 +1,163 @@
+"""What people do wrong with files and folders: each mistake ends with one line that helps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vqdist.cli import main
+
+SMALL = (
+    "train vqgan --data synthetic:40 --image_size 16 --data.num_workers 0 --model.dim 16 --model.layers 2 "
+    "--model.perceptual none --model.codebook_size 64 --model.discr_layers 2 --trainer.batch_size 8 "
+    "--trainer.num_train_steps 2 --out"
+).split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run, to be copied and broken."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert main([*SMALL, str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of the finished run."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def error_of(arguments: list[str], capsys) -> str:
+    """The last line on standard error of a command that must end with exit code 2 and without a traceback."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("vqdist: error: ") and not any(line.startswith("Traceback") for line in lines)
+    return lines[-1]
+
+
+def test_the_run_folder_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert "file cannot be written: File exists" in error_of([*SMALL, str(tmp_path / "file")], capsys)
+    assert "cannot be written: Not a directory" in error_of([*SMALL, str(tmp_path / "file" / "run")], capsys)
+
+
+def test_the_run_folder_lies_in_the_images(tmp_path, capsys):
+    for index in range(20):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    message = error_of([*SMALL, str(tmp_path / "run"), "--data", str(tmp_path)], capsys)
+    assert "lies in the folder of the images" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_changed_since_the_run_began(tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    for index in range(40):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(images / f"{index}.png")
+    assert main([*SMALL, str(out), "--data", str(images)]) == 0
+    images = images.rename(tmp_path / "moved")
+    assert main([*SMALL, str(out), "--data", str(images)]) == 0  # the same images elsewhere are the same images
+    (images / "7.png").unlink()
+    assert "data.images: " in error_of([*SMALL, str(out), "--data", str(images)], capsys)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"trainer": {}}'])
+def test_config_json_that_is_none(run, capsys, content):
+    (run / "config.json").write_text(content)
+    assert str(run / "config.json") in error_of([*SMALL, str(run)], capsys)
+    assert "config.json" in (message := error_of(["evaluate", str(run), "--data", "synthetic"], capsys)) or (
+        "give --image_size" in message
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_manifest_that_is_none(run, capsys, content):
+    (run / "checkpoints" / "step_00000002" / "manifest.json").write_text(content)
+    assert "no checkpoint of" in (message := error_of([*SMALL, str(run)], capsys)) and "manifest.json" in message
+
+
+def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_again(run, capsys):
+    shutil.rmtree(run / "checkpoints")
+    assert main([*SMALL, str(run)]) == 0
+    assert "holds a run without a complete checkpoint; it starts at step 0" in capsys.readouterr().err
+
+
+def test_another_network_under_the_same_flag(run, capsys):
+    message = error_of(
+        [*SMALL, str(run), "--model.dim", "32", "--trainer.allow_config_change", "true"],
+        capsys,
+    )
+    assert "holds another network than this configuration builds" in message and "size mismatch" in message
+
+
+def test_a_finished_run_with_fewer_steps_says_so(run, capsys):
+    assert main([*SMALL, str(run), "--trainer.num_train_steps", "1"]) == 0
+    assert "this run is past num_train_steps 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_evaluate_of_a_broken_export(run, capsys, name):
+    (run / "export" / name).write_bytes((run / "export" / name).read_bytes()[:40])
+    assert "holds no model that can be loaded" in error_of(["evaluate", str(run), "--data", "synthetic"], capsys)
+
+
+def test_files_are_readable_as_the_umask_says(finished):
+    umask_file = finished / "metrics.jsonl"
+    for name in ("export/model.safetensors", "checkpoints/step_00000002/ema.safetensors"):
+        assert (finished / name).stat().st_mode == umask_file.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "RUN", "--data", "synthetic", "--batch_size", "0"], "batch_size 0"),
+        (["evaluate", "RUN", "--data", "synthetic", "--num_workers", "-1"], "num_workers -1"),
+        (["evaluate", "RUN", "--data", "synthetic", "--image_size", "0"], "image_size 0 is not a multiple of 4"),
+        (["evaluate", "RUN"], "missing: --data"),
+        (["reconstruct", "RUN", "--data", "synthetic", "--out", "x.jpg"], "ends in .png"),
+        (["reconstruct", "RUN", "--data", "synthetic", "--num_images", "0"], "num_images 0"),
+        (["reconstruct", "RUN", "--data", "synthetic", "--batch_size", "4"], "there is no option --batch_size"),
+        ([*SMALL, "RUN", "--lr", "1"], "nearest: trainer.lr"),
+        ([*SMALL, "RUN", "--trainer.lr", ".inf"], "lr inf is not possible"),
+        ([*SMALL, "RUN", "--trainer.use_ema", "false", "--trainer.ema_beta", "0.9"], "because use_ema is false"),
+        ([*SMALL, "RUN", "--model.use_gan", "false", "--trainer.discr_lr", "1"], "the model has no discriminator"),
+        ([*SMALL, "RUN", "--model.encdec_resnet_groups", "0"], "encdec_resnet_groups 0"),
+        ([*SMALL, "RUN", "--model.encdec_layer_mults", "[0,1]"], "encdec_layer_mults [0, 1]"),
+        ([*SMALL, "RUN", "--model.encdec_num_resnet_blocks", "-1"], "encdec_num_resnet_blocks [0, -1]"),
+    ],
+)
+def test_values(run, capsys, arguments, message):
+    assert message in error_of([str(run) if word == "RUN" else word for word in arguments], capsys)
+
+
+def test_the_command_line_goes_before_the_file_wherever_it_stands(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    with pytest.raises(SystemExit):
+        main([*SMALL, "x", "--seed", "3", "--config", str(tmp_path / "config.yaml"), "--print_config"])
+    assert "seed: 3" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00binary")
+    error_of(["train", "vqgan", "--config", str(tmp_path / "config.yaml")], capsys)
+
+
+def test_an_environment_that_no_launcher_wrote(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE=two" in error_of([*SMALL, str(tmp_path / "run")], capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "but not MASTER_ADDR" in error_of([*SMALL, str(tmp_path / "run")], capsys)
+
+
+def test_accelerate_kwargs_with_a_typo(tmp_path, capsys):
+    arguments = [*SMALL, str(tmp_path / "run"), "--backend", "accelerate"]
+    kwargs = ["--trainer.accelerate_kwargs", json.dumps({"split_batch": True})]
+    assert "no argument 'split_batch'; nearest: split_batches" in error_of([*arguments, *kwargs], capsys)
