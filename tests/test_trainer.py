@@ -381,10 +381,11 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, saved):
     trainer.train_step()
     with torch.no_grad():
         trainer.generator.module.last_layer.bias.fill_(float("nan"))
-    newest = f"{tmp_path}/checkpoints/step_00000001" if saved else "none"
+    newest = f"the newest checkpoint is {tmp_path}/checkpoints/step_00000001: resume"
+    kept = newest if saved else "there is no checkpoint yet: start"
     with pytest.raises(
         UserError,
-        match=rf"recon_loss.* is not a number at step 2; the newest checkpoint is {newest}: resume with a lower lr or",
+        match=rf"recon_loss.* is not a number at step 2; {kept} with a lower lr or",
     ):
         trainer.train()
     assert trainer.checkpoints.steps() == ([1] if saved else [])

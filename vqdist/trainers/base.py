@@ -236,9 +236,12 @@ class Trainer(ABC):
             self._log(numbers)
         broken = [name for name, value in numbers.items() if name.endswith("loss") and value != value]
         if broken:
+            newest = self.checkpoints.latest()
+            kept = (
+                "there is no checkpoint yet: start" if newest is None else f"the newest checkpoint is {newest}: resume"
+            )
             raise UserError(
-                f"{', '.join(broken)} is not a number at step {self.step}; the newest checkpoint is "
-                f"{self.checkpoints.latest() or 'none'}: resume with a lower lr or max_grad_norm"
+                f"{', '.join(broken)} is not a number at step {self.step}; {kept} with a lower lr or max_grad_norm"
             )
 
     def _log(self, numbers: dict[str, float]) -> None:
