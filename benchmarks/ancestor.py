@@ -38,7 +38,7 @@ from vqdist.data.sources import SyntheticSource
 VERSION = "0.3.5"
 FOLDER = ROOT / ".venv-ancestor"
 MODEL = {"dim": 32, "layers": 4, "codebook_size": 1024}
-# environment of `steady memory`: glibc keeps freed memory up to 4 GiB, and takes none from outside its heap below 1 GiB
+# for steady memory: glibc keeps freed memory up to 4 GiB, and takes none from outside its heap below 1 GiB
 STEADY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 TARGETS = {"default": 1.3, "penalty on every step": 1.15}
 
@@ -183,8 +183,8 @@ def _row(label: str, name: str, target: float, launches: list[tuple[dict[str, Ti
     )
     sizes = launches[0][1]
     detail = (
-        f"{ours:.2f} against {theirs:.2f} steps/s; by launch {', '.join(f'{value:.2f}' for value in ratios)}; CPU time "
-        f"{cpu:.2f}; parameters {sizes['generator']:,} + {sizes['discriminator']:,} on both sides"
+        f"{ours:.2f} against {theirs:.2f} steps/s; by launch {', '.join(f'{value:.2f}' for value in ratios)}; CPU "
+        f"time {cpu:.2f}; parameters {sizes['generator']:,} + {sizes['discriminator']:,} on both sides"
     )
     what = f"{label}, {name}: vqdist / ancestor, steps per second"
     return Row(what, statistics.median(ratios), at_least=target, detail=detail)
