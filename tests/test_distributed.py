@@ -104,7 +104,7 @@ def test_one_process_resumes_what_two_saved(ranks, tmp_path, capsys):
 def test_each_network_exchanges_once_per_step(ranks):
     folder, results, name = ranks
     if name != "accelerate":
-        assert "exchanges" not in results  # counted in DDP; DeepSpeed's traffic is in test_traffic.py
+        assert "exchanges" not in results  # counted in DDP; `make bench` counts DeepSpeed's
         return
     for network, (calls, size) in results["exchanges"].items():
         assert calls == 1, f"{network}: {calls} exchanges in one step of 4 micro-batches"
