@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqdist.backends.local import LocalBackend
 from vqdist.evaluation import evaluate_reconstruction, reconstruct
-from vqdist.metrics import ReconstructionMetrics, RunningMeans, codebook_usage
+from vqdist.metrics import ReconstructionMetrics, RunningMeans, code_histogram, codebook_usage
 from vqdist.models.quantizers import build_quantizer
 
 
@@ -167,6 +167,13 @@ def test_usage_of_levels_is_averaged_over_them():
 
 def test_nothing_counted_is_no_division_by_zero():
     assert codebook_usage(torch.zeros(4, dtype=torch.int64)) == (0.0, 1.0)
+
+
+def test_histogram_counts_each_level_apart_and_leaves_dropped_levels_out():
+    indices = torch.tensor([[[[0, 2], [2, 2], [0, -1]]]])
+    counts = code_histogram(indices, codebook_size=3, num_levels=2)
+    assert counts.tolist() == [2, 0, 1, 0, 0, 2] and counts.dtype == torch.int64
+    assert code_histogram(torch.tensor([[[3, 3], [0, 1]]]), codebook_size=4).tolist() == [1, 1, 0, 2]
 
 
 def test_codes_are_counted_over_batches():

@@ -14,7 +14,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
 from vqdist.errors import UserError
-from vqdist.models.quantizers import DEFAULT_OPTIONS, QUANTIZERS, build_quantizer, code_histogram, float32_arithmetic
+from vqdist.models.quantizers import DEFAULT_OPTIONS, QUANTIZERS, build_quantizer, float32_arithmetic
 
 WORLD_SIZE = 2
 STEPS = 20
@@ -232,15 +232,6 @@ def test_matrix_products_are_not_rounded_within_and_as_before_without():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_histogram_counts_each_level_apart_and_leaves_dropped_levels_out():
-    quantizer = build_quantizer("residual_vq", dim=4, codebook_size=3, num_quantizers=2)
-    indices = torch.tensor([[[[0, 2], [2, 2], [0, -1]]]])
-    assert code_histogram(indices, quantizer).tolist() == [2, 0, 1, 0, 0, 2]
-    assert code_histogram(indices, quantizer).dtype == torch.int64
-    lookup_free = build_quantizer("lfq", dim=4, codebook_size=4)
-    assert code_histogram(torch.tensor([[[3, 3], [0, 1]]]), lookup_free).tolist() == [1, 1, 0, 2]
 
 
 @pytest.mark.parametrize("name", ["vq", "residual_vq"])

@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqdist.backends.base import Backend
 from vqdist.metrics import ReconstructionMetrics
-from vqdist.models.vqgan import VQAutoencoder
+from vqdist.models.tokenizer import TokenizerNetwork
 
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    autoencoder: VQAutoencoder, batches: Iterable[Tensor], backend: Backend, *, image_size: int
+    network: TokenizerNetwork, batches: Iterable[Tensor], backend: Backend, *, image_size: int
 ) -> dict[str, float]:
     """L1, PSNR, SSIM, codebook usage and perplexity, and the number of images. Every rank calls this.
 
     Args:
-        autoencoder: evaluated in eval mode; its mode is restored.
+        network: evaluated in eval mode; its mode is restored.
         batches: this rank's images, (b, c, h, w) in [0, 1] on the backend's device.
         backend: adds the ranks' numbers.
         image_size: side of the images in pixels.
     """
-    training = autoencoder.training
-    autoencoder.eval()
-    metrics = ReconstructionMetrics(autoencoder.quantizer, backend, image_size)
-    for image in batches:
-        out = autoencoder(image)
-        metrics.update(image, out.recon, out.indices)
-    autoencoder.train(training)
+    metrics = ReconstructionMetrics(network, backend, image_size)
+    with in_eval_mode(network):
+        for image in batches:
+            metrics.update(image, *network.reconstruct(image))
     return metrics.compute()
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: VQAutoencoder, image: Tensor) -> Tensor:
+def reconstruct(network: TokenizerNetwork, image: Tensor) -> Tensor:
     """Images (b, c, h, w) in [0, 1] -> their reconstructions in [0, 1], in eval mode; the mode is restored."""
-    training = autoencoder.training
-    autoencoder.eval()
-    recon = autoencoder(image).recon.clamp(0, 1)
-    autoencoder.train(training)
-    return recon
+    with in_eval_mode(network):
+        return network.reconstruct(image)[0].clamp(0, 1)
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Within this context the network is in eval mode."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)

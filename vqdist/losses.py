@@ -7,6 +7,7 @@ all elements, so that equal shares over ranks average to the whole batch's loss.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,13 +16,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def reconstruction_loss(recon: Tensor, image: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
-    """Mean absolute (`l1`) or mean squared (`l2`) difference of two (b, c, h, w)."""
-    losses = {"l1": F.l1_loss, "l2": F.mse_loss}
+def reconstruction_loss(recon: Tensor, image: Tensor, kind: Literal["l1", "l2", "smooth_l1"] = "l1") -> Tensor:
+    """Mean absolute (`l1`) or mean squared (`l2`) difference of two (b, c, h, w).
+
+    `smooth_l1` (arXiv 1504.08083) is half the square below a difference of 1, and linear above.
+    """
+    losses = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
     if kind not in losses:
-        raise ValueError(f"reconstruction loss {kind!r} is not known; expected 'l1' or 'l2'")
+        raise ValueError(f"reconstruction loss {kind!r} is not known; expected 'l1', 'l2' or 'smooth_l1'")
     recon, image = _at_least_float32(recon, image)
     return losses[kind](recon, image)
+
+
+def kl_to_uniform(logits: Tensor, reduction: Literal["mean", "dalle"] = "mean") -> Tensor:
+    """KL(softmax(logits) || uniform) = log v - entropy, in nats.
+
+    Args:
+        logits: (..., v), codes last.
+        reduction: `mean` over all positions, whatever the batch; `dalle` sums over them, as DALLE-pytorch does, so
+            that the value grows with the number of images in the micro-batch.
+    """
+    if reduction not in ("mean", "dalle"):
+        raise ValueError(f"kl reduction {reduction!r} is not known; expected 'mean' or 'dalle'")
+    (logits,) = _at_least_float32(logits)
+    log_q = logits.log_softmax(dim=-1)
+    divergence = math.log(logits.shape[-1]) + (log_q.exp() * log_q).sum(dim=-1)
+    return divergence.mean() if reduction == "mean" else divergence.sum()
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

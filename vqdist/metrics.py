@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from vqdist.backends.base import Backend
-from vqdist.models.quantizers import Quantizer, code_histogram
+from vqdist.models.tokenizer import TokenizerNetwork
 
 
 class RunningMeans:
@@ -36,17 +36,59 @@ class RunningMeans:
         return {name: value / self._counts[name] for name, value in self._sums.items()}
 
 
+class CodeHistogram:
+    """How often each code occurred, counted on the device without waiting for it.
+
+    Args:
+        network: whose codes are counted.
+        device: of the codes.
+    """
+
+    def __init__(self, network: TokenizerNetwork, device: torch.device):
+        self.codebook_size, self.num_levels = network.codebook_size, network.num_levels
+        self.counts = torch.zeros(self.num_levels * self.codebook_size, dtype=torch.int64, device=device)
+
+    def add(self, ids: Tensor) -> None:
+        """Count codes (b, h, w) or (b, h, w, q); -1 is not counted."""
+        self.counts += code_histogram(ids, codebook_size=self.codebook_size, num_levels=self.num_levels)
+
+    def over_ranks(self, backend: Backend) -> Tensor:
+        """The counts of all ranks, (num_levels * codebook_size,); every rank calls this."""
+        return backend.sum(self.counts.clone())
+
+    def usage(self, backend: Backend) -> dict[str, float]:
+        """Usage and perplexity of the codebook over all ranks, see `codebook_usage`; every rank calls this."""
+        usage, perplexity = codebook_usage(self.over_ranks(backend), self.num_levels)
+        return {"codebook_usage": usage, "codebook_perplexity": perplexity}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.counts.zero_()
+
+
+def code_histogram(ids: Tensor, *, codebook_size: int, num_levels: int = 1) -> Tensor:
+    """How often each code occurs in (b, h, w) or (b, h, w, q); -1 is not counted.
+
+    Returns:
+        (num_levels * codebook_size,) int64; the codes of level i begin at i * codebook_size.
+    """
+    flat = ids.reshape(-1, num_levels)
+    offsets = torch.arange(num_levels, device=ids.device) * codebook_size
+    bins = torch.where(flat < 0, num_levels * codebook_size, flat + offsets).flatten()
+    counts = torch.zeros(num_levels * codebook_size + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(bins))[:-1]  # as bincount, which waits for a CUDA device
+
+
 class ReconstructionMetrics:
     """L1, PSNR, SSIM, codebook usage and perplexity over a set of images that is spread over ranks.
 
     Args:
-        quantizer: whose codes are counted.
+        network: whose codes are counted.
         backend: adds the ranks' numbers; torchmetrics does its own part through the process group.
         image_size: side of the images in pixels; below 11 the window of SSIM shrinks to fit.
     """
 
-    def __init__(self, quantizer: Quantizer, backend: Backend, image_size: int):
-        self.quantizer = quantizer
+    def __init__(self, network: TokenizerNetwork, backend: Backend, image_size: int):
         self.backend = backend
         side = max(1, (image_size - 1) // 2 * 2 - 1)  # odd, with room for the padding that torchmetrics reflects
         window = {} if image_size >= 11 else {"gaussian_kernel": False, "kernel_size": side}
@@ -57,9 +99,7 @@ class ReconstructionMetrics:
                 "ssim": StructuralSimilarityIndexMeasure(data_range=1.0, **window),
             }
         ).to(backend.device)
-        self.histogram = torch.zeros(
-            quantizer.num_levels * quantizer.codebook_size, dtype=torch.int64, device=backend.device
-        )
+        self.codes = CodeHistogram(network, backend.device)
         self.images = torch.zeros((), dtype=torch.int64, device=backend.device)
 
     def update(self, image: Tensor, recon: Tensor, indices: Tensor) -> None:
@@ -68,18 +108,15 @@ class ReconstructionMetrics:
         self.metrics["l1"].update((recon - image).abs().mean(dim=(1, 2, 3)))
         self.metrics["psnr"].update(recon, image)
         self.metrics["ssim"].update(recon, image)
-        self.histogram += code_histogram(indices, self.quantizer)
+        self.codes.add(indices)
         self.images += len(image)
 
     def compute(self) -> dict[str, float]:
         """The numbers over all ranks' images; every rank calls this and gets the same."""
         values = {name: float(metric.compute()) for name, metric in self.metrics.items()}
-        histogram = self.backend.sum(self.histogram.clone())
-        usage, perplexity = codebook_usage(histogram, self.quantizer.num_levels)
         return {
             **values,
-            "codebook_usage": usage,
-            "codebook_perplexity": perplexity,
+            **self.codes.usage(self.backend),
             "images": int(self.backend.sum(self.images.clone())),
         }
 

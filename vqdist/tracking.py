@@ -10,7 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 from torchvision.utils import save_image as save_picture
@@ -81,6 +83,38 @@ class Tracker:
 
             self.wandb.log({name: wandb.Image(str(path))}, step=step)
 
+    def histogram(self, step: int, name: str, counts: Tensor, path: Path) -> None:
+        """Save a bar chart of how often each code occurred: `counts` (v,), several codes a bar if many."""
+        bars = _bars(counts)
+        save_bars(bars, path)
+        edges = np.linspace(0, len(counts), len(bars) + 1)
+        if self.tensorboard is not None:
+            middles, total = (edges[:-1] + edges[1:]) / 2, bars.sum()
+            self.tensorboard.add_histogram_raw(
+                name,
+                min=0,
+                max=len(counts),
+                num=total,
+                sum=(middles * bars).sum(),
+                sum_squares=(middles**2 * bars).sum(),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=bars.tolist(),
+                global_step=step,
+            )
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({name: wandb.Histogram(np_histogram=(bars, edges))}, step=step)
+
+    def artifact(self, folder: Path) -> None:
+        """Upload a folder with a model, where the tracker keeps such things (W&B)."""
+        if self.wandb is not None:
+            import wandb
+
+            artifact = wandb.Artifact(f"model-{self.wandb.id}", type="model")
+            artifact.add_dir(str(folder))
+            self.wandb.log_artifact(artifact)
+
     def close(self) -> None:
         """Flush and close the trackers."""
         if self.tensorboard is not None:
@@ -101,6 +135,23 @@ def save_sheet(rows: Tensor, path: Path, columns: int = 2) -> None:
     partial = path.with_name(path.name + ".partial")
     save_picture(make_sheet(rows, columns), partial, format="png")
     partial.replace(path)
+
+
+def save_bars(bars: np.ndarray, path: Path, height: int = 128) -> None:
+    """Write counts (n,) as a bar chart, two pixels a bar, that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    heights = np.ceil(height * bars / max(1, bars.max())).astype(int)
+    picture = np.where(np.arange(height)[::-1, None] < heights[None, :], 40, 235).astype(np.uint8)
+    partial = path.with_name(path.name + ".partial")
+    Image.fromarray(picture.repeat(2, axis=1)).save(partial, format="png")
+    partial.replace(path)
+
+
+def _bars(counts: Tensor, most: int = 512) -> np.ndarray:
+    """Counts of codes (v,) summed over neighbours into at most so many bars."""
+    numbers = counts.cpu().numpy()
+    per_bar = -(-len(numbers) // most)
+    return np.pad(numbers, (0, -len(numbers) % per_bar)).reshape(-1, per_bar).sum(axis=1)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -485,24 +485,6 @@ def build_quantizer(name: str, *, dim: int, codebook_size: int | None = None, **
         raise UserError(f"quantizer {name} does not work with {set_to}: {error or 'options contradict'}") from error
 
 
-def code_histogram(indices: Tensor, quantizer: Quantizer) -> Tensor:
-    """How often each code occurs, counted on the device without waiting for it.
-
-    Args:
-        indices: (b, h, w) or (b, h, w, q) int64, as `quantizer` gives them; -1 is not counted.
-        quantizer: gives `codebook_size` and `num_levels`.
-
-    Returns:
-        (num_levels * codebook_size,) int64; the codes of level i begin at i * codebook_size.
-    """
-    size, levels = quantizer.codebook_size, quantizer.num_levels
-    flat = indices.reshape(-1, levels)
-    offsets = torch.arange(levels, device=indices.device) * size
-    bins = torch.where(flat < 0, levels * size, flat + offsets).flatten()
-    counts = torch.zeros(levels * size + 1, dtype=torch.int64, device=indices.device)
-    return counts.scatter_add_(0, bins, torch.ones_like(bins))[:-1]  # as bincount, which waits for a CUDA device
-
-
 @contextlib.contextmanager
 def float32_arithmetic(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32 within: the library itself turns off CUDA autocast only, and not around projections."""

@@ -6,27 +6,21 @@ losses, and is what users build, save and load.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
-import io
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from vqdist import losses
 from vqdist.errors import UserError
-from vqdist.files import follow_umask
 from vqdist.models.discriminator import PatchDiscriminator
 from vqdist.models.perceptual import MIN_IMAGE_SIZE, PerceptualLoss
+from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import Quantizer, build_quantizer
+from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images
 
 
 class Reconstruction(NamedTuple):
@@ -103,7 +97,7 @@ def build_decoder(dims: list[int], blocks: list[int], groups: int) -> nn.Sequent
     return nn.Sequential(*modules)
 
 
-class VQAutoencoder(nn.Module):
+class VQAutoencoder(TokenizerNetwork):
     """Encoder, quantizer, decoder and a last 1x1 convolution.
 
     Args:
@@ -126,6 +120,7 @@ class VQAutoencoder(nn.Module):
         quantizer: Quantizer,
     ):
         super().__init__()
+        self.channels = channels
         self.encoder = build_encoder(channels, dims, blocks, groups, first_kernel_size)
         self.quantizer = quantizer
         self.decoder = build_decoder(dims, blocks, groups)
@@ -141,10 +136,30 @@ class VQAutoencoder(nn.Module):
         """Quantized features (b, d, h', w') -> images (b, c, h, w)."""
         return self.last_layer(self.decoder(features))
 
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes (of each level)."""
+        return self.quantizer.codebook_size
+
+    @property
+    def num_levels(self) -> int:
+        """Codes per position."""
+        return self.quantizer.num_levels
+
+    def tokenize(self, image: Tensor) -> Tensor:
+        return self.quantizer(self.encoder(image)).indices
+
+    def detokenize(self, ids: Tensor) -> Tensor:
+        return self.decode(self.quantizer.decode_indices(ids))
+
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        out = self(image)
+        return out.recon, out.indices
+
 
 class VQGanVAE(
     nn.Module,
-    PyTorchModelHubMixin,
+    PretrainedModel,
     library_name="vqdist",
     tags=["image-tokenizer", "vqgan"],
     license="mit",
@@ -180,6 +195,8 @@ class VQGanVAE(
         encdec_first_conv_kernel_size: kernel size of the first convolution, odd.
         **kwargs: `vq_NAME=value` is the same as `vq_kwargs={NAME: value}`.
     """
+
+    model_type = "vqgan"
 
     def __init__(
         self,
@@ -240,6 +257,11 @@ class VQGanVAE(
         )
 
     @property
+    def network(self) -> VQAutoencoder:
+        """What reconstructs images: all that is saved."""
+        return self.autoencoder
+
+    @property
     def quantizer(self) -> Quantizer:
         """The quantizer between encoder and decoder."""
         return self.autoencoder.quantizer
@@ -261,12 +283,7 @@ class VQGanVAE(
 
     def check_image_size(self, size: int) -> None:
         """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
-        if size % self.stride or size < self.stride:
-            below = size - size % self.stride
-            near = " or ".join(str(side) for side in (below, below + self.stride) if side > 0)
-            raise UserError(
-                f"image_size {size} is not a multiple of {self.stride} (2 ** {self.layers} layers); try {near}"
-            )
+        check_image_size(size, self.layers, "layers")
 
     def check_training_size(self, size: int) -> None:
         """As `check_image_size`, and for the networks that are needed for training only."""
@@ -383,54 +400,10 @@ class VQGanVAE(
         return loss(real_logits, fake_logits)
 
     def _check_image(self, image: Tensor) -> None:
-        if image.ndim != 4 or image.shape[1] != self.channels:
-            raise UserError(
-                f"images of shape {tuple(image.shape)} were given; (batch, {self.channels}, height, width) is expected"
-            )
-        for size in image.shape[-2:]:
-            if size % self.stride:
-                raise UserError(f"image side {size} is not a multiple of {self.stride} (2 ** {self.layers} layers)")
+        check_images(image, self.channels, self.layers, "layers")
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        path = save_directory / "model.safetensors"
-        save_model(_OnlyAutoencoder(self.autoencoder), str(path))
-        follow_umask(path)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VQGanVAE:
-        """The model that `save_pretrained`, a run's `export/` or a repository on the Hugging Face Hub holds.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or `owner/name` on the hub.
-            **kwargs: of huggingface_hub's `from_pretrained` (`revision`, `token`, ...), or arguments of the model that
-                replace the saved ones, `use_gan=True` for example.
-
-        Returns:
-            The model in eval mode, on the CPU unless `map_location` says otherwise.
-        """
-        path = Path(pretrained_model_name_or_path).expanduser()
-        if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(pretrained_model_name_or_path)):
-            raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")
-        kwargs.setdefault("strict", True)
-        name = str(path if path.is_dir() else pretrained_model_name_or_path)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints while it loads
-                model = super().from_pretrained(name, **kwargs)
-        except UserError:
-            raise
-        except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            found = "holds no model that can be loaded"
-            if not path.is_dir():  # TypeError: of a repository without config.json, the mixin has no `dim`
-                found = "is no folder here, and no model of that name was found on the Hugging Face Hub"
-            raise UserError(f"{name} {found} ({' '.join(str(error).split()[:30])})") from error
-        return model.eval()
-
-    @classmethod
-    def _load_as_safetensor(cls, model: VQGanVAE, model_file: str, map_location: str, strict: bool) -> VQGanVAE:
-        load_model(_OnlyAutoencoder(model.autoencoder), model_file, strict=strict, device=map_location)
-        return model.to(map_location)
+    def saved_part(self) -> nn.Module:
+        return _OnlyAutoencoder(self.autoencoder)
 
 
 class _OnlyAutoencoder(nn.Module):

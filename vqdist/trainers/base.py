@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -122,6 +123,10 @@ class Trainer(ABC):
             Numbers to log, as 0-d tensors on the device.
         """
 
+    def numbers_over_ranks(self) -> dict[str, float]:
+        """Further numbers since the last line that are not means over ranks; every rank calls this."""
+        return {}
+
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Measure the averaged (or live) weights on the validation split."""
@@ -147,7 +152,7 @@ class Trainer(ABC):
         """
         self.log_fn = log_fn
         with self._progress_bar() as self.bar:
-            while self.step < self.config.num_train_steps:
+            while self.step < self.num_train_steps:
                 self.train_step()
         return self.finish()
 
@@ -183,6 +188,15 @@ class Trainer(ABC):
         self._waited += time.perf_counter() - began
         return images
 
+    def positions(self, micro_batch: int) -> range:
+        """Places in the data order of this rank's images in a micro-batch (from 0) of the coming update.
+
+        What is drawn at random for an image is seeded by its place, so that it is the same for any number of ranks.
+        """
+        size, world_size = self.config.batch_size, self.backend.world_size
+        start = self.position + (micro_batch * world_size + self.backend.rank) * size
+        return range(start, start + size)
+
     def update_ema(self) -> None:
         """Fold the new weights into the average. Codebooks count as weights; what is no float (flags) is copied."""
         if self.ema is None:
@@ -201,7 +215,9 @@ class Trainer(ABC):
             peak=peak,
             schedule=config.lr_schedule,
             warmup_steps=config.warmup_steps,
-            total_steps=config.num_train_steps,
+            total_steps=self.num_train_steps,
+            epoch=self.position // len(self.split.train),
+            decay_rate=config.lr_decay_rate,
         )
 
     def finish(self) -> dict[str, float]:
@@ -216,6 +232,7 @@ class Trainer(ABC):
                 f"{len(self._bad_images)} images could not be decoded and were skipped: {_some(self._bad_images)}"
             )
         if self.tracker is not None:
+            self.tracker.artifact(self.run_folder / "export")
             self.tracker.close()
         return numbers
 
@@ -223,9 +240,9 @@ class Trainer(ABC):
 
     def _log_when_due(self) -> None:
         config = self.config
-        if self.step % config.log_every and self.step != config.num_train_steps and self.step != 1:
+        if self.step % config.log_every and self.step != self.num_train_steps and self.step != 1:
             return
-        numbers = self.backend.mean(self.means.means())
+        numbers = {**self.backend.mean(self.means.means()), **self.numbers_over_ranks()}
         self.means.reset()
         elapsed = time.perf_counter() - self._clock
         numbers["images_per_second"] = self.global_batch * (self.step - self._clock_step) / max(elapsed, 1e-9)
@@ -256,9 +273,8 @@ class Trainer(ABC):
         self._clock, self._clock_step, self._waited = time.perf_counter(), self.step, 0.0
 
     def _progress_bar(self):
-        config = self.config
         return tqdm(
-            total=config.num_train_steps,
+            total=self.num_train_steps,
             initial=self.step,
             desc=f"{self.backend.name} x{self.backend.world_size}",
             unit="step",
@@ -439,11 +455,9 @@ class Trainer(ABC):
                 damaged.append(str(error))
                 self.print(f"warning: {error}")
                 continue
-            self.print(f"resumed {self.checkpoints.path(step)}: step {self.step} of {self.config.num_train_steps}")
-            if self.step > self.config.num_train_steps:
-                self.print(
-                    f"warning: this run is past num_train_steps {self.config.num_train_steps}; nothing is trained"
-                )
+            self.print(f"resumed {self.checkpoints.path(step)}: step {self.step} of {self.num_train_steps}")
+            if self.step > self.num_train_steps:
+                self.print(f"warning: this run is past num_train_steps {self.num_train_steps}; nothing is trained")
             return
         if damaged:
             raise UserError(f"no checkpoint of {self.run_folder} can be loaded; {damaged[0]}")
@@ -609,6 +623,14 @@ class Trainer(ABC):
     def global_batch(self) -> int:
         """Images of one optimizer step over all ranks."""
         return self.config.batch_size * self.config.grad_accum_every * self.backend.world_size
+
+    @property
+    def num_train_steps(self) -> int:
+        """Optimizer steps of the whole run; `epochs` are counted in images, so they hold for any number of ranks."""
+        if self.config.epochs is None:
+            return self.config.num_train_steps
+        images_left = max(0, round(self.config.epochs * len(self.split.train)) - self.position)
+        return self.step + math.ceil(images_left / self.global_batch)
 
     @property
     def num_workers(self) -> int:

@@ -21,8 +21,10 @@ C = TypeVar("C", bound="TrainerConfig")
 class TrainerConfig(DataConfig):
     """How to train: length, batch, optimizer, EMA, and what is saved when."""
 
-    num_train_steps: int
-    """Optimizer steps of the whole run."""
+    num_train_steps: int | None = None
+    """Optimizer steps of the whole run; or give epochs."""
+    epochs: float | None = None
+    """Passes over the training images, in place of num_train_steps."""
     batch_size: int
     """Images of one micro-batch of one process."""
     lr: float = 3e-4
@@ -34,7 +36,9 @@ class TrainerConfig(DataConfig):
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly to its peak; 0 starts at the peak."""
     lr_schedule: str = "constant"
-    """After the warm-up: `constant`, or `cosine` to 0 at the last step."""
+    """After the warm-up: `constant`, `cosine` (0 at the end) or `exponential` (times lr_decay_rate per epoch)."""
+    lr_decay_rate: float = 0.98
+    """Factor of an exponential schedule from one epoch (pass over the training images) to the next."""
     precision: str = "fp32"
     """`fp32`, or `bf16`: weights and losses in float32, matrix products in bfloat16."""
     tf32: bool = True
@@ -86,6 +90,7 @@ class TrainerConfig(DataConfig):
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot work, whatever the machine."""
+        self.check_length()
         for name in ("num_train_steps", "batch_size", "image_size", "grad_accum_every", "log_every"):
             self.at_least(name, 1)
         for name in ("num_images_save", "ema_update_every", "prefetch_factor", "keep_checkpoints"):
@@ -94,9 +99,11 @@ class TrainerConfig(DataConfig):
             self.at_least(name, 0)
         for name in ("lr", "ema_update_after_step", "num_workers"):
             self.at_least(name, 0)
-        for name in ("max_grad_norm", "dist_timeout"):
+        for name in ("max_grad_norm", "dist_timeout", "epochs", "lr_decay_rate"):
             self.above_zero(name)
         self.one_of("lr_schedule", LR_SCHEDULES)
+        if self.lr_schedule != "exponential":
+            self.refuse_set("lr_decay_rate", because=f"lr_schedule is {self.lr_schedule}")
         self.one_of("on_bad_image", ("raise", "skip"))
         if not 0 <= self.ema_beta <= 1:
             raise UserError(f"ema_beta {self.ema_beta} is not possible; give a decay in [0, 1]")
@@ -108,6 +115,15 @@ class TrainerConfig(DataConfig):
         self.one_of("precision", PRECISIONS)
         if not self.use_ema:
             self.refuse_set("ema_beta", "ema_update_after_step", "ema_update_every", because="use_ema is false")
+
+    def check_length(self) -> None:
+        """Raise `UserError` unless exactly one option says how long to train."""
+        if self.num_train_steps is None and self.epochs is None:
+            raise UserError("num_train_steps is not given; say how many optimizer steps to train, or give epochs")
+        if self.num_train_steps is not None and self.epochs is not None:
+            raise UserError(
+                f"num_train_steps {self.num_train_steps} and epochs {self.epochs:g} are both given; leave one out"
+            )
 
     def refuse_set(self, *names: str, because: str) -> None:
         """Raise `UserError` if one of these options was changed from its default, where it would not be read."""
@@ -140,9 +156,9 @@ class TrainerConfig(DataConfig):
 # What may differ between the first start of a run and its resume without changing what is learnt from here on.
 FREE_TO_CHANGE = frozenset(
     [
-        *("num_train_steps", "results_folder", "allow_config_change", "trackers", "log_every", "validate_every"),
-        *("save_results_every", "num_images_save", "save_model_every", "keep_checkpoints", "check_ranks_every"),
-        *("folder", "exts", "num_workers", "prefetch_factor", "pin_memory", "on_bad_image"),
+        *("num_train_steps", "epochs", "results_folder", "allow_config_change", "trackers", "log_every"),
+        *("validate_every", "save_results_every", "num_images_save", "save_model_every", "keep_checkpoints"),
+        *("check_ranks_every", "folder", "exts", "num_workers", "prefetch_factor", "pin_memory", "on_bad_image"),
         *("backend", "accelerate_kwargs", "deepspeed_config", "dist_timeout"),
         *("tf32", "channels_last", "fused_adam", "compile"),
     ]

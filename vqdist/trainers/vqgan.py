@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch import Tensor
 from vqdist import losses
 from vqdist.backends import Engine
 from vqdist.errors import UserError
-from vqdist.evaluation import evaluate_reconstruction, reconstruct
 from vqdist.metrics import RunningMeans
 from vqdist.models.discriminator import mean_logit
 from vqdist.models.vqgan import Reconstruction, VQGanVAE
 from vqdist.schedules import linear_ramp
-from vqdist.trainers.base import Trainer, mark_last
+from vqdist.trainers.base import mark_last
 from vqdist.trainers.config import TrainerConfig
+from vqdist.trainers.tokenizer import TokenizerTrainer
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,7 @@ class VQGanTrainerConfig(TrainerConfig):
 DISCRIMINATOR_OPTIONS = [f.name for f in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
 
 
-class VQGanVAETrainer(Trainer):
+class VQGanVAETrainer(TokenizerTrainer):
     """Trains a `VQGanVAE`; the generator's engine is its autoencoder, the discriminator's its discriminator.
 
     Args:
@@ -116,6 +116,7 @@ class VQGanVAETrainer(Trainer):
                 loss, numbers = self.generator_loss(image, out)
                 generator.backward(loss)
                 means.add(numbers)
+                self.codes.add(out.indices)
             if train_discriminator:
                 with discriminator.micro_step(last=last):
                     loss, numbers = self.discriminator_loss(image, out.recon.detach())
@@ -200,29 +201,10 @@ class VQGanVAETrainer(Trainer):
         """The discriminator's peak learning rate."""
         return self.config.lr if self.config.discr_lr is None else self.config.discr_lr
 
-    def evaluate(self) -> dict[str, float]:
-        return evaluate_reconstruction(
-            self.network, self.valid_batches(), self.backend, image_size=self.config.image_size
-        )
-
-    def save_pictures(self, images: Tensor, path: Path) -> None:
-        """A sheet with original | reconstruction | reconstruction of the average."""
-        views = [images, reconstruct(self.generator.module, images)]
-        if self.ema is not None:
-            views.append(reconstruct(self.ema.ema_model, images))
-        self.tracker.picture(self.step, "reconstructions", torch.stack(views, dim=1), path)
-
-    def export(self, folder: Path) -> None:
-        """Write config.json and model.safetensors (the average if there is one), whole or not at all."""
-        partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+    @contextmanager
+    def averaged_model(self) -> Iterator[VQGanVAE]:
         live, self.model.autoencoder = self.model.autoencoder, self.network
         try:
-            self.model.save_pretrained(partial)
+            yield self.model
         finally:
             self.model.autoencoder = live
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,130 @@
+"""Saving and loading weights for inference in the Hugging Face layout: config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from vqdist.errors import UserError
+from vqdist.files import follow_umask, read_json
+
+M = TypeVar("M", bound="PretrainedModel")
+
+# model_type in config.json -> the class that it is an instance of
+MODEL_TYPES = {
+    "vqgan": ("vqdist.models.vqgan", "VQGanVAE"),
+    "dvae": ("vqdist.models.dvae", "DiscreteVAE"),
+}
+
+
+class PretrainedModel(PyTorchModelHubMixin):
+    """Gives a model `save_pretrained(folder)`, `from_pretrained(folder or repository)` and `push_to_hub(repository)`.
+
+    Attributes:
+        model_type: which of `MODEL_TYPES` this is; written to config.json.
+        image_size: side in pixels of the images that the model was trained on, or None if nobody said; written too.
+    """
+
+    model_type: ClassVar[str]
+    image_size: int | None = None
+
+    def saved_part(self) -> nn.Module:
+        """The module whose tensors are saved; their names begin at it."""
+        return self
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        path = save_directory / "model.safetensors"
+        save_model(self.saved_part(), str(path))
+        follow_umask(path)
+        config = {**self._hub_mixin_config, "model_type": self.model_type, "image_size": self.image_size}
+        (save_directory / "config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
+
+    @classmethod
+    def from_pretrained(cls: type[M], pretrained_model_name_or_path: str | Path, **kwargs: Any) -> M:
+        """The model that `save_pretrained`, a run's `export/` or a repository on the Hugging Face Hub holds.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or `owner/name` on the hub.
+            **kwargs: of huggingface_hub's `from_pretrained` (`revision`, `token`, ...), or arguments of the model that
+                replace the saved ones.
+
+        Returns:
+            The model in eval mode, on the CPU unless `map_location` says otherwise.
+        """
+        path = Path(pretrained_model_name_or_path).expanduser()
+        _check_location(pretrained_model_name_or_path, path)
+        kwargs.setdefault("strict", True)
+        name = str(path if path.is_dir() else pretrained_model_name_or_path)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints while it loads
+                model = super().from_pretrained(name, **kwargs)
+        except UserError:
+            raise
+        except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            found = "holds no model that can be loaded"
+            if not path.is_dir():  # TypeError: of a repository without config.json, the mixin has no arguments
+                found = "is no folder here, and no model of that name was found on the Hugging Face Hub"
+            raise UserError(f"{name} {found} ({' '.join(str(error).split()[:30])})") from error
+        return model.eval()
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
+        written = _config_of(model_id, kwargs)
+        found = written.get("model_type", cls.model_type)  # before there were several types, none was written
+        if found != cls.model_type:
+            raise UserError(f"{model_id} holds a model of type {found!r}; {cls.__name__} loads {cls.model_type!r}")
+        for name in {"model_type", "image_size"} - cls._hub_mixin_init_parameters.keys():
+            kwargs.pop(name, None)  # facts about the model, not arguments of it
+        model = super()._from_pretrained(model_id=model_id, **kwargs)
+        model.image_size = written.get("image_size", model.image_size)
+        return model
+
+    @classmethod
+    def _load_as_safetensor(cls, model: M, model_file: str, map_location: str, strict: bool) -> M:
+        load_model(model.saved_part(), model_file, strict=strict, device=map_location)
+        return model.to(map_location)
+
+    @classmethod
+    def _load_as_pickle(cls, model: M, model_file: str, map_location: str, strict: bool) -> M:
+        raise UserError("the repository has no model.safetensors; pickled weights are not loaded")
+
+
+def load_model_of_any_type(name_or_path: str | Path, **kwargs: Any) -> PretrainedModel:
+    """The model of whichever class config.json says; see `PretrainedModel.from_pretrained`."""
+    path = Path(name_or_path).expanduser()
+    _check_location(name_or_path, path)
+    model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", "vqgan")
+    if model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise UserError(f"{name_or_path} holds a model of type {model_type!r}; vqdist has {known}")
+    module, name = MODEL_TYPES[model_type]
+    return getattr(importlib.import_module(module), name).from_pretrained(name_or_path, **kwargs)
+
+
+def _check_location(given: str | Path, path: Path) -> None:
+    if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given)):
+        raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")
+
+
+def _config_of(model_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a folder or repository; empty where a repository cannot be reached: loading it says so."""
+    if Path(model_id).is_dir():
+        return read_json(Path(model_id) / "config.json")
+    options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    try:
+        return read_json(Path(hf_hub_download(model_id, "config.json", **options)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return {}

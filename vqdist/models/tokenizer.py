@@ -1,0 +1,131 @@
+"""What every image tokenizer can do, whatever is inside: images to codes and back.
+
+`TokenizerNetwork` is the side that trainers and metrics see: the network that an engine trains and EMA averages.
+`Tokenizer` is the side that everybody else sees: whole images in [0, 1], codes in one row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vqdist.errors import UserError
+from vqdist.models.pretrained import load_model_of_any_type
+
+
+class TokenizerNetwork(nn.Module, ABC):
+    """Encoder, codes and decoder in one network.
+
+    Attributes:
+        channels: of the images.
+        codebook_size: number of codes (of each level).
+        num_levels: codes per position.
+    """
+
+    channels: int
+    codebook_size: int
+    num_levels: int
+
+    @abstractmethod
+    def tokenize(self, image: Tensor) -> Tensor:
+        """Images (b, c, h, w) in [0, 1] -> codes (b, h', w'), or (b, h', w', q) with q levels."""
+
+    @abstractmethod
+    def detokenize(self, ids: Tensor) -> Tensor:
+        """Codes as `tokenize` gives them -> images (b, c, h, w), in [0, 1] but for overshoot."""
+
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, c, h, w) in [0, 1] -> what their codes say of them, and the codes."""
+        ids = self.tokenize(image)
+        return self.detokenize(ids), ids
+
+
+class Tokenizer(nn.Module):
+    """Images of one size to codes and back, through the averaged weights of any model of vqdist.
+
+    Args:
+        model: a `VQGanVAE` or `DiscreteVAE`.
+        image_size: side of the images in pixels; by default the one that the model was trained on.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int | None = None):
+        super().__init__()
+        image_size = model.image_size if image_size is None else image_size
+        if image_size is None:
+            raise UserError("the model does not say on which image size it was trained; give image_size")
+        model.check_image_size(image_size)
+        self.network: TokenizerNetwork = model.network.eval()
+        self.image_size = image_size
+        self.code_side = image_size // model.stride
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, image_size: int | None = None, **kwargs) -> Tokenizer:
+        """The tokenizer in a folder that `save_pretrained` wrote, a run's `export/`, or a repository on the Hub."""
+        return cls(load_model_of_any_type(name_or_path, **kwargs), image_size)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.network.channels
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes (of each level)."""
+        return self.network.codebook_size
+
+    @property
+    def num_levels(self) -> int:
+        """Codes per position."""
+        return self.network.num_levels
+
+    @property
+    def num_codes(self) -> int:
+        """Positions of an image: the length of its row of codes."""
+        return self.code_side**2
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (b, c, h, w) in [0, 1] -> codes (b, n), or (b, n, q) with q levels; rows of the picture in turn."""
+        expected = (self.channels, self.image_size, self.image_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise UserError(f"images of shape {tuple(images.shape)} were given; (batch, {expected}) is expected")
+        return rearrange(self.network.tokenize(images), "b h w ... -> b (h w) ...")
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes (b, n), or (b, n, q) with q levels, -> images (b, c, h, w) in [0, 1]."""
+        if indices.ndim != 2 + (self.num_levels > 1) or indices.shape[1] != self.num_codes:
+            levels = f", {self.num_levels}" if self.num_levels > 1 else ""
+            raise UserError(
+                f"codes of shape {tuple(indices.shape)} were given; (batch, {self.num_codes}{levels}) is expected"
+            )
+        if bool(((indices < 0) | (indices >= self.codebook_size)).any()):
+            raise UserError(
+                f"codes from {int(indices.min())} to {int(indices.max())} were given; there are {self.codebook_size}"
+            )
+        ids = rearrange(indices, "b (h w) ... -> b h w ...", h=self.code_side)
+        return self.network.detokenize(ids).float().clamp(0, 1)
+
+
+def check_image_size(size: int, layers: int, option: str) -> None:
+    """Raise `UserError` if square images of this side (in pixels) cannot be halved so many times; names the option."""
+    stride = 2**layers
+    if size % stride or size < stride:
+        below = size - size % stride
+        near = " or ".join(str(side) for side in (below, below + stride) if side > 0)
+        raise UserError(f"image_size {size} is not a multiple of {stride} (2 ** {layers} {option}); try {near}")
+
+
+def check_images(images: Tensor, channels: int, layers: int, option: str) -> None:
+    """Raise `UserError` unless these are images (b, c, h, w) whose sides can be halved so many times."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise UserError(
+            f"images of shape {tuple(images.shape)} were given; (batch, {channels}, height, width) is expected"
+        )
+    for side in images.shape[-2:]:
+        if side % 2**layers:
+            raise UserError(f"image side {side} is not a multiple of {2**layers} (2 ** {layers} {option})")

@@ -1,0 +1,165 @@
+"""Training a discrete VAE: relaxed codes at a falling temperature, one network, one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqdist.backends import Engine
+from vqdist.errors import UserError
+from vqdist.evaluation import in_eval_mode
+from vqdist.metrics import RunningMeans
+from vqdist.models.dvae import DiscreteVAE
+from vqdist.sampling import gumbel_noise_per_image
+from vqdist.schedules import linear_ramp, temperature
+from vqdist.seeding import derive_seed
+from vqdist.trainers.base import mark_last
+from vqdist.trainers.config import TrainerConfig
+from vqdist.trainers.tokenizer import TokenizerTrainer
+
+DEFAULT_EPOCHS = 20.0
+
+
+@dataclass(kw_only=True)
+class DiscreteVAETrainerConfig(TrainerConfig):
+    """How to train a discrete VAE: the options of every trainer, with DALLE-pytorch's defaults, and the draw's."""
+
+    image_size: int | None = None
+    """Side of the square training images in pixels; by default the model's."""
+    epochs: float | None = None
+    """Passes over the training images; 20 where num_train_steps is not given either."""
+    batch_size: int = 8
+    """Images of one micro-batch of one process."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    lr_schedule: str = "exponential"
+    """After the warm-up: `constant`, `cosine` (0 at the end) or `exponential` (times lr_decay_rate per epoch)."""
+    num_images_save: int = 4
+    """Images in a picture."""
+    starting_temp: float = 1.0
+    """Temperature of the draw at step 0."""
+    temp_min: float = 0.5
+    """Lowest temperature."""
+    anneal_rate: float = 1e-6
+    """The temperature at a step is max(starting_temp * exp(-anneal_rate * step), temp_min)."""
+    kl_warmup_steps: int = 0
+    """Steps over which the weight of the KL loss rises linearly to kl_div_loss_weight."""
+
+    def __post_init__(self) -> None:
+        if self.num_train_steps is None and self.epochs is None:
+            self.epochs = DEFAULT_EPOCHS
+
+    def check(self) -> None:
+        super().check()
+        for name in ("starting_temp", "temp_min"):
+            self.above_zero(name)
+        for name in ("anneal_rate", "kl_warmup_steps"):
+            self.at_least(name, 0)
+        if self.temp_min > self.starting_temp:
+            raise UserError(
+                f"temp_min {self.temp_min:g} is above starting_temp {self.starting_temp:g}; the temperature falls"
+            )
+
+
+class DiscreteVAETrainer(TokenizerTrainer):
+    """Trains a `DiscreteVAE`, as train_vae of DALLE-pytorch does but for its defects.
+
+    The Gumbel noise of an image depends on the seed and on the image's place in the data order only, so the weights do
+    not depend on how images are spread over ranks and micro-batches.
+
+    Args:
+        vae: the model.
+        dataset: see `Trainer`.
+        **options: the fields of `DiscreteVAETrainerConfig`.
+    """
+
+    config_class = DiscreteVAETrainerConfig
+
+    def __init__(self, vae: DiscreteVAE, **options):
+        super().__init__(vae, **options)
+
+    def check_model(self) -> None:
+        if not isinstance(self.model, DiscreteVAE):
+            raise UserError(f"the model is a {type(self.model).__name__}; DiscreteVAETrainer trains a DiscreteVAE")
+        if self.config.image_size is None:
+            self.config.image_size = self.model.image_size
+        if self.config.image_size != self.model.image_size:
+            raise UserError(
+                f"image_size {self.config.image_size} is given but the model was built for {self.model.image_size}; "
+                "build it with the same, or leave the option out"
+            )
+        if self.model.kl_div_loss_weight == 0:
+            self.config.refuse_set("kl_warmup_steps", because="the model's kl_div_loss_weight is 0")
+
+    def build_engines(self) -> dict[str, Engine]:
+        if self.config.compile:
+            self.model.encoder.compile()
+            self.model.decoder.compile()
+        optimizer = self.make_optimizer(self.model, self.config.lr)
+        self.engine = self.backend.prepare(self.model, optimizer, max_grad_norm=self.config.max_grad_norm)
+        return {"vae": self.engine}
+
+    def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
+        """One update of the whole network."""
+        means = RunningMeans()
+        for number, (image, last) in enumerate(mark_last(micro_batches)):
+            with self.engine.micro_step(last=last):
+                recon, logits = self.engine(
+                    image,
+                    return_recons=True,
+                    return_logits=True,
+                    temp=self.temperature,
+                    noise=self.noise(self.positions(number)),
+                )
+                loss, numbers = self.loss(image, recon, logits)
+                self.engine.backward(loss)
+                means.add(numbers)
+                self.codes.add(logits.detach().argmax(dim=1))
+        numbers = means.means()
+        numbers["temperature"] = torch.tensor(self.temperature)
+        numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
+        numbers["grad_norm"] = self.engine.step(lr=self.learning_rate(self.config.lr))
+        return numbers
+
+    def loss(self, image: Tensor, recon: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction + weight * KL, and the numbers to log."""
+        loss = self.model.reconstruction_loss(recon, image)
+        numbers = {"recon_loss": loss}
+        if self.kl_weight > 0:
+            numbers["kl_loss"] = self.model.kl_loss(logits)
+            numbers["kl_weight"] = torch.tensor(self.kl_weight)
+            loss = loss + self.kl_weight * numbers["kl_loss"]
+        return loss, {"loss": loss, **numbers}
+
+    def noise(self, positions: range) -> Tensor:
+        """Gumbel noise (b, h', w', v) of the images at these places of the data order."""
+        seeds = (derive_seed("gumbel", self.config.seed, position) for position in positions)
+        return gumbel_noise_per_image(self.model.noise_shape(self.config.image_size), seeds, self.device)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the coming update."""
+        config = self.config
+        return temperature(self.step, start=config.starting_temp, rate=config.anneal_rate, lowest=config.temp_min)
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of the KL loss in the coming update."""
+        return self.model.kl_div_loss_weight * linear_ramp(self.step, start=0, length=self.config.kl_warmup_steps)
+
+    @torch.no_grad()
+    def views(self, images: Tensor) -> list[Tensor]:
+        """Original, reconstruction from a relaxed draw, and from the codes, and from the codes of the average."""
+        original, *hard = super().views(images)
+        vae = self.engine.module
+        with in_eval_mode(vae):
+            soft = vae(images, temp=self.temperature, noise=self.noise(range(-len(images), 0)))
+        return [original, vae.denorm(soft).clamp(0, 1), *hard]
+
+    @contextmanager
+    def averaged_model(self) -> Iterator[DiscreteVAE]:
+        yield self.network
