@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqdist import VQGanVAE, VQGanVAETrainer
+from vqdist import DiscreteVAE, DiscreteVAETrainer, VQGanVAE, VQGanVAETrainer
+from vqdist.trainers.base import Trainer
 
 IMAGE_SIZE = 16
 
@@ -25,6 +26,23 @@ EVERYTHING = {
 }
 # Losses that are linear in the batch: the same for any split of the same images.
 LINEAR = {"adaptive_weight": False, "apply_grad_penalty_every": 1, "adversarial_weight": 0.3}
+
+# The same for the discrete VAE: all of its losses are linear in the batch, and its noise belongs to the image.
+DVAE_EVERYTHING = {
+    "max_grad_norm": 0.1,
+    "lr": 1e-4,
+    "warmup_steps": 2,
+    "lr_decay_rate": 0.5,  # 48 images to train on: an epoch is three steps of 16
+    "anneal_rate": 0.1,
+    "augment": True,
+}
+
+# how codes are drawn: options of the model
+DVAE_DRAWS = {
+    "soft": {"kl_div_loss_weight": 0.1},
+    "straight_through": {"straight_through": True},
+    "reinmax": {"straight_through": True, "reinmax": True, "smooth_l1_loss": True},
+}
 
 QUANTIZERS = {
     "lfq": {"quantizer": "lfq", "codebook_size": 32},
@@ -71,32 +89,56 @@ def build_vae(quantizer: str = "lfq", **options) -> VQGanVAE:
     return VQGanVAE(**settings)
 
 
-def build_trainer(folder: Path, /, *, quantizer: str = "lfq", model: dict | None = None, **options) -> VQGanVAETrainer:
-    """A trainer on 64 synthetic images that writes nothing before it is told to."""
+def build_dvae(**options) -> DiscreteVAE:
+    """A small discrete VAE, equal on every call."""
+    torch.manual_seed(12)
     settings = {
-        "folder": "synthetic:64",
         "image_size": IMAGE_SIZE,
-        "num_train_steps": 4,
-        "batch_size": 4,
-        "valid_frac": 0.25,
-        "num_workers": 0,
-        "save_results_every": 0,
-        "save_model_every": 0,
-        "validate_every": 0,
-        "log_every": 1,
-        "check_ranks_every": 1,
-        "results_folder": str(folder),
+        "num_tokens": 32,
+        "codebook_dim": 16,
+        "num_layers": 2,
+        "num_resnet_blocks": 1,
+        "hidden_dim": 16,
         **options,
     }
-    return VQGanVAETrainer(build_vae(**{"quantizer": quantizer, **(model or {})}), **settings)
+    return DiscreteVAE(**settings)
 
 
-def weights_of(trainer: VQGanVAETrainer) -> dict[str, Tensor]:
-    """Every weight and buffer of both networks and of the average, copied."""
+# 64 synthetic images, and nothing is written before it is told to
+QUIET = {
+    "folder": "synthetic:64",
+    "image_size": IMAGE_SIZE,
+    "batch_size": 4,
+    "valid_frac": 0.25,
+    "num_workers": 0,
+    "save_results_every": 0,
+    "save_model_every": 0,
+    "validate_every": 0,
+    "log_every": 1,
+    "check_ranks_every": 1,
+}
+
+
+def build_trainer(folder: Path, /, *, quantizer: str = "lfq", model: dict | None = None, **options) -> VQGanVAETrainer:
+    """A trainer of a small VQGAN."""
+    vae = build_vae(**{"quantizer": quantizer, **(model or {})})
+    return VQGanVAETrainer(vae, **{**QUIET, "num_train_steps": 4, "results_folder": str(folder), **options})
+
+
+def build_dvae_trainer(folder: Path, /, *, model: dict | None = None, **options) -> DiscreteVAETrainer:
+    """A trainer of a small discrete VAE; for 4 steps unless `options` say how long."""
+    length = {} if options.keys() & {"num_train_steps", "epochs"} else {"num_train_steps": 4}
+    return DiscreteVAETrainer(
+        build_dvae(**(model or {})), **{**QUIET, **length, "results_folder": str(folder), **options}
+    )
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Every weight and buffer of the networks and of the average, copied."""
     return {name: tensor.detach().clone() for name, tensor in trainer.named_tensors()}
 
 
-def train_steps(trainer: VQGanVAETrainer, steps: int) -> dict[str, Tensor]:
+def train_steps(trainer: Trainer, steps: int) -> dict[str, Tensor]:
     """So many optimizer steps, and the weights after them."""
     for _ in range(steps):
         trainer.train_step()

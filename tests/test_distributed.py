@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ROOT, torchrun
-from scenarios import EVERYTHING, LINEAR, build_trainer, largest_difference, train_steps, weights_of
+from scenarios import (
+    DVAE_DRAWS,
+    DVAE_EVERYTHING,
+    EVERYTHING,
+    LINEAR,
+    build_dvae_trainer,
+    build_trainer,
+    largest_difference,
+    train_steps,
+    weights_of,
+)
 
 WORKER = str(ROOT / "tests" / "workers" / "backend_worker.py")
 BACKENDS = [("accelerate", "-"), ("deepspeed", "0"), ("deepspeed", "1"), ("deepspeed", "2")]
@@ -40,6 +50,21 @@ def reference(tmp_path_factory) -> dict:
     options = {**EVERYTHING, "precision": "bf16", "grad_accum_every": 2, "batch_size": 8}
     trainer = build_trainer(folder / "bf16", quantizer="vq", **options)
     results["logs_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
+    for draw, model in DVAE_DRAWS.items():
+        trainer = build_dvae_trainer(folder / draw, model=model, grad_accum_every=2, batch_size=8, **DVAE_EVERYTHING)
+        logs = [trainer.train_step() for _ in range(4)]
+        results[f"dvae_{draw}"] = weights_of(trainer)
+        results[f"logs_dvae_{draw}"] = [trainer.backend.mean(line) for line in logs]
+        results[f"valid_dvae_{draw}"] = trainer.evaluate()
+    trainer = build_dvae_trainer(
+        folder / "dvae_bf16",
+        model=DVAE_DRAWS["soft"],
+        precision="bf16",
+        grad_accum_every=2,
+        batch_size=8,
+        **DVAE_EVERYTHING,
+    )
+    results["logs_dvae_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
     return results
 
 
@@ -47,6 +72,17 @@ def reference(tmp_path_factory) -> dict:
 def test_weights_are_those_of_one_process(ranks, reference, quantizer):
     difference, name = largest_difference(reference[f"parity_{quantizer}"], ranks[1][f"parity_{quantizer}"])
     assert difference <= 1e-6, f"{name} differs by {difference}"
+
+
+@pytest.mark.parametrize("draw", DVAE_DRAWS)
+def test_a_discrete_vae_is_that_of_one_process(ranks, reference, draw):
+    difference, name = largest_difference(reference[f"dvae_{draw}"], ranks[1][f"dvae_{draw}"])
+    assert difference <= 1e-6, f"{name} differs by {difference}"
+    for ours, theirs in zip(ranks[1][f"logs_dvae_{draw}"], reference[f"logs_dvae_{draw}"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert ours["temperature"] < 1 and ours["lr"] < DVAE_EVERYTHING["lr"]  # the schedules were on
+    valid = ranks[1][f"valid_dvae_{draw}"]
+    assert valid["images"] == 16 and valid == pytest.approx(reference[f"valid_dvae_{draw}"], rel=1e-4)
 
 
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])
@@ -58,13 +94,16 @@ def test_losses_and_norms_are_those_of_one_process(ranks, reference, quantizer):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
-def test_bf16_losses_and_norms_are_near_those_of_one_process(ranks, reference):
-    for ours, theirs in zip(ranks[1]["logs_bf16"], reference["logs_bf16"], strict=True):
-        for name in ("recon_loss", "generator_grad_norm"):
+@pytest.mark.parametrize(
+    "bf16, exact, norm", [("bf16", "vq", "generator_grad_norm"), ("dvae_bf16", "dvae_soft", "grad_norm")]
+)
+def test_bf16_losses_and_norms_are_near_those_of_one_process(ranks, reference, bf16, exact, norm):
+    for ours, theirs in zip(ranks[1][f"logs_{bf16}"], reference[f"logs_{bf16}"], strict=True):
+        for name in ("recon_loss", norm):
             assert ours[name] == pytest.approx(theirs[name], rel=0.05), name
-    exact = [line["recon_loss"] for line in reference["logs_vq"]]
-    assert [line["recon_loss"] for line in reference["logs_bf16"]] != exact  # bf16 was really on
-    assert [line["recon_loss"] for line in reference["logs_bf16"]] == pytest.approx(exact, rel=0.02)
+    exact = [line["recon_loss"] for line in reference[f"logs_{exact}"]]
+    assert [line["recon_loss"] for line in reference[f"logs_{bf16}"]] != exact  # bf16 was really on
+    assert [line["recon_loss"] for line in reference[f"logs_{bf16}"]] == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])
@@ -86,6 +125,11 @@ def test_linear_losses_do_not_depend_on_the_split(ranks, tmp_path, split):
     options = {**EVERYTHING, **LINEAR, "grad_accum_every": accumulation, "batch_size": batch}
     expected = train_steps(build_trainer(tmp_path, quantizer="fsq", **options), 4)
     for key in ("linear_2x4", "linear_1x8"):
+        difference, where = largest_difference(expected, results[key])
+        assert difference <= 1e-6, f"{key}: {where} differs by {difference}"
+    options = {**DVAE_EVERYTHING, "grad_accum_every": accumulation, "batch_size": batch}
+    expected = train_steps(build_dvae_trainer(tmp_path / "dvae", **options), 4)
+    for key in ("dvae_linear_4x2", "dvae_linear_1x8"):
         difference, where = largest_difference(expected, results[key])
         assert difference <= 1e-6, f"{key}: {where} differs by {difference}"
 

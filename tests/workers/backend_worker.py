@@ -12,10 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import EVERYTHING, LINEAR, build_trainer, train_steps, weights_of
+from scenarios import (
+    DVAE_DRAWS,
+    DVAE_EVERYTHING,
+    EVERYTHING,
+    LINEAR,
+    build_dvae_trainer,
+    build_trainer,
+    train_steps,
+    weights_of,
+)
 
 from vqdist.errors import RanksDiverged
 from vqdist.ranks import check_ranks_agree
+from vqdist.trainers.base import Trainer
 
 
 def parity(backend: dict, folder: Path, results: dict) -> None:
@@ -45,24 +55,63 @@ def linear_splits(backend: dict, folder: Path, results: dict) -> None:
         options = {**EVERYTHING, **LINEAR, "grad_accum_every": accumulation, "batch_size": batch}
         trainer = build_trainer(folder / f"linear_{accumulation}", quantizer="fsq", **options, **backend)
         results[f"linear_{accumulation}x{batch}"] = train_steps(trainer, 4)
+    for accumulation, batch in ((4, 2), (1, 8)):
+        options = {**DVAE_EVERYTHING, "grad_accum_every": accumulation, "batch_size": batch}
+        trainer = build_dvae_trainer(folder / f"dvae_linear_{accumulation}", **options, **backend)
+        results[f"dvae_linear_{accumulation}x{batch}"] = train_steps(trainer, 4)
 
 
 def resume(backend: dict, folder: Path, results: dict) -> None:
     """6 steps against 3, a checkpoint, a new trainer that loads it, and 3: equal to the bit, with the next batch."""
-    options = {**EVERYTHING, "num_train_steps": 6, "grad_accum_every": 2, **backend}
-    straight = build_trainer(folder / "straight", quantizer="random_vq", **options)
+    options = {"num_train_steps": 6, "grad_accum_every": 2, **backend}
+
+    def vqgan(name: str):
+        return build_trainer(folder / name, quantizer="random_vq", **EVERYTHING, **options)
+
+    def dvae(name: str):
+        return build_dvae_trainer(folder / f"dvae_{name}", **DVAE_EVERYTHING, **options)
+
+    results["resumed"] = weights_of(resumed_like_straight(vqgan))
+    resumed_like_straight(dvae)
+
+
+def resumed_like_straight(build) -> Trainer:
+    """6 steps without a break against 3 and 3 around a checkpoint, of trainers that `build(folder name)` makes."""
+    straight = build("straight")
     expected = train_steps(straight, 6)
-    first = build_trainer(folder / "stopped", quantizer="random_vq", **options)
+    first = build("stopped")
     train_steps(first, 3)
-    first.save(folder / "stopped" / "checkpoints" / "step_00000003")
-    second = build_trainer(folder / "stopped", quantizer="random_vq", **options)
+    first.save(first.run_folder / "checkpoints" / "step_00000003")
+    second = build("stopped")
     assert (second.step, second.position) == (3, first.position)
     actual = train_steps(second, 3)
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), f"{name} differs after resume"
     for one, other in zip(straight.next_micro_batches(), second.next_micro_batches(), strict=True):
         assert torch.equal(one, other)
-    results["resumed"] = weights_of(second)
+    return second
+
+
+def discrete_vae(backend: dict, folder: Path, results: dict) -> None:
+    """The same 16 images a step as one process takes, two micro-batches on each rank, for every kind of draw."""
+    for draw, model in DVAE_DRAWS.items():
+        trainer = build_dvae_trainer(
+            folder / f"dvae_{draw}", model=model, grad_accum_every=2, **DVAE_EVERYTHING, **backend
+        )
+        logs = [trainer.train_step() for _ in range(4)]
+        results[f"dvae_{draw}"] = weights_of(trainer)
+        results[f"logs_dvae_{draw}"] = [trainer.backend.mean(line) for line in logs]
+        results[f"valid_dvae_{draw}"] = trainer.evaluate()
+    trainer = build_dvae_trainer(
+        folder / "dvae_bf16",
+        model=DVAE_DRAWS["soft"],
+        precision="bf16",
+        grad_accum_every=2,
+        **DVAE_EVERYTHING,
+        **backend,
+    )
+    results["logs_dvae_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
+    check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
 
 
 def codebooks_stay_equal(backend: dict, folder: Path) -> None:
@@ -137,6 +186,7 @@ def main() -> None:
     parity(backend, folder, results)
     bf16(backend, folder, results)
     resume(backend, folder, results)
+    discrete_vae(backend, folder, results)
     gradients_do_not_leak(backend, folder)
     trainer = build_trainer(folder / "last", **backend)
     flags_and_means(trainer)
