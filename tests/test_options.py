@@ -17,19 +17,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from scenarios import SmallFeatures, build_trainer, build_vae, train_steps
+from scenarios import SmallFeatures, build_dvae_trainer, build_trainer, build_vae, train_steps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vqdist import UserError, VQGanVAE, VQGanVAETrainer
+from vqdist import DiscreteVAETrainer, UserError, VQGanVAE, VQGanVAETrainer
 from vqdist.data import loader
 from vqdist.models import perceptual
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
 from vqdist.models.vqgan import ResidualBlock
 from vqdist.trainers import base
+from vqdist.trainers.dvae import DiscreteVAETrainerConfig
 from vqdist.trainers.vqgan import VQGanTrainerConfig
 
 NETWORKS = {"generator", "discriminator", "ema"}
+# three steps are an epoch of the 48 images to train on
+EXPONENTIAL = {"lr_schedule": "exponential", "batch_size": 16}
 
 # option: (steps, options of both runs, changed value, networks whose weights change; the others stay bit-equal)
 CHANGES_WEIGHTS = {
@@ -41,6 +44,7 @@ CHANGES_WEIGHTS = {
     "discr_max_grad_norm": (1, {}, 1e-6, {"discriminator"}),
     "warmup_steps": (1, {}, 4, NETWORKS),
     "lr_schedule": (2, {}, "cosine", NETWORKS),
+    "lr_decay_rate": (4, EXPONENTIAL, 0.5, NETWORKS),
     "precision": (1, {}, "bf16", NETWORKS),
     "ema_beta": (3, {}, 0.1, {"ema"}),
     "ema_update_after_step": (3, {}, 5, {"ema"}),
@@ -59,25 +63,52 @@ CHANGES_WEIGHTS = {
     "max_adaptive_weight": (1, {}, 1e-3, {"generator", "ema"}),
 }
 
+BOTH = {"vae", "ema"}
+DVAE_CHANGES_WEIGHTS = {
+    "batch_size": (1, {}, 8, BOTH),
+    "lr": (1, {}, 1e-2, BOTH),
+    "grad_accum_every": (1, {}, 2, BOTH),
+    "max_grad_norm": (1, {}, 1e-6, BOTH),
+    "warmup_steps": (1, {}, 4, BOTH),
+    "lr_schedule": (2, {}, "cosine", BOTH),
+    "lr_decay_rate": (4, EXPONENTIAL, 0.5, BOTH),
+    "precision": (1, {}, "bf16", BOTH),
+    "ema_beta": (3, {}, 0.1, {"ema"}),
+    "ema_update_after_step": (3, {}, 5, {"ema"}),
+    "ema_update_every": (2, {}, 2, {"ema"}),
+    "seed": (1, {}, 1, BOTH),
+    "augment": (1, {}, False, BOTH),
+    "valid_frac": (1, {}, 0.5, BOTH),
+    "random_split_seed": (1, {}, 43, BOTH),
+    "starting_temp": (1, {}, 2.0, BOTH),
+    "temp_min": (2, {"anneal_rate": 10.0}, 0.7, BOTH),
+    "anneal_rate": (2, {}, 0.5, BOTH),
+    "kl_warmup_steps": (1, {"model": {"kl_div_loss_weight": 1.0}}, 4, BOTH),
+}
+
+BUILDERS = {"vqgan": build_trainer, "dvae": build_dvae_trainer}
+TABLES = {"vqgan": CHANGES_WEIGHTS, "dvae": DVAE_CHANGES_WEIGHTS}
+
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory) -> Callable[..., dict[str, Tensor]]:
     """The weights of the plain run after so many steps, each computed once."""
     known = {}
 
-    def run(steps: int) -> dict[str, Tensor]:
-        if steps not in known:
-            known[steps] = train_steps(build_trainer(tmp_path_factory.mktemp("plain") / "run"), steps)
-        return known[steps]
+    def run(steps: int, kind: str = "vqgan") -> dict[str, Tensor]:
+        if (steps, kind) not in known:
+            known[steps, kind] = train_steps(BUILDERS[kind](tmp_path_factory.mktemp("plain") / "run"), steps)
+        return known[steps, kind]
 
     return run
 
 
-@pytest.mark.parametrize("option", CHANGES_WEIGHTS)
-def test_option_changes_exactly_the_weights_that_it_is_about(option, tmp_path, unchanged):
-    steps, common, value, expected = CHANGES_WEIGHTS[option]
-    plain = train_steps(build_trainer(tmp_path / "plain", **common), steps) if common else unchanged(steps)
-    changed = train_steps(build_trainer(tmp_path / "changed", **common, **{option: value}), steps)
+@pytest.mark.parametrize("kind, option", [(kind, option) for kind, table in TABLES.items() for option in table])
+def test_option_changes_exactly_the_weights_that_it_is_about(kind, option, tmp_path, unchanged):
+    steps, common, value, expected = TABLES[kind][option]
+    build = BUILDERS[kind]
+    plain = train_steps(build(tmp_path / "plain", **common), steps) if common else unchanged(steps, kind)
+    changed = train_steps(build(tmp_path / "changed", **common, **{option: value}), steps)
     assert plain.keys() == changed.keys()
     differ = {name.partition(".")[0] for name in plain if not torch.equal(plain[name], changed[name])}
     assert differ == expected
@@ -135,6 +166,19 @@ def num_train_steps(tmp_path):
         trainer = build_trainer(tmp_path / str(steps), num_train_steps=steps)
         trainer.train()
         assert trainer.step == steps
+
+
+@case
+def epochs(tmp_path):
+    """48 images to train on, batches of 16: two and a half passes are 8 steps; so they are in batches of 8 from there."""
+    trainer = build_trainer(tmp_path, num_train_steps=None, epochs=2.5, batch_size=16, save_model_every=3)
+    assert trainer.num_train_steps == 8
+    for _ in range(3):
+        trainer.train_step()
+    changed = {"batch_size": 8, "allow_config_change": True}
+    resumed = build_trainer(tmp_path, num_train_steps=None, epochs=2.5, **changed)
+    assert (resumed.step, resumed.position, resumed.num_train_steps) == (3, 48, 3 + 9)
+    assert build_dvae_trainer(tmp_path / "dvae", num_train_steps=None, batch_size=16).num_train_steps == 20 * 3
 
 
 @case
@@ -285,7 +329,7 @@ def save_results_every(tmp_path):
         trainer = build_trainer(tmp_path / str(every), save_results_every=every, num_train_steps=3)
         trainer.train()
         files = sorted(path.name for path in (trainer.run_folder / "results").iterdir())
-        assert files == [f"step_{step:08d}.png" for step in steps]
+        assert files == [f"step_{step:08d}{suffix}.png" for step in steps for suffix in ("", "_codes")]
 
 
 @case
@@ -379,9 +423,9 @@ def deepspeed_config(tmp_path):
         build_trainer(tmp_path / "run", backend="deepspeed", deepspeed_config=str(config))
 
 
-def test_every_trainer_option_has_a_case():
-    options = {field.name for field in dataclasses.fields(VQGanTrainerConfig)}
-    assert options == CHANGES_WEIGHTS.keys() | CASES.keys()
+@pytest.mark.parametrize("kind, config", [("vqgan", VQGanTrainerConfig), ("dvae", DiscreteVAETrainerConfig)])
+def test_every_trainer_option_has_a_case(kind, config):
+    assert {field.name for field in dataclasses.fields(config)} == TABLES[kind].keys() | CASES.keys()
 
 
 @pytest.mark.parametrize("option", CASES)
@@ -390,14 +434,15 @@ def test_option_has_its_effect(option, request):
     function(**{name: request.getfixturevalue(name) for name in inspect.signature(function).parameters})
 
 
-def test_every_trainer_option_says_what_it_is():
+@pytest.mark.parametrize("config", [VQGanTrainerConfig, DiscreteVAETrainerConfig])
+def test_every_trainer_option_says_what_it_is(config):
     documented = {
         name
-        for cls in VQGanTrainerConfig.__mro__[:-1]
+        for cls in config.__mro__[:-1]
         for name, following in _statements_after_fields(cls)
         if following.startswith('"""')
     }
-    assert {field.name for field in dataclasses.fields(VQGanTrainerConfig)} == documented
+    assert {field.name for field in dataclasses.fields(config)} == documented
 
 
 def _statements_after_fields(cls: type) -> list[tuple[str, str]]:
@@ -407,12 +452,15 @@ def _statements_after_fields(cls: type) -> list[tuple[str, str]]:
     return [(line.partition(":")[0], following) for line, following in pairs if line.partition(":")[0] in fields]
 
 
-def test_signature_shows_every_option():
-    shown = inspect.signature(VQGanVAETrainer).parameters
+@pytest.mark.parametrize("trainer", [VQGanVAETrainer, DiscreteVAETrainer])
+def test_signature_shows_every_option(trainer):
+    shown = inspect.signature(trainer).parameters
     assert list(shown)[:2] == ["vae", "dataset"]
-    options = {field.name: field for field in dataclasses.fields(VQGanTrainerConfig)}
+    options = {field.name: field for field in dataclasses.fields(trainer.config_class)}
     assert options.keys() == shown.keys() - {"vae", "dataset"}
-    assert shown["lr"].default == options["lr"].default and shown["batch_size"].default is inspect.Parameter.empty
+    assert shown["lr"].default == options["lr"].default
+    batch_size = inspect.Parameter.empty if trainer is VQGanVAETrainer else 8
+    assert shown["batch_size"].default == batch_size
 
 
 # ------------------------------------------------------------------------------------- the model's arguments
@@ -644,7 +692,12 @@ WRONG_OPTIONS = [
     ({"folder": "EMPTY"}, r"^no images in .*EMPTY: found no files; expected files ending in bmp, gif,"),
     ({"folder": "syntetic"}, r"did you mean `synthetic`\?"),
     ({"folder": "synthetic:64", "exts": ["png"]}, r"^exts \['png'\] has no meaning for 'synthetic:64'"),
-    ({"lr_schedule": "linear"}, r"^lr_schedule 'linear' is not known; choose one of constant, cosine$"),
+    ({"lr_schedule": "linear"}, r"^lr_schedule 'linear' is not known; choose one of constant, cosine, exponential$"),
+    ({"lr_decay_rate": 0.5}, r"^lr_decay_rate 0.5 does nothing, because lr_schedule is constant; leave it out$"),
+    ({"lr_schedule": "exponential", "lr_decay_rate": 0.0}, r"^lr_decay_rate 0.0 is not possible; it must be above 0$"),
+    ({"num_train_steps": None}, r"^num_train_steps is not given; say how many optimizer steps to train, or give epoc"),
+    ({"epochs": 3}, r"^num_train_steps 4 and epochs 3 are both given; leave one out$"),
+    ({"num_train_steps": None, "epochs": -1.0}, r"^epochs -1.0 is not possible; it must be above 0$"),
     ({"on_bad_image": "ignore"}, r"^on_bad_image 'ignore' is not known; choose one of raise, skip$"),
     ({"ema_beta": 1.5}, r"^ema_beta 1.5 is not possible; give a decay in \[0, 1\]$"),
     ({"valid_frac": 1.0}, r"^valid_frac 1.0 is not possible; give a share of the images in \[0, 1\)"),
@@ -692,7 +745,7 @@ def test_a_wrong_option_is_one_line_before_anything_begins(options, message, tmp
 
 def test_missing_options_are_named(tmp_path):
     with pytest.raises(
-        UserError, match="^these options have no default and were not given: image_size, num_train_steps, batch_size$"
+        UserError, match="^these options have no default and were not given: image_size, batch_size$"
     ):
         VQGanVAETrainer(build_vae(), folder="synthetic:64", results_folder=str(tmp_path / "run"))
     assert_nothing_began(tmp_path / "run")

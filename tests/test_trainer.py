@@ -36,7 +36,7 @@ def test_train_tells_log_fn_numbers_and_returns_the_validation(tmp_path):
     assert all(type(value) is float for line in lines for name, value in line.items() if name != "step")
     first = {"recon_loss", "aux_loss", "perceptual_loss", "lr", "generator_grad_norm"}
     joined = {"adversarial_loss", "adversarial_weight", "adaptive_weight", "discr_loss", "real_logits", "fake_logits"}
-    of_the_run = {"step", "images_per_second", "data_wait", "memory_gb"}
+    of_the_run = {"step", "images_per_second", "data_wait", "memory_gb", "codebook_usage", "codebook_perplexity"}
     assert lines[0].keys() == first | of_the_run
     assert lines[1].keys() == first | of_the_run | joined | {"discriminator_grad_norm"}
     assert lines[2].keys() == lines[1].keys() | {"gradient_penalty"}
