@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,17 +20,15 @@ from tqdm import tqdm
 from vqdist import seeding
 from vqdist.backends import Engine, create_backend, resolve_backend
 from vqdist.backends.environment import world_size_of_launcher
-from vqdist.backends.state import load_tensors, save_tensors
-from vqdist.checkpoint import MANIFEST, CheckpointStore, verify, write_atomically
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
-from vqdist.files import read_json, write_json
 from vqdist.metrics import RunningMeans
 from vqdist.ranks import check_ranks_agree
 from vqdist.schedules import learning_rate
 from vqdist.tracking import Tracker, check_trackers, memory_gb
-from vqdist.trainers.config import TrainerConfig, build_config, differing_keys, signature_of
+from vqdist.trainers.config import TrainerConfig, build_config, signature_of
+from vqdist.trainers.run_folder import RunFolder
 
 T = TypeVar("T")
 
@@ -54,7 +50,7 @@ def allow_tf32(device: torch.device, allowed: bool) -> None:
         torch.backends.cudnn.allow_tf32 = allowed  # torch allows it from the start: false must be said, too
 
 
-class Trainer(ABC):
+class Trainer(RunFolder):
     """Trains one model on one source of images, on any backend.
 
     Everything that a user can get wrong is checked before a process group starts. Every method but the properties is
@@ -134,10 +130,6 @@ class Trainer(ABC):
     @abstractmethod
     def save_pictures(self, images: Tensor, path: Path) -> None:
         """Draw what the model makes of images (n, c, h, w); rank 0 only."""
-
-    @abstractmethod
-    def export(self, folder: Path) -> None:
-        """Write the weights for inference; rank 0 only."""
 
     # ------------------------------------------------------------------------------------- the loop
 
@@ -352,38 +344,6 @@ class Trainer(ABC):
             self._note_bad(batch.bad)
             yield self.to_device(batch.image)
 
-    # ------------------------------------------------------------------------------------- save and load
-
-    def save(self, path: str | Path) -> None:
-        """Write the whole state of the run as one folder; every rank calls this."""
-        write_atomically(Path(path), self.backend, self._write_state, self._state_info())
-
-    def load(self, path: str | Path) -> None:
-        """Restore all that `save` wrote: weights, optimizers, EMA, codebooks, step, random state, data position."""
-        path = Path(path)
-        info = self._verified(path)
-        for name, engine in self.engines.items():
-            engine.load(path / name)
-        if self.ema is not None:
-            self._load_ema(path)
-        self.step, self.position = info["step"], info["position"]
-        self._batches = None
-        self._saved = self.step
-        self._load_random_state(path, info)
-        self._restart_clock()
-
-    def _verified(self, path: Path) -> dict[str, Any]:
-        """The manifest of a checkpoint whose files rank 0 has checked; every rank fails if it does."""
-        problem = None
-        if self.is_main:
-            try:
-                verify(path)
-            except UserError as error:
-                problem = error
-        if self.backend.any(problem is not None):
-            raise problem or UserError(f"rank 0 cannot read {path}")
-        return read_json(path / MANIFEST)
-
     def _save_when_due(self) -> None:
         every = self.config.save_model_every
         if every and self.step % every == 0:
@@ -391,78 +351,6 @@ class Trainer(ABC):
         every = self.config.check_ranks_every
         if every and self.step % every == 0:
             check_ranks_agree(self.backend, self.named_tensors(), self.step)
-
-    def _save_checkpoint(self) -> None:
-        paused = time.perf_counter()
-        self.checkpoints.save(self.step, self._write_state, self._state_info())
-        if self.is_main:
-            self.export(self.run_folder / "export")
-        self._saved = self.step
-        self._clock += time.perf_counter() - paused
-
-    def _state_info(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "position": self.position,
-            "world_size": self.backend.world_size,
-            "backend": self.backend.name,
-        }
-
-    def _write_state(self, folder: Path) -> None:
-        for name, engine in self.engines.items():
-            engine.save(folder / name)
-        torch.save(seeding.generator_states(), folder / f"random_rank_{self.backend.rank:05d}.pt")
-        if self.is_main and self.ema is not None:
-            counters = {"ema_step": self.ema.step, "ema_initted": self.ema.initted}
-            save_tensors(folder / "ema.safetensors", {**self.ema.ema_model.state_dict(), **counters})
-
-    def _load_ema(self, path: Path) -> None:
-        if not (path / "ema.safetensors").is_file():
-            raise UserError(f"{path} was saved with use_ema false and has no average; resume it with use_ema false")
-        tensors = load_tensors(path / "ema.safetensors", self.device)
-        self.ema.step.copy_(tensors.pop("ema_step"))
-        self.ema.initted.copy_(tensors.pop("ema_initted"))
-        try:
-            self.ema.ema_model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UserError(f"{path} holds the average of another network than this configuration builds") from error
-
-    def _load_random_state(self, path: Path, info: dict[str, Any]) -> None:
-        if info["world_size"] == self.backend.world_size:
-            states = torch.load(path / f"random_rank_{self.backend.rank:05d}.pt", weights_only=True)
-            seeding.restore_generator_states(states)
-            return
-        seeding.seed_everything(self.config.seed, "resume", self.step, self.backend.rank)
-        self.print(
-            f"{path} was saved by {info['world_size']} processes ({info['backend']}) and is resumed by "
-            f"{self.backend.world_size} ({self.backend.name}): weights, optimizers, EMA, step and data position are "
-            f"as saved; training noise is drawn anew, and one step now takes {self.global_batch} images"
-        )
-
-    def _resume(self) -> None:
-        self.checkpoints = CheckpointStore(
-            self.run_folder / "checkpoints", self.backend, keep=self.config.keep_checkpoints
-        )
-        self.checkpoints.clean()
-        found = torch.tensor([self.checkpoints.steps()[-1:] or [-1]], device=self.device)
-        if bool((self.backend.gather(found) != found).any()):
-            raise UserError(f"processes see different checkpoints in {self.run_folder}; use a shared file system")
-        damaged: list[str] = []
-        for step in reversed(self.checkpoints.steps()):
-            try:
-                self.load(self.checkpoints.path(step))
-            except UserError as error:
-                damaged.append(str(error))
-                self.print(f"warning: {error}")
-                continue
-            self.print(f"resumed {self.checkpoints.path(step)}: step {self.step} of {self.num_train_steps}")
-            if self.step > self.num_train_steps:
-                self.print(f"warning: this run is past num_train_steps {self.num_train_steps}; nothing is trained")
-            return
-        if damaged:
-            raise UserError(f"no checkpoint of {self.run_folder} can be loaded; {damaged[0]}")
-        if (self.run_folder / "metrics.jsonl").exists():
-            self.print(f"warning: {self.run_folder} holds a run without a complete checkpoint; it starts at step 0")
 
     # ------------------------------------------------------------------------------------- set-up
 
@@ -489,53 +377,6 @@ class Trainer(ABC):
                 "lower one of them"
             )
         return split
-
-    def _run_folder(self) -> Path:
-        if not self.config.results_folder:
-            raise UserError("results_folder is empty; give the folder of the run")
-        folder, images = Path(self.config.results_folder).expanduser(), Path(self.config.folder or "").expanduser()
-        if self.config.folder and images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
-            raise UserError(
-                f"the run folder {folder} lies in the folder of the images, {images}: its pictures would be trained "
-                "on; give another one"
-            )
-        return folder
-
-    def _resolved_configuration(self) -> dict[str, Any]:
-        model = getattr(self.model, "_hub_mixin_config", None) or {}
-        images = self.dataset.fingerprint()  # in place of their path, which may differ between machines
-        return {"trainer": dataclasses.asdict(self.config), "model": model, "data": {"images": images}}
-
-    def _refuse_other_configuration(self) -> None:
-        path = self.run_folder / "config.json"
-        if not path.is_file() or self.config.allow_config_change:
-            return
-        before = read_json(path)
-        if not {"trainer", "model", "data"} <= before.keys():
-            raise UserError(f"{path} is not of a run of vqdist; give another run folder")
-        lines = differing_keys(before, json.loads(json.dumps(self._resolved_configuration())))
-        if lines:
-            raise UserError(
-                f"{self.run_folder} holds a run with another configuration ({'; '.join(lines)}); give another run "
-                "folder, or resume it all the same with --trainer.allow_config_change true"
-            )
-
-    def _check_shared_folder(self) -> None:
-        """Rank 0 makes the run folder; every rank must see it, with the same data."""
-        problem = None
-        if self.is_main:
-            try:
-                self.run_folder.mkdir(parents=True, exist_ok=True)
-                write_json(self.run_folder / "config.json", self._resolved_configuration())
-            except OSError as error:
-                problem = UserError(f"the run folder {self.run_folder} cannot be written: {error.strerror}")
-        if self.backend.any(problem is not None):
-            raise problem or UserError(f"rank 0 cannot write the run folder {self.run_folder}")
-        if self.backend.any(not (self.run_folder / "config.json").is_file()):
-            raise UserError(f"{self.run_folder} is not visible to every process; use a folder on a shared file system")
-        fingerprint = torch.tensor([int(self.dataset.fingerprint()[:15], 16)], device=self.device)
-        if bool((self.backend.gather(fingerprint) != fingerprint).any()):
-            raise UserError(f"the images of {self.config.folder or 'the dataset'} differ between processes or nodes")
 
     def _set_up_networks(self) -> None:
         config = self.config
