@@ -8,7 +8,16 @@ import traceback
 import pytest
 import torch
 from PIL import Image
-from scenarios import EVERYTHING, IMAGE_SIZE, build_trainer, build_vae, train_steps, weights_of
+from scenarios import (
+    DVAE_EVERYTHING,
+    EVERYTHING,
+    IMAGE_SIZE,
+    build_dvae_trainer,
+    build_trainer,
+    build_vae,
+    train_steps,
+    weights_of,
+)
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -172,9 +181,12 @@ def test_accumulation_is_the_step_of_the_whole_batch(tmp_path):
 READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__float__", "__bool__", "__int__", "__index__")
 
 
-@pytest.mark.parametrize("quantizer", ["lfq", "fsq"])
-def test_an_update_never_waits_for_the_device(tmp_path, quantizer, monkeypatch):
-    trainer = build_trainer(tmp_path, quantizer=quantizer, **{**EVERYTHING, "discriminator_start": 0})
+@pytest.mark.parametrize("model", ["lfq", "fsq", "dvae"])
+def test_an_update_never_waits_for_the_device(tmp_path, model, monkeypatch):
+    if model == "dvae":
+        trainer = build_dvae_trainer(tmp_path, model={"kl_div_loss_weight": 0.1}, **DVAE_EVERYTHING)
+    else:
+        trainer = build_trainer(tmp_path, quantizer=model, **{**EVERYTHING, "discriminator_start": 0})
     trainer.train_step()
     batches, reads = trainer.next_micro_batches(), []
     for name in READS:
