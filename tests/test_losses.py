@@ -1,7 +1,10 @@
 """Losses against formulas written out by hand, in every precision they can be given."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vqdist import losses
@@ -24,8 +27,70 @@ def test_reconstruction_loss_is_the_mean_difference(kind, power):
 
 
 def test_reconstruction_loss_names_an_unknown_kind():
-    with pytest.raises(ValueError, match="'huber' is not known; expected 'l1' or 'l2'"):
+    with pytest.raises(ValueError, match="'huber' is not known; expected 'l1', 'l2' or 'smooth_l1'"):
         losses.reconstruction_loss(torch.zeros(1), torch.zeros(1), "huber")
+
+
+def test_smooth_l1_is_half_the_square_below_one_and_linear_above():
+    recon, image = 3 * torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    distances = (recon - image).abs().flatten().tolist()
+    assert min(distances) < 1 < max(distances)
+    expected = sum(d * d / 2 if d < 1 else d - 0.5 for d in distances) / 96
+    assert losses.reconstruction_loss(recon, image, "smooth_l1").item() == pytest.approx(expected, rel=1e-5)
+
+
+# logits (b, n, v) whose KL is neither small nor at its largest, log v
+SHAPE = (3, 5, 7)
+
+
+def test_kl_to_uniform_is_its_formula():
+    given = 2 * logits(*SHAPE)
+    each = []
+    for row in given.view(-1, 7).tolist():
+        q = [math.exp(value) / sum(map(math.exp, row)) for value in row]
+        each.append(sum(p * math.log(p / (1 / 7)) for p in q))
+    assert losses.kl_to_uniform(given).item() == pytest.approx(sum(each) / 15)
+    assert losses.kl_to_uniform(given, "dalle").item() == pytest.approx(sum(each))
+
+
+def test_kl_to_uniform_goes_from_zero_to_the_logarithm_of_the_number_of_codes():
+    assert losses.kl_to_uniform(torch.full(SHAPE, 3.0)).item() == pytest.approx(0, abs=1e-6)
+    certain = torch.zeros(SHAPE).index_fill(-1, torch.tensor(2), 1e4).requires_grad_()
+    loss = losses.kl_to_uniform(certain)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(7)) and torch.isfinite(certain.grad).all()
+
+
+@pytest.mark.parametrize("repeats", [(4, 1, 1), (1, 9, 1)], ids=["images", "positions"])
+def test_only_dalles_kl_grows_with_the_batch_and_the_image(repeats):
+    one = logits(*SHAPE)
+    many = one.repeat(repeats)
+    assert torch.allclose(losses.kl_to_uniform(many), losses.kl_to_uniform(one))
+    times = math.prod(repeats)
+    assert torch.allclose(losses.kl_to_uniform(many, "dalle"), times * losses.kl_to_uniform(one, "dalle"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dalles_kl_is_that_of_its_code():
+    given = logits(*SHAPE)
+    log_q = given.log_softmax(dim=-1)
+    log_uniform = torch.log(torch.tensor([1.0 / 7], dtype=torch.float64))
+    expected = F.kl_div(log_uniform, log_q, None, None, "batchmean", log_target=True)
+    assert torch.allclose(losses.kl_to_uniform(given, "dalle"), expected)
+
+
+def test_kl_names_an_unknown_reduction():
+    with pytest.raises(ValueError, match="'sum' is not known; expected 'mean' or 'dalle'"):
+        losses.kl_to_uniform(torch.zeros(2), "sum")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "dalle"])
+def test_kl_is_float32_under_autocast(reduction):
+    given = logits(*SHAPE, dtype=torch.bfloat16)
+    expected = losses.kl_to_uniform(given, reduction)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(losses.kl_to_uniform(given, reduction), expected)
+    assert expected.dtype == torch.float32
 
 
 def test_hinge_losses_match_their_formulas():
@@ -55,6 +120,9 @@ def test_bce_losses_and_their_gradients_are_finite_for_extreme_logits():
     [
         (losses.reconstruction_loss, 2),
         (lambda recon, image: losses.reconstruction_loss(recon, image, "l2"), 2),
+        (lambda recon, image: losses.reconstruction_loss(recon, image, "smooth_l1"), 2),
+        (losses.kl_to_uniform, 1),
+        (lambda given: losses.kl_to_uniform(given, "dalle"), 1),
         (losses.hinge_discriminator_loss, 2),
         (losses.bce_discriminator_loss, 2),
         (losses.hinge_generator_loss, 1),

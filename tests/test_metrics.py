@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from scenarios import build_vae
+from scenarios import build_dvae, build_vae
 from torch import Tensor
 
 from vqdist.backends.local import LocalBackend
 from vqdist.evaluation import evaluate_reconstruction, reconstruct
-from vqdist.metrics import ReconstructionMetrics, RunningMeans, code_histogram, codebook_usage
+from vqdist.metrics import CodeHistogram, ReconstructionMetrics, RunningMeans, code_histogram, codebook_usage
 from vqdist.models.quantizers import build_quantizer
 
 
@@ -194,7 +194,47 @@ def test_residual_levels_have_histograms_of_their_own():
     assert numbers["codebook_perplexity"] == pytest.approx((1 + 4) / 2)
 
 
+class Doubling(LocalBackend):
+    """Two ranks that saw the same."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(2)  # in place, as an all-reduce is
+
+
+def test_a_code_histogram_adds_up_and_forgets():
+    network = build_quantizer("lfq", dim=8, codebook_size=4)
+    histogram = CodeHistogram(network, torch.device("cpu"))
+    for ids in (codes(0, 0, 1), codes(2, -1, 0)):
+        histogram.add(ids)
+    assert histogram.over_ranks(LocalBackend(device="cpu")).tolist() == [3, 1, 1, 0]
+    for _ in range(2):  # asking changes nothing
+        assert histogram.over_ranks(Doubling(device="cpu")).tolist() == [6, 2, 2, 0]
+    numbers = histogram.usage(Doubling(device="cpu"))
+    assert numbers["codebook_usage"] == 0.75
+    assert numbers["codebook_perplexity"] == pytest.approx(math.exp(-0.6 * math.log(0.6) - 0.4 * math.log(0.2)))
+    histogram.reset()
+    assert histogram.over_ranks(LocalBackend(device="cpu")).tolist() == [0, 0, 0, 0]
+
+
+def test_a_code_histogram_has_the_codes_of_its_network():
+    histogram = CodeHistogram(build_dvae(num_tokens=6), torch.device("cpu"))
+    assert (histogram.codebook_size, histogram.num_levels, len(histogram.counts)) == (6, 1, 6)
+    levels = {"codebook_size": 4, "vq_kwargs": {"codebook_dim": 4, "num_quantizers": 3, "kmeans_init": False}}
+    histogram = CodeHistogram(build_vae(quantizer="residual_vq", **levels).network, torch.device("cpu"))
+    assert (histogram.codebook_size, histogram.num_levels, len(histogram.counts)) == (4, 3, 12)
+
+
 # ------------------------------------------------------------------------------------------- evaluation
+
+
+def test_a_discrete_vae_is_evaluated_through_its_codes():
+    model, batches = build_dvae(), [pictures(3, 16), pictures(1, 16, seed=1)]
+    numbers = evaluate_reconstruction(model, batches, LocalBackend(device="cpu"), image_size=16)
+    images = torch.cat(batches)
+    recon = model.denorm(model.decode(model.get_codebook_indices(images))).clamp(0, 1)
+    assert numbers["l1"] == pytest.approx((recon - images).abs().mean().item(), rel=1e-5) and numbers["images"] == 4
+    assert numbers["codebook_usage"] == len(model.get_codebook_indices(images).unique()) / 32
+    assert torch.allclose(reconstruct(model, images), recon, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,7 +11,7 @@ import torch
 
 from vqdist import seeding
 from vqdist.errors import UserError
-from vqdist.schedules import learning_rate, linear_ramp
+from vqdist.schedules import learning_rate, linear_ramp, temperature
 
 
 def rates(schedule: str, warmup_steps: int, steps: int = 100) -> list[float]:
@@ -34,14 +34,46 @@ def test_cosine_rate_is_half_a_cosine_after_the_warm_up():
     assert values[100] == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize(
+    "warmup_steps, expected", [(0, [2.0, 2.0, 1.0, 1.0, 0.5, 0.5]), (3, [2 / 3, 4 / 3, 2, 1, 0.5, 0.5])]
+)
+def test_exponential_rate_falls_by_the_epoch_after_the_warm_up(warmup_steps, expected):
+    settings = {"peak": 2.0, "schedule": "exponential", "warmup_steps": warmup_steps, "total_steps": 6}
+    values = [learning_rate(step, **settings, epoch=step // 2, decay_rate=0.5) for step in range(6)]
+    assert values == pytest.approx(expected)
+    assert {learning_rate(step, **settings) for step in range(3, 6)} == {2.0}  # nothing falls unless it is asked to
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_epoch_is_of_the_exponential_rate_only(schedule):
+    settings = {"peak": 2.0, "schedule": schedule, "warmup_steps": 0, "total_steps": 10}
+    assert learning_rate(5, **settings, epoch=3, decay_rate=0.1) == learning_rate(5, **settings)
+
+
 def test_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match="'linear' is not known; choose one of constant, cosine"):
+    with pytest.raises(UserError, match="'linear' is not known; choose one of constant, cosine, exponential$"):
         learning_rate(0, peak=1, schedule="linear", warmup_steps=0, total_steps=1)
 
 
 def test_ramp_begins_where_it_is_told():
     assert [linear_ramp(step, start=3, length=2) for step in range(7)] == [0, 0, 0, 0.5, 1, 1, 1]
     assert [linear_ramp(step, start=1, length=0) for step in range(3)] == [0, 1, 1]
+
+
+def test_temperature_is_its_formula():
+    for step in (0, 1, 100, 1000, 100_000):
+        expected = max(0.9 * math.exp(-1e-4 * step), 0.3)
+        assert temperature(step, start=0.9, rate=1e-4, lowest=0.3) == pytest.approx(expected, rel=1e-12)
+    assert temperature(10**9, start=1.0, rate=0.0, lowest=0.5) == 1.0
+    assert temperature(10**9, start=1.0, rate=10.0, lowest=0.5) == 0.5
+
+
+def test_dalles_temperature_reaches_its_minimum_when_its_formula_says():
+    """ln 2 / 1e-6 = 693,147.2; DALLE-pytorch's own loop is there after 11,800 steps."""
+    settings = {"start": 1.0, "rate": 1e-6, "lowest": 0.5}
+    assert temperature(11_800, **settings) == pytest.approx(0.98827, abs=1e-5)
+    assert temperature(693_147, **settings) > 0.5
+    assert temperature(693_148, **settings) == 0.5
 
 
 def draws() -> list:

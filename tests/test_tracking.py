@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
+import time
+from base64 import b64encode
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scenarios import build_dvae_trainer
 
+from vqdist import DiscreteVAE
 from vqdist.errors import UserError
-from vqdist.tracking import Tracker, check_trackers, make_sheet, memory_gb, save_sheet
+from vqdist.tracking import Tracker, check_trackers, make_sheet, memory_gb, save_bars, save_sheet
 
 
 def lines(folder: Path) -> list[dict]:
@@ -90,6 +97,34 @@ def test_tensorboard_holds_numbers_and_pictures(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
+def histogram_in_tensorboard(folder: Path, counts: torch.Tensor):
+    """The last histogram that TensorBoard holds after one of these counts."""
+    tracking = tracker(folder, "tensorboard")
+    tracking.histogram(7, "codes", counts, folder / "codes.png")
+    tracking.close()
+    (event,) = events(folder).Histograms("codes")
+    assert event.step == 7
+    return event.histogram_value
+
+
+def test_tensorboard_holds_a_histogram_of_codes(tmp_path):
+    value = histogram_in_tensorboard(tmp_path, torch.tensor([3, 0, 5, 1]))
+    assert (value.min, value.max, value.num) == (0, 4, 9)
+    assert (value.bucket_limit, value.bucket) == ([1, 2, 3, 4], [3, 0, 5, 1])
+    assert value.sum == 3 * 0.5 + 5 * 2.5 + 3.5  # codes count at the middle of their bar
+    assert value.sum_squares == 3 * 0.5**2 + 5 * 2.5**2 + 3.5**2
+
+
+@pytest.mark.parametrize("number", [512, 1024, 1025, 8192])
+def test_neighbours_share_a_bar_where_there_are_more_codes_than_bars(tmp_path, number):
+    counts = torch.randint(0, 9, (number,), generator=torch.Generator().manual_seed(0))
+    value = histogram_in_tensorboard(tmp_path, counts)
+    assert len(value.bucket) <= 512 and value.max == number and value.num == counts.sum()
+    edges = [0, *map(int, value.bucket_limit)]
+    assert edges[1:] == value.bucket_limit and edges[-1] == number
+    assert value.bucket == [int(counts[low:high].sum()) for low, high in zip(edges[:-1], edges[1:])]
+
+
 def test_tensorboard_forgets_what_will_run_again(tmp_path):
     first = tracker(tmp_path, "tensorboard")
     for step in (1, 2, 3):
@@ -101,9 +136,17 @@ def test_tensorboard_forgets_what_will_run_again(tmp_path):
     assert [(event.step, event.value) for event in events(tmp_path).Scalars("loss")] == [(1, 1.0), (2, 20.0)]
 
 
-def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
-    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+@pytest.fixture
+def offline(tmp_path, monkeypatch) -> Path:
+    """W&B without a network and with a home of its own, which is returned."""
+    home = tmp_path / "home"
+    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path / "wandb")}
+    for name, value in {**settings, "WANDB_DATA_DIR": str(home), "WANDB_CACHE_DIR": str(home)}.items():
         monkeypatch.setenv(name, value)
+    return home
+
+
+def test_wandb_writes_an_offline_run(tmp_path, offline):
     tracking = tracker(tmp_path, "wandb")
     run = tracking.wandb
     tracking.log(1, {"loss": 0.5})
@@ -116,6 +159,122 @@ def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
     assert file.stat().st_size > 0
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/reconstructions*.png"))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def records(file: Path) -> Iterator:
+    """What is in a .wandb file: LevelDB's log format, 7 bytes of W&B's first, of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, record = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # the rest of a block that has no room for a header
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):  # not written yet
+            return
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # the whole record, or the last of its parts
+            yield Record.FromString(record)
+            record = b""
+
+
+def records_of_finished_run(file: Path) -> list:
+    """All of them: W&B's own process still writes an offline run when `finish` has returned."""
+    for _ in range(300):
+        written = list(records(file))
+        if written and written[-1].WhichOneof("record_type") == "exit":
+            return written
+        time.sleep(0.1)
+    pytest.fail(f"{file} has no end after 30 seconds")
+
+
+def test_wandb_gets_the_trained_model_and_everything_that_was_logged(tmp_path, offline):
+    """Of a real training; what is to be uploaded lies in the run's folder and nowhere else."""
+    run = tmp_path / "run"
+    build_dvae_trainer(run, trackers=["wandb"], num_train_steps=2, save_results_every=1).train()
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    written = records_of_finished_run(file)
+    (artifact,) = [record.artifact for record in written if record.WhichOneof("record_type") == "artifact"]
+    assert artifact.type == "model" and artifact.name == f"model-{file.stem.removeprefix('run-')}"
+    assert artifact.finalize and list(artifact.aliases) == ["latest"]
+
+    files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    assert files.keys() == {"config.json", "model.safetensors", "README.md"}
+    for entry in artifact.manifest.contents:
+        content = files[entry.path].read_bytes()
+        assert content == (run / "export" / entry.path).read_bytes() and len(content) == entry.size
+        assert b64encode(hashlib.md5(content).digest()).decode() == entry.digest
+        assert files[entry.path].is_relative_to(file.parent)
+    assert not list(offline.rglob("*.safetensors")) and not list(offline.rglob("staging/*"))
+    kept, exported = (DiscreteVAE.from_pretrained(f) for f in (files["config.json"].parent, run / "export"))
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), exported.parameters(), strict=True))
+
+    history = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in written
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [step["_step"] for step in history] == [1, 2]
+    for step in history:
+        assert {"loss", "temperature", "lr", "codebook_usage"} <= step.keys()
+        assert step["reconstructions/_type"] == "image-file"
+        assert step["codes/_type"] == "histogram" and step["codes/bins"] == list(range(33))
+        assert sum(step["codes/values"]) == 4 * 16  # 4 images of 16 codes
+    assert "valid/psnr" in history[-1]
+
+
+def test_a_run_that_continues_leaves_the_model_of_its_first_part_as_it_is(tmp_path, offline):
+    export = tmp_path / "export"
+    kept = []
+    for weights in (b"first", b"second"):
+        export.mkdir(exist_ok=True)
+        (export / "model.safetensors").write_bytes(weights)
+        tracking = tracker(tmp_path, "wandb")
+        tracking.artifact(export)
+        kept.append(Path(tracking.wandb.dir).parent / "model" / "model.safetensors")
+        tracking.close()
+        (export / "model.safetensors").unlink()
+        time.sleep(1)  # W&B names the folder by the second
+    assert [path.read_bytes() for path in kept] == [b"first", b"second"]
+
+
+def test_a_run_that_is_turned_off_takes_an_artifact(tmp_path, offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    tracking = tracker(tmp_path, "wandb")
+    tracking.log(1, {"loss": 0.5})
+    tracking.histogram(1, "codes", torch.tensor([1, 2]), tmp_path / "codes.png")
+    tracking.artifact(tmp_path / "export")
+    tracking.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_an_online_run_uploads_the_folder_itself(tmp_path, monkeypatch):
+    """Without a copy in the user's home: the run ends, and waits for the upload, before the folder can change."""
+
+    class OnlineRun:
+        id, offline, logged = "abc", False, []
+
+        def log_artifact(self, artifact):
+            self.logged.append(artifact)
+
+    run = OnlineRun()
+    monkeypatch.setattr("wandb.init", lambda **_: run)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    tracker(tmp_path, "wandb").artifact(tmp_path / "export")
+    ((name, entry),) = run.logged[0].manifest.entries.items()
+    assert name == "config.json" and Path(entry.local_path) == tmp_path / "export" / "config.json"
+    assert entry.skip_cache and run.logged[0].name == "model-abc"
+
+
+def test_without_wandb_an_artifact_goes_nowhere(tmp_path):
+    tracker(tmp_path).artifact(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wandb_continues_the_run_of_a_folder(tmp_path, monkeypatch):
@@ -170,6 +329,48 @@ def test_a_saved_sheet_appears_whole(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
     saved = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
     assert torch.equal(saved, (make_sheet(rows, columns=1) * 255 + 0.5).to(torch.uint8))
+
+
+def bars_in(path: Path) -> list[int]:
+    """Heights of the dark bars of a chart, which stand on its lower edge."""
+    with Image.open(path) as saved:
+        picture = np.array(saved)
+    dark = picture < 128
+    assert set(np.unique(picture)) <= {40, 235} and bool((dark[:-1] <= dark[1:]).all())
+    assert bool((dark[:, ::2] == dark[:, 1::2]).all())  # two pixels wide
+    return dark.sum(axis=0)[::2].tolist()
+
+
+def test_a_chart_has_a_bar_for_each_code(tmp_path):
+    path = tmp_path / "deep" / "codes.png"
+    tracker(tmp_path).histogram(1, "codes", torch.tensor([4, 0, 8, 1, 2000]), path)
+    assert bars_in(path) == [1, 0, 1, 1, 128]  # what occurs at all is seen
+    tracker(tmp_path).histogram(1, "codes", torch.tensor([4, 0, 8, 1]), path)
+    assert bars_in(path) == [64, 0, 128, 16]  # the tallest bar fills the height
+    assert [file.name for file in path.parent.iterdir()] == ["codes.png"]
+
+
+@pytest.mark.parametrize("number, bars", [(512, 512), (513, 257), (1024, 512), (65536, 512)])
+def test_a_chart_has_at_most_512_bars(tmp_path, number, bars):
+    counts = torch.zeros(number, dtype=torch.int64)
+    counts[-1] = 6
+    counts[0], counts[1] = 1, 2
+    tracker(tmp_path).histogram(1, "codes", counts, tmp_path / "codes.png")
+    heights = bars_in(tmp_path / "codes.png")
+    assert len(heights) == bars and heights[-1] == 128
+    first = [22, 43] if bars == number else [64, 0]  # 1/6 and 2/6 of 128, or both in one bar
+    assert heights[:2] == first and sum(heights) == sum(first) + 128
+
+
+def test_a_chart_of_nothing_is_empty(tmp_path):
+    save_bars(np.zeros(3, dtype=np.int64), tmp_path / "codes.png", height=16)
+    assert bars_in(tmp_path / "codes.png") == [0, 0, 0]
+
+
+def test_a_chart_changes_no_counts(tmp_path):
+    counts = torch.tensor([1, 2, 3])
+    tracker(tmp_path).histogram(1, "codes", counts, tmp_path / "codes.png")
+    assert counts.tolist() == [1, 2, 3]
 
 
 def test_memory_is_that_of_this_process():

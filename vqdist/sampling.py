@@ -44,7 +44,7 @@ def _gumbel_of_(uniform: Tensor) -> Tensor:
 
 def gumbel_softmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """softmax((logits + noise) / temperature): a soft draw from softmax(logits) (arXiv 1611.00712, 1611.01144)."""
-    return ((logits.float() + noise) / temperature).softmax(dim=-1)
+    return ((_at_least_float32(logits) + noise) / temperature).softmax(dim=-1)
 
 
 def straight_through(soft: Tensor) -> Tensor:
@@ -60,11 +60,16 @@ def reinmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     2 * p1 - p0 / 2, where p1 is the mean of d and softmax(logits / temperature), reached by a constant shift of the
     logits.
     """
-    logits = logits.float()
+    logits = _at_least_float32(logits)
     draw = torch.zeros_like(logits).scatter_(-1, (logits + noise).argmax(dim=-1, keepdim=True), 1.0)
     with torch.no_grad():
         mean = (draw + (logits / temperature).softmax(dim=-1)) / 2
-        shift = mean.clamp(min=torch.finfo(mean.dtype).tiny).log() - logits
-    p0, p1 = logits.softmax(dim=-1), (logits + shift).softmax(dim=-1)
+        log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+    # zero plus `log_mean`: the shift itself, `log_mean - logits`, would round away what large logits leave of the mean
+    p0, p1 = logits.softmax(dim=-1), (logits - logits.detach() + log_mean).softmax(dim=-1)
     gradient = 2 * p1 - p0 / 2
     return gradient - gradient.detach() + draw
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

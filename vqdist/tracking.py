@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,8 @@ class Tracker:
 
     def histogram(self, step: int, name: str, counts: Tensor, path: Path) -> None:
         """Save a bar chart of how often each code occurred: `counts` (v,), several codes a bar if many."""
-        bars = _bars(counts)
+        bars, edges = _bars(counts)
         save_bars(bars, path)
-        edges = np.linspace(0, len(counts), len(bars) + 1)
         if self.tensorboard is not None:
             middles, total = (edges[:-1] + edges[1:]) / 2, bars.sum()
             self.tensorboard.add_histogram_raw(
@@ -107,12 +107,19 @@ class Tracker:
             self.wandb.log({name: wandb.Histogram(np_histogram=(bars, edges))}, step=step)
 
     def artifact(self, folder: Path) -> None:
-        """Upload a folder with a model, where the tracker keeps such things (W&B)."""
+        """Upload a folder with a model, where the tracker keeps such things (W&B).
+
+        The folder must stay as it is until `close`. An offline run keeps a copy in its own folder for `wandb sync`; by
+        itself W&B would refer to one in the user's home.
+        """
         if self.wandb is not None:
             import wandb
 
+            if self.wandb.offline:
+                kept = Path(self.wandb.dir).parent / "model"
+                folder = Path(shutil.copytree(folder, kept, dirs_exist_ok=True))
             artifact = wandb.Artifact(f"model-{self.wandb.id}", type="model")
-            artifact.add_dir(str(folder))
+            artifact.add_dir(str(folder), skip_cache=True, policy="immutable")
             self.wandb.log_artifact(artifact)
 
     def close(self) -> None:
@@ -147,11 +154,12 @@ def save_bars(bars: np.ndarray, path: Path, height: int = 128) -> None:
     partial.replace(path)
 
 
-def _bars(counts: Tensor, most: int = 512) -> np.ndarray:
-    """Counts of codes (v,) summed over neighbours into at most so many bars."""
+def _bars(counts: Tensor, most: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of codes (v,) summed over neighbours into at most so many bars (n,), and the bars' edges (n + 1,)."""
     numbers = counts.cpu().numpy()
     per_bar = -(-len(numbers) // most)
-    return np.pad(numbers, (0, -len(numbers) % per_bar)).reshape(-1, per_bar).sum(axis=1)
+    bars = np.pad(numbers, (0, -len(numbers) % per_bar)).reshape(-1, per_bar).sum(axis=1)
+    return bars, np.minimum(np.arange(len(bars) + 1.0) * per_bar, len(numbers))
 
 
 def memory_gb(device: torch.device) -> float:

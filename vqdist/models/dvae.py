@@ -7,8 +7,10 @@ decodes the mixture of code vectors that it weighs. Shapes: `b` batch, `c` chann
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -107,7 +109,7 @@ class DiscreteVAE(
         normalization: Sequence[Sequence[float]] | None = DEFAULT_NORMALIZATION,
     ):
         super().__init__()
-        _check_sizes(num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels)
+        _check_sizes(image_size, num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels)
         _check_draw(temperature, straight_through, reinmax, kl_div_loss_weight, kl_reduction)
         self.image_size = image_size
         self.num_tokens = num_tokens
@@ -223,6 +225,8 @@ class DiscreteVAE(
         Returns:
             Reconstructions (b, c, h, w) are in the space of `norm`, as in DALLE-pytorch.
         """
+        if return_loss and return_logits:
+            raise UserError("return_loss and return_logits are both set; ask for one of them at a time")
         logits = self.logits(img)
         by_channel = rearrange(logits, "b h w v -> b v h w")
         if return_logits and not return_recons:
@@ -240,13 +244,15 @@ class DiscreteVAE(
     def draw(self, logits: Tensor, temp: float | None = None, noise: Tensor | None = None) -> Tensor:
         """Logits (b, h', w', v) -> the mixture of code vectors (b, h', w', d) that a relaxed draw weighs."""
         temp = self.temperature if temp is None else temp
+        if not temp > 0:
+            raise UserError(f"temp {temp} is not possible; it must be above 0")
         noise = sampling.gumbel_noise(logits.shape, logits.device) if noise is None else noise
         if self.reinmax:
             weights = sampling.reinmax(logits, noise, temp)
         else:
             weights = sampling.gumbel_softmax(logits, noise, temp)
             weights = sampling.straight_through(weights) if self.straight_through else weights
-        return weights @ self.codebook.weight
+        return weights.to(self.codebook.weight.dtype) @ self.codebook.weight
 
     def reconstruction_loss(self, recon: Tensor, img: Tensor) -> Tensor:
         """Mean squared error, or smooth L1 with `smooth_l1_loss`, of (b, c, h, w) in the space of `norm`; 0-d.
@@ -278,12 +284,12 @@ class DiscreteVAE(
             The model in eval mode.
         """
         hparams, weights = _read_dalle_pytorch(Path(path).expanduser())
-        channels = weights["encoder.0.0.weight"].shape[1] if "encoder.0.0.weight" in weights else 3
         try:
+            channels = weights["encoder.0.0.weight"].shape[1] if "encoder.0.0.weight" in weights else 3
             model = cls(**{"channels": channels, "kl_reduction": "dalle", **hparams, **options})
             model.load_state_dict(weights)
-        except (TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split()[:40])
+        except (AttributeError, IndexError, TypeError, RuntimeError) as error:
+            reason = shorten(str(error), 250, placeholder=" ...")
             raise UserError(
                 f"{path} does not hold the weights of a discrete VAE of DALLE-pytorch ({reason})"
             ) from error
@@ -316,10 +322,18 @@ def build_decoder(
     return nn.Sequential(*modules, nn.Conv2d(hidden_dim, channels, 1))
 
 
-def _check_sizes(num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels) -> None:
-    lowest = {"num_tokens": 2, "codebook_dim": 1, "num_layers": 1, "num_resnet_blocks": 0, "hidden_dim": 1}
-    given = (num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim)
-    for (name, least), value in zip(lowest.items(), given, strict=True):
+def _check_sizes(image_size, num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels) -> None:
+    given = {
+        "image_size": (image_size, 1),
+        "num_tokens": (num_tokens, 2),
+        "codebook_dim": (codebook_dim, 1),
+        "num_layers": (num_layers, 1),
+        "num_resnet_blocks": (num_resnet_blocks, 0),
+        "hidden_dim": (hidden_dim, 1),
+    }
+    for name, (value, least) in given.items():
+        if not isinstance(value, int):
+            raise UserError(f"{name} {value!r} is not possible; give a whole number")
         if value < least:
             raise UserError(f"{name} {value} is not possible; it must be at least {least}")
     if channels not in (1, 3, 4):
@@ -341,14 +355,17 @@ def _normalization(given: Sequence[Sequence[float]] | None, channels: int) -> tu
     """Means and standard deviations, (c, 1, 1); those of further channels are left out."""
     if given is None:
         return torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
-    if len(given) != 2 or any(len(part) < channels for part in given):
+    try:
+        means, stds = ([float(value) for value in part[:channels]] for part in given)
+    except (TypeError, ValueError):  # not two, not lists, not numbers
+        means = stds = []
+    if len(means) != channels or len(stds) != channels:
         raise UserError(
             f"normalization {given} is not possible; give {channels} means and {channels} standard deviations"
         )
-    if any(std <= 0 for std in given[1][:channels]):
-        raise UserError(f"normalization has the standard deviations {list(given[1])}; each must be above 0")
-    means, stds = (torch.tensor([float(value) for value in part[:channels]]).view(-1, 1, 1) for part in given)
-    return means, stds
+    if not all(std > 0 for std in stds):
+        raise UserError(f"normalization has the standard deviations {stds}; each must be above 0")
+    return torch.tensor(means).view(-1, 1, 1), torch.tensor(stds).view(-1, 1, 1)
 
 
 def _read_dalle_pytorch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -357,9 +374,16 @@ def _read_dalle_pytorch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # not a file of torch, damaged, or one that would run code when unpickled
-        reason = " ".join(str(error).split()[:25])
+        reason = _why_refused(str(error))
         raise UserError(f"{path} cannot be read as tensors and plain values ({reason})") from error
     if not isinstance(content, dict) or not {"hparams", "weights"} <= content.keys():
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} holds {found}; a vae.pt of DALLE-pytorch holds hparams and weights")
     return content["hparams"], content["weights"]
+
+
+def _why_refused(message: str) -> str:
+    """What torch refuses, without its advice on how to run the code all the same."""
+    named = re.search(r"GLOBAL (\S+)", message)
+    first = message.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
+    return f"it holds {named[1]}" if named else shorten(first, 200, placeholder=" ...")

@@ -26,6 +26,7 @@ MODEL_TYPES = {
     "vqgan": ("vqdist.models.vqgan", "VQGanVAE"),
     "dvae": ("vqdist.models.dvae", "DiscreteVAE"),
 }
+FIRST_TYPE = "vqgan"  # of a config.json that names none: they were written before there were others
 
 
 class PretrainedModel(PyTorchModelHubMixin):
@@ -81,13 +82,14 @@ class PretrainedModel(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
         written = _config_of(model_id, kwargs)
-        found = written.get("model_type", cls.model_type)  # before there were several types, none was written
+        found = written.get("model_type", FIRST_TYPE) if written else cls.model_type
         if found != cls.model_type:
             raise UserError(f"{model_id} holds a model of type {found!r}; {cls.__name__} loads {cls.model_type!r}")
+        image_size = kwargs.get("image_size", written.get("image_size"))
         for name in {"model_type", "image_size"} - cls._hub_mixin_init_parameters.keys():
             kwargs.pop(name, None)  # facts about the model, not arguments of it
         model = super()._from_pretrained(model_id=model_id, **kwargs)
-        model.image_size = written.get("image_size", model.image_size)
+        model.image_size = model.image_size if image_size is None else image_size
         return model
 
     @classmethod
@@ -104,8 +106,8 @@ def load_model_of_any_type(name_or_path: str | Path, **kwargs: Any) -> Pretraine
     """The model of whichever class config.json says; see `PretrainedModel.from_pretrained`."""
     path = Path(name_or_path).expanduser()
     _check_location(name_or_path, path)
-    model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", "vqgan")
-    if model_type not in MODEL_TYPES:
+    model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", FIRST_TYPE)
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise UserError(f"{name_or_path} holds a model of type {model_type!r}; vqdist has {known}")
     module, name = MODEL_TYPES[model_type]
@@ -115,14 +117,19 @@ def load_model_of_any_type(name_or_path: str | Path, **kwargs: Any) -> Pretraine
 def _check_location(given: str | Path, path: Path) -> None:
     if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given)):
         raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")
+        _config_of(str(path), {})  # says what is wrong with a damaged one, which the hub's mixin does not
 
 
 def _config_of(model_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """config.json of a folder or repository; empty where a repository cannot be reached: loading it says so."""
     if Path(model_id).is_dir():
-        return read_json(Path(model_id) / "config.json")
+        try:
+            return read_json(Path(model_id) / "config.json")
+        except UserError as error:
+            raise UserError(f"{model_id} holds no model that can be loaded ({error})") from error
     options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
     try:
         return read_json(Path(hf_hub_download(model_id, "config.json", **options)))

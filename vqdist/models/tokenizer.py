@@ -90,19 +90,20 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (b, c, h, w) in [0, 1] -> codes (b, n), or (b, n, q) with q levels; rows of the picture in turn."""
-        expected = (self.channels, self.image_size, self.image_size)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise UserError(f"images of shape {tuple(images.shape)} were given; (batch, {expected}) is expected")
+        size = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (self.channels, size, size):
+            expected = f"(batch, {self.channels}, {size}, {size})"
+            raise UserError(f"images of shape {tuple(images.shape)} were given; {expected} is expected")
+        check_pixels(images)
         return rearrange(self.network.tokenize(images), "b h w ... -> b (h w) ...")
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Codes (b, n), or (b, n, q) with q levels, -> images (b, c, h, w) in [0, 1]."""
-        if indices.ndim != 2 + (self.num_levels > 1) or indices.shape[1] != self.num_codes:
-            levels = f", {self.num_levels}" if self.num_levels > 1 else ""
-            raise UserError(
-                f"codes of shape {tuple(indices.shape)} were given; (batch, {self.num_codes}{levels}) is expected"
-            )
+        row = (self.num_codes, self.num_levels) if self.num_levels > 1 else (self.num_codes,)
+        if indices.shape[1:] != row:
+            expected = f"(batch, {', '.join(map(str, row))})"
+            raise UserError(f"codes of shape {tuple(indices.shape)} were given; {expected} is expected")
         if bool(((indices < 0) | (indices >= self.codebook_size)).any()):
             raise UserError(
                 f"codes from {int(indices.min())} to {int(indices.max())} were given; there are {self.codebook_size}"
@@ -115,7 +116,7 @@ def check_image_size(size: int, layers: int, option: str) -> None:
     """Raise `UserError` if square images of this side (in pixels) cannot be halved so many times; names the option."""
     stride = 2**layers
     if size % stride or size < stride:
-        below = size - size % stride
+        below = max(0, size - size % stride)
         near = " or ".join(str(side) for side in (below, below + stride) if side > 0)
         raise UserError(f"image_size {size} is not a multiple of {stride} (2 ** {layers} {option}); try {near}")
 
@@ -126,6 +127,13 @@ def check_images(images: Tensor, channels: int, layers: int, option: str) -> Non
         raise UserError(
             f"images of shape {tuple(images.shape)} were given; (batch, {channels}, height, width) is expected"
         )
+    check_pixels(images)
     for side in images.shape[-2:]:
         if side % 2**layers:
             raise UserError(f"image side {side} is not a multiple of {2**layers} (2 ** {layers} {option})")
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise `UserError` for pixels that are whole numbers: bytes up to 255 would be taken for values up to 1."""
+    if not images.is_floating_point():
+        raise UserError(f"pixels of type {images.dtype} were given; floating-point numbers in [0, 1] are expected")
