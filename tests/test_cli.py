@@ -15,6 +15,7 @@ from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+DIGITS = ROOT / "launch" / "recipes" / "digits_vqgan.yaml"
 SMALL = (
     "--data digits --image_size 16 --data.num_workers 0 --model.dim 16 --model.layers 2 --model.channels 1 "
     "--model.perceptual none --model.codebook_size 64 --model.discr_layers 2 --trainer.batch_size 8 "
@@ -57,6 +58,15 @@ def test_evaluate_prints_one_json_object(trained):
     assert list(numbers) == ["l1", "psnr", "ssim", "codebook_usage", "codebook_perplexity", "images"]
     assert numbers["images"] == 40
     assert 0 < numbers["l1"] < 1 and 0 < numbers["codebook_usage"] < 1
+
+
+def test_an_export_alone_says_its_image_size(trained, capsys):
+    from vqdist.cli import main
+
+    for folder in (trained, trained / "export"):
+        assert main(["evaluate", str(folder), "--data", "synthetic:40"]) == 0
+    of_run, of_export = map(json.loads, capsys.readouterr().out.splitlines())
+    assert of_export == of_run
 
 
 @pytest.mark.distributed
@@ -113,16 +123,18 @@ def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
         Image.new("RGB", (40, 36), colour).save(tmp_path / "images" / "nested" / f"{index:02d}.PNG")
     names: dict = {"images": torch.rand(2, 1, 32, 32)}
     exec(code, names)
-    assert names["codes"].shape == (2, 8, 8)
+    assert names["codes"].shape == (2, 64)
     assert names["images"].shape == (2, 1, 32, 32)
     assert "'recon_loss'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipe_trains(recipe, tmp_path):
-    result = vqdist(
-        "train", "vqgan", "--config", str(recipe), "--out", str(tmp_path), "--trainer.num_train_steps", "2"
-    )
+    """By the line in its head, on synthetic images where that asks for a FOLDER."""
+    line = re.search(rf"^#   (vqdist train .*/{re.escape(recipe.name)} .*)", recipe.read_text(), re.MULTILINE)[1]
+    command = ["synthetic" if word.startswith("FOLDER") else word for word in shlex.split(line)]
+    command[command.index("--out") + 1] = str(tmp_path)
+    result = run([*command, "--trainer.num_train_steps", "2", "--trainer.epochs", "null"])
     assert "2 steps on local" in result.stdout
 
 
@@ -138,7 +150,7 @@ def test_print_config_can_be_read_back(tmp_path):
 def test_command_line_goes_before_the_file(tmp_path):
     arguments = [
         "--config",
-        str(RECIPES[0]),
+        str(DIGITS),
         "--trainer.lr",
         "0.5",
         "--model.vq_kwargs.decay",
@@ -153,7 +165,8 @@ def test_command_line_goes_before_the_file(tmp_path):
 
 def test_help_explains_every_option():
     text = " ".join(vqdist("train", "vqgan", "--help").stdout.split())
-    assert "Optimizer steps of the whole run. (required, type: int)" in text
+    assert "Optimizer steps of the whole run; or give epochs. (type: int | null, default: null)" in text
+    assert "Images of one micro-batch of one process. (required, type: int)" in text
     assert "channels of the first convolution; a multiple of `encdec_resnet_groups`. (required, type: int)" in text
     without_help = re.findall(r"--((?:data|model|trainer)\.\w+) \S+ \(type", text)
     assert without_help == []
@@ -204,7 +217,7 @@ def test_unknown_key_of_a_file_is_named_with_the_nearest(capsys, tmp_path):
     from vqdist.cli import main
 
     path = tmp_path / "config.yaml"
-    path.write_text(RECIPES[0].read_text().replace("batch_size:", "batch_sise:"))
+    path.write_text(DIGITS.read_text().replace("batch_size:", "batch_sise:"))
     assert main(["train", "vqgan", "--config", str(path), "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert "batch_sise" in error and "nearest: trainer.batch_size" in error

@@ -129,7 +129,7 @@ def test_models_and_trainers_do_not_print(module):
     assert [call.lineno for name, call in calls_in(TREES[module]) if name == "print"] == []
 
 
-PACKAGES = ["vqdist", "vqdist.backends", "vqdist.data", "vqdist.models", "vqdist.trainers"]
+PACKAGES = ["vqdist", "vqdist.backends", "vqdist.cli", "vqdist.data", "vqdist.models", "vqdist.trainers"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

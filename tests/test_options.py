@@ -170,7 +170,7 @@ def num_train_steps(tmp_path):
 
 @case
 def epochs(tmp_path):
-    """48 images to train on, batches of 16: two and a half passes are 8 steps; so they are in batches of 8 from there."""
+    """48 images to train on: two and a half passes are 8 steps of 16; after 3 of them 72 images are left, 9 steps of 8."""
     trainer = build_trainer(tmp_path, num_train_steps=None, epochs=2.5, batch_size=16, save_model_every=3)
     assert trainer.num_train_steps == 8
     for _ in range(3):
@@ -744,9 +744,7 @@ def test_a_wrong_option_is_one_line_before_anything_begins(options, message, tmp
 
 
 def test_missing_options_are_named(tmp_path):
-    with pytest.raises(
-        UserError, match="^these options have no default and were not given: image_size, batch_size$"
-    ):
+    with pytest.raises(UserError, match="^these options have no default and were not given: image_size, batch_size$"):
         VQGanVAETrainer(build_vae(), folder="synthetic:64", results_folder=str(tmp_path / "run"))
     assert_nothing_began(tmp_path / "run")
 

@@ -1,0 +1,94 @@
+"""The `vqdist` command. What an option means is written once: at the configuration or the model it belongs to.
+
+`parsing` is what all commands share, `models` the table of what can be trained.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from vqdist.cli import evaluate, train
+from vqdist.cli.parsing import make_parser, nearest, parse, without_local_rank
+from vqdist.errors import RanksDiverged, UserError
+from vqdist.version import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, or 2 with one line on standard error for a user's mistake."""
+    try:
+        return _run(without_local_rank(sys.argv[1:] if arguments is None else arguments))
+    except (UserError, RanksDiverged) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(
+            "vqdist: interrupted; the same command resumes from the newest checkpoint, if there is one",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # whoever read standard output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a full disk, a folder that may not be read: the system's words name it
+        return _fail(str(error))
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"vqdist {__version__}")
+        return 0
+    return _command(arguments[0])(arguments[1:])
+
+
+def _overview() -> str:
+    lines = "\n".join(f"  {name:<12} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items())
+    return (
+        "usage: vqdist COMMAND [options]\n\nDistributed training of image tokenizers.\n\ncommands:\n"
+        f"{lines}\n\n`vqdist COMMAND --help` explains a command; `vqdist --version` prints the version."
+    )
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name!r}; {nearest(name, COMMANDS)}, see `vqdist --help`")
+    return COMMANDS[name]
+
+
+def _fail(message: str) -> int:
+    from vqdist.backends.environment import rank_of_launcher
+
+    rank = rank_of_launcher()
+    # before the ranks know of each other all make the same mistake and one says it; later it is this one's own
+    if rank == 0:
+        print(f"vqdist: error: {message}", file=sys.stderr)
+    elif _in_process_group():
+        print(f"vqdist: error: rank {rank}: {message}", file=sys.stderr)
+    else:
+        time.sleep(2)  # a launcher ends the others when one exits: rank 0 first says what is wrong
+    return 2
+
+
+def _in_process_group() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def doctor(arguments: list[str]) -> int:
+    """Say what this machine has, what works, and what mends the rest."""
+    from vqdist.doctor import run
+
+    parse(make_parser("vqdist doctor", doctor.__doc__), arguments)
+    return run()
+
+
+COMMANDS = {
+    "train": train.train,
+    "evaluate": evaluate.evaluate,
+    "reconstruct": evaluate.reconstruct,
+    "doctor": doctor,
+}

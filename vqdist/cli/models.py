@@ -1,0 +1,112 @@
+"""What `vqdist train` can train: one entry per model. Options are those of its classes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vqdist.cli.parsing import DATA_ALIASES, Alias
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model, its trainer, and how the command line differs from them.
+
+    Attributes:
+        title: what it is, in a few words.
+        model: `module:class`; imported when it is needed, since torch is.
+        trainer: `module:class`; its `config_class` has the options of `--trainer`.
+        no_options: the model's arguments that are for Python only.
+        defaults: by option, where the command line has others than the classes.
+        aliases: other names of options.
+        aliases_title: where these names come from.
+        aliases_note: what else people who know these names should know.
+    """
+
+    title: str
+    model: str
+    trainer: str
+    no_options: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+    aliases_title: str = ""
+    aliases_note: str = ""
+
+    def load(self) -> tuple[type, type]:
+        """The class of the model and the class of its trainer."""
+        return _load(self.model), _load(self.trainer)
+
+
+def _load(place: str) -> type:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# where DALLE-pytorch's train_vae has other defaults than its DiscreteVAE
+TRAIN_VAE_DEFAULTS = {
+    "data.image_size": 128,
+    "model.num_tokens": 8192,
+    "model.num_layers": 3,
+    "model.num_resnet_blocks": 2,
+    "model.codebook_dim": 512,
+    "model.hidden_dim": 256,
+}
+TRAIN_VAE_FLAGS = {
+    "image_folder": Alias("data.folder"),
+    "image_size": DATA_ALIASES["image_size"],
+    "epochs": Alias("trainer.epochs"),
+    "batch_size": Alias("trainer.batch_size", note="of one process and one micro-batch."),
+    "learning_rate": Alias("trainer.lr"),
+    "lr_decay_rate": Alias(
+        "trainer.lr_decay_rate", note="per epoch; train_vae's ticked every 100 iterations of an epoch, however long."
+    ),
+    "starting_temp": Alias("trainer.starting_temp"),
+    "temp_min": Alias("trainer.temp_min"),
+    "anneal_rate": Alias(
+        "trainer.anneal_rate",
+        note="the temperature is exactly max(starting_temp * exp(-anneal_rate * step), temp_min); train_vae "
+        "multiplied the temperature that it had already annealed, so it fell far sooner.",
+    ),
+    "num_images_save": Alias("trainer.num_images_save"),
+    "num_tokens": Alias("model.num_tokens"),
+    "num_layers": Alias("model.num_layers"),
+    "num_resnet_blocks": Alias("model.num_resnet_blocks"),
+    "smooth_l1_loss": Alias("model.smooth_l1_loss", value="true"),
+    "emb_dim": Alias("model.codebook_dim"),
+    "hidden_dim": Alias("model.hidden_dim"),
+    "kl_loss_weight": Alias(
+        "model.kl_div_loss_weight",
+        note="weighs the mean per position, whatever batch and image size; --model.kl_reduction dalle gives "
+        "train_vae's sum over batch and positions.",
+    ),
+    "transparent": Alias("model.channels", value="4"),
+    "distributed_backend": Alias(
+        "backend",
+        words={"dummy": "local", "deepspeed": "deepspeed", "horovod": "horovod"},
+        note="dummy is --backend local; horovod is refused, since --backend accelerate does its job.",
+    ),
+    "deepspeed": Alias("backend", value="deepspeed"),
+    "deepspeed_config": Alias("deepspeed_config"),
+}
+
+MODELS = {
+    "vqgan": TrainedModel(
+        title="VQGAN image tokenizer",
+        model="vqdist.models.vqgan:VQGanVAE",
+        trainer="vqdist.trainers.vqgan:VQGanVAETrainer",
+        no_options=frozenset(["vgg", "kwargs"]),
+    ),
+    "dvae": TrainedModel(
+        title="discrete VAE image tokenizer, as DALL-E's",
+        model="vqdist.models.dvae:DiscreteVAE",
+        trainer="vqdist.trainers.dvae:DiscreteVAETrainer",
+        no_options=frozenset(["temperature"]),  # the trainer anneals its own
+        defaults=TRAIN_VAE_DEFAULTS,
+        aliases=TRAIN_VAE_FLAGS,
+        aliases_title="flags of DALL-E's train_vae, under their own names",
+        aliases_note="train_vae neither flips images nor holds some back to validate on nor averages the weights; "
+        "for the same give --data.augment false --data.valid_frac 0 --trainer.use_ema false.",
+    ),
+}

@@ -1,0 +1,187 @@
+"""What all commands share: options under several names, configurations from files, and one line for a mistake."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from vqdist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Alias:
+    """What another name of an option stands for.
+
+    Attributes:
+        option: the option, without dashes.
+        value: the option's value, of a bare flag; None if a value follows the name.
+        words: the option's word for each word that may follow the name; None if any value may.
+        note: what differs from what people may know under this name.
+    """
+
+    option: str
+    value: str | None = None
+    words: Mapping[str, str] | None = None
+    note: str = ""
+
+    def resolve(self, name: str, value: str | None) -> str | None:
+        """The option's value where this alias was given as `--name value`; `UserError` if it has no such value."""
+        if self.value is not None:
+            if value is not None:
+                raise UserError(f"--{name} takes no value, but {value!r} follows it; it is short for {self}")
+            return self.value
+        if self.words is None or value is None:
+            return value
+        if value.lower() not in self.words:
+            raise UserError(f"--{name} {value!r} is not known; choose one of {', '.join(self.words)}")
+        return self.words[value.lower()]
+
+    def __str__(self) -> str:
+        return f"--{self.option}" if self.value is None else f"--{self.option} {self.value}"
+
+
+# short names of the options that every run has
+DATA_ALIASES = {
+    "data": Alias("data.folder"),
+    "image_size": Alias("data.image_size"),
+    "on_bad_image": Alias("data.on_bad_image"),
+}
+
+
+def make_parser(program: str, description: str, epilog: str | None = None):
+    """A parser with `--config` and no further options; the epilog keeps its line breaks in `--help`."""
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        pass
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=program, description=description, epilog=epilog, formatter_class=Formatter, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these options; the command line goes first.")
+    return parser
+
+
+def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIASES):
+    """Parse; whatever is wrong becomes one line that names the nearest option.
+
+    Args:
+        parser: as `make_parser` gives it.
+        arguments: of the command line.
+        aliases: other names of options, where the parser has these options.
+    """
+    from jsonargparse import ArgumentError
+
+    known = [action.dest for action in parser._actions]
+    aliases = {name: alias for name, alias in aliases.items() if alias.option in known}
+    given = list(_read(arguments))
+    _refuse_unknown(given, [*known, *aliases])
+    try:
+        return parser.parse_args(_spell_out(given, aliases))
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise UserError(_one_line(str(error), known, aliases)) from error
+
+
+def without_local_rank(arguments: Iterable[str]) -> list[str]:
+    """The arguments but `--local_rank N` and `--local_rank=N`.
+
+    Launchers add it to what they write into the environment, where ranks are read from.
+    """
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--local_rank":
+            kept.append(argument)
+        elif not re.fullmatch(r"-?\d+", value := value if equals else next(rest, "")):
+            raise UserError(f"--local_rank {value!r} is no number; launchers add it, leave it out")
+    return kept
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names that are most like this one, also by their last part: `lr` is near `trainer.lr`."""
+    known = [option for option in known if option != "help"]
+    ends = {option.rpartition(".")[2]: option for option in known}
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close += [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=3, cutoff=0.6)]
+    if close:
+        return f"nearest: {', '.join(dict.fromkeys(close))}"
+    return f"known: {', '.join(known)}" if len(known) < 10 else "see --help"
+
+
+# ----------------------------------------------------------------------------------------- the words of a command line
+
+Given = tuple[str | None, str | None]
+"""An option's name, without dashes, and its value if it has one; what is no option has the name None."""
+
+
+def _read(arguments: list[str]) -> Iterable[Given]:
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            yield None, argument
+            continue
+        name, equals, value = argument[2:].partition("=")
+        followed = rest and not rest[0].startswith("--") and name not in ("help", "print_config")
+        yield name, value if equals else rest.pop(0) if followed else None
+
+
+def _refuse_unknown(given: list[Given], known: list[str]) -> None:
+    for name, _ in given:
+        if name is not None and not _is_known(name, known):
+            raise UserError(f"there is no option --{name}; {nearest(name, known)}")
+
+
+def _is_known(option: str, known: list[str]) -> bool:
+    """Options of dictionaries (model.vq_kwargs.decay) are known by their dictionary; `+` adds to a list."""
+    parts = option.removesuffix("+").split(".")
+    return any(".".join(parts[:count]) in known for count in range(len(parts), 0, -1) if count != 1 or len(parts) == 1)
+
+
+def _spell_out(given: list[Given], aliases: Mapping[str, Alias]) -> list[str]:
+    """Arguments without aliases; `UserError` where two names of one option say different things of it."""
+    arguments, said = [], {}
+    for name, value in given:
+        alias = aliases.get(name)
+        option, meant = (name, value) if alias is None else (alias.option, alias.resolve(name, value))
+        if name is None:
+            arguments.append(value)
+            continue
+        arguments.append(f"--{option}" if meant is None else f"--{option}={meant}")
+        said.setdefault(option, {})[name] = (meant, f"--{name}" if value is None else f"--{name} {value}")
+    for option, by_name in said.items():
+        _refuse_contradiction(option, list(by_name.values()))
+    return sorted(arguments, key=lambda argument: not argument.startswith("--config="))
+
+
+def _refuse_contradiction(option: str, said: list[tuple[str | None, str]]) -> None:
+    (first, first_words), *others = said
+    for value, words in others:
+        if value != first:
+            raise UserError(
+                f"{first_words} and {words} contradict each other: {option} is {first} or {value}; leave one out"
+            )
+
+
+def _one_line(message: str, known: list[str], aliases: Mapping[str, Alias]) -> str:
+    """jsonargparse's message on one line, with the nearest option where it names one that is not there."""
+    message = " ".join(message.split())
+    if (required := re.search(r"arguments are required: (.*)", message)) is not None:
+        short = {alias.option: name for name, alias in DATA_ALIASES.items()}  # people know the short names
+        return f"missing: {', '.join('--' + short.get(option, option) for option in required[1].split(', '))}"
+    for pattern in (
+        r"[Gg]roup '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'",
+        r"(?P<group>)Option '(?P<name>[\w.]+)' is not accepted",
+        r"(?P<group>)[Kk]ey '(?P<name>[\w.]+)' is not expected",
+        r"(?P<group>)Unrecognized arguments: --(?P<name>[\w.]+)",
+    ):
+        if (unknown := re.search(pattern, message)) is not None:
+            name = ".".join(filter(None, (unknown["group"], unknown["name"])))
+            hint = f"in a file it is {aliases[name].option}" if name in aliases else nearest(name, known)
+            return f"{message}; {hint}"
+    return message

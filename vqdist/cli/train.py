@@ -1,0 +1,164 @@
+"""`vqdist train MODEL`, for every model of the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shutil
+import textwrap
+
+from vqdist.cli.models import MODELS, TrainedModel
+from vqdist.cli.parsing import DATA_ALIASES, make_parser, nearest, parse
+from vqdist.errors import UserError
+
+# options of the trainer's configuration that stand at the top level, and their name there
+TOP_LEVEL = {
+    "results_folder": "out",
+    "backend": "backend",
+    "deepspeed_config": "deepspeed_config",
+    "seed": "seed",
+}
+
+
+def train(arguments: list[str]) -> int:
+    """Train a model: `vqdist train vqgan --data DIR --image_size 64 --out RUN`; again to resume."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    name = arguments[0]
+    if name not in MODELS:
+        raise UserError(f"there is no model {name!r} to train; {nearest(name, MODELS)}")
+    return _train(MODELS[name], train_options(name, arguments[1:]))
+
+
+def _overview() -> str:
+    lines = "\n".join(f"  {name:<12} {entry.title}" for name, entry in MODELS.items())
+    return f"usage: vqdist train MODEL [options]\n\nmodels:\n{lines}\n\n`vqdist train MODEL --help` lists its options."
+
+
+def train_options(name: str, arguments: list[str]):
+    """The configuration that `vqdist train NAME ARGUMENTS` trains with, not yet checked by model and trainer."""
+    return parse(train_parser(name), arguments, {**DATA_ALIASES, **MODELS[name].aliases})
+
+
+def train_parser(name: str):
+    """The options of `vqdist train NAME`, derived from the classes of the model and of the trainer's configuration."""
+    entry = MODELS[name]
+    program = f"vqdist train {name}"
+    size = "" if "data.image_size" in entry.defaults else " --image_size PIXELS"
+    parser = make_parser(program, _description(entry), _aliases_help(entry))
+    parser.usage = f"{program} --data IMAGES{size} --out RUN [options]"
+    model_class, trainer_class = entry.load()
+    _add_top_level(parser, trainer_class.config_class)
+    _add_groups(parser, model_class, trainer_class.config_class, entry.no_options)
+    _set_defaults(parser, entry)
+    return parser
+
+
+def _description(entry: TrainedModel) -> str:
+    more = f"\nThe {entry.aliases_title}, work too; the end of this text lists them." if entry.aliases else ""
+    return f"Train a {entry.title}. A run that is in the folder `--out` is resumed.{more}"
+
+
+def _add_top_level(parser, config_class: type) -> None:
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name, option in TOP_LEVEL.items():
+        kind = int if name == "seed" else str if name == "backend" else str | None
+        default = None if name == "results_folder" else fields[name].default
+        parser.add_argument(f"--{option}", type=kind, default=default, help=_field_doc(config_class, name))
+
+
+def _add_groups(parser, model_class: type, config_class: type, no_options: frozenset[str]) -> None:
+    from vqdist.data.config import DataConfig
+
+    data = {field.name for field in dataclasses.fields(DataConfig)}
+    short = ", ".join(f"--{name}" for name in DATA_ALIASES)
+    parser.add_class_arguments(DataConfig, "data", help=f"The images (short: {short})")
+    skip = {"image_size", *no_options}  # the data's image_size is the model's, too
+    parser.add_class_arguments(model_class, "model", skip=skip, help="The networks and their losses")
+    parser.add_class_arguments(config_class, "trainer", skip={*data, *TOP_LEVEL}, help="The training")
+
+
+def _field_doc(config_class: type, name: str) -> str:
+    """The line under a field of a configuration."""
+    import docstring_parser
+
+    documented = (
+        param
+        for cls in config_class.__mro__
+        if cls is not object
+        for param in docstring_parser.parse_from_object(cls).params
+    )
+    return next(param.description for param in documented if param.arg_name == name)
+
+
+def _set_defaults(parser, entry: TrainedModel) -> None:
+    """The entry's defaults; an option that has one is not required."""
+    from argparse import SUPPRESS
+
+    parser.set_defaults(dict(entry.defaults))
+    for action in parser._actions:
+        if action.dest in entry.defaults:
+            action.required = False
+        # `--data FILE` and the like: `--config` reads files, and --data is short for the folder
+        if action.dest in ("data", "model", "trainer"):
+            action.help = SUPPRESS
+
+
+def _aliases_help(entry: TrainedModel) -> str | None:
+    """The section of `--help` on the model's aliases: what each stands for, and which mean something else now."""
+    if not entry.aliases:
+        return None
+    lines = [f"{entry.aliases_title}:"]
+    for name, alias in entry.aliases.items():
+        lines.append(f"  --{name:<22}{'the same' if name == alias.option else f'= {alias}'}")
+    lines += [f"  --{'local_rank':<22}the launcher's, without effect: ranks come from the environment"]
+    lines += ["", "where they mean something else than in train_vae:"]
+    lines += [_indented(f"  --{name:<22}", alias.note) for name, alias in entry.aliases.items() if alias.note]
+    return "\n".join([*lines, "", _indented("", entry.aliases_note)])
+
+
+def _indented(start: str, text: str) -> str:
+    """Text that goes on below itself, not below its start."""
+    width = shutil.get_terminal_size().columns - 2
+    return textwrap.fill(start + text, width, subsequent_indent=" " * len(start), break_on_hyphens=False)
+
+
+def _train(entry: TrainedModel, options) -> int:
+    from vqdist.backends import resolve_backend
+    from vqdist.seeding import seed_everything
+
+    resolve_backend(options.backend)
+    _refuse_missing(entry, options)
+    model_class, trainer_class = entry.load()
+    model_options = options.model.as_dict()
+    if "image_size" in inspect.signature(model_class).parameters:
+        model_options["image_size"] = options.data.image_size
+    seed_everything(options.seed, "weights")
+    model = model_class(**model_options)
+    top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
+    trainer = trainer_class(model, **options.data.as_dict(), **options.trainer.as_dict(), **top)
+    numbers = trainer.train()
+    if trainer.is_main:
+        _print_summary(trainer, numbers)
+    trainer.close()
+    return 0
+
+
+def _refuse_missing(entry: TrainedModel, options) -> None:
+    if options.out is None:
+        raise UserError("--out is missing; give the run folder, as in --out runs/a")
+    if options.data.folder is None:
+        others = "".join(f" (or --{name})" for name, alias in entry.aliases.items() if alias.option == "data.folder")
+        raise UserError(
+            f"--data{others} is missing; give an image folder, or digits, synthetic, torchvision:NAME, wds:, hf:"
+        )
+
+
+def _print_summary(trainer, numbers: dict[str, float]) -> None:
+    width = max(map(len, [*numbers, "reconstructions"]))
+    print(f"\n{trainer.step} steps on {trainer.backend.name}, {trainer.position} images")
+    for name, value in numbers.items():
+        print(f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
+    print(f"  {'reconstructions':<{width}}  {trainer.picture_path}")
+    print(f"  {'model':<{width}}  {trainer.run_folder / 'export'}")
