@@ -170,7 +170,7 @@ def num_train_steps(tmp_path):
 
 @case
 def epochs(tmp_path):
-    """48 images to train on: two and a half passes are 8 steps of 16; after 3 of them 72 images are left, 9 steps of 8."""
+    """48 images to train on: 2.5 passes are 8 steps of 16; after 3 of them 72 images are left, 9 steps of 8."""
     trainer = build_trainer(tmp_path, num_train_steps=None, epochs=2.5, batch_size=16, save_model_every=3)
     assert trainer.num_train_steps == 8
     for _ in range(3):
@@ -696,7 +696,7 @@ WRONG_OPTIONS = [
     ({"lr_decay_rate": 0.5}, r"^lr_decay_rate 0.5 does nothing, because lr_schedule is constant; leave it out$"),
     ({"lr_schedule": "exponential", "lr_decay_rate": 0.0}, r"^lr_decay_rate 0.0 is not possible; it must be above 0$"),
     ({"num_train_steps": None}, r"^num_train_steps is not given; say how many optimizer steps to train, or give epoc"),
-    ({"epochs": 3}, r"^num_train_steps 4 and epochs 3 are both given; leave one out$"),
+    ({"epochs": 3}, r"^num_train_steps 4 and epochs 3 are both given; leave one out, or set it to null where"),
     ({"num_train_steps": None, "epochs": -1.0}, r"^epochs -1.0 is not possible; it must be above 0$"),
     ({"on_bad_image": "ignore"}, r"^on_bad_image 'ignore' is not known; choose one of raise, skip$"),
     ({"ema_beta": 1.5}, r"^ema_beta 1.5 is not possible; give a decay in \[0, 1\]$"),

@@ -122,6 +122,13 @@ class Backend(ABC):
         numbers = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values.values()]
         return dict(zip(values, self.average(torch.stack(numbers)).tolist(), strict=True))
 
+    @abstractmethod
+    def largest_lately(self, number: int) -> int:
+        """The largest number that any rank gave in its call before this one (at once, where there is one process).
+
+        Every rank gets the same. The exchange runs while training goes on, so nobody waits for it; called once a step.
+        """
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank; every rank gets the same answer."""
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)

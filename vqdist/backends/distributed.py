@@ -22,6 +22,7 @@ class DistributedBackend(Backend):
 
     def adopt_group(self, device: torch.device) -> None:
         """Take rank and size from the group that was started, and make sure that it is the one asked for."""
+        self._exchange: tuple[Tensor, dist.Work] | None = None  # of `largest_lately`
         self.device = torch.device("cpu") if device.type == "cpu" else device  # Accelerate says cpu:0
         self.in_group = dist.is_initialized()
         self.rank = dist.get_rank() if self.in_group else 0
@@ -45,6 +46,17 @@ class DistributedBackend(Backend):
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
+
+    def largest_lately(self, number: int) -> int:
+        if self.world_size == 1:
+            return number
+        before, value = self._exchange, torch.full((1,), number, device=self.device)
+        self._exchange = value, dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
+        if before is None:
+            return 0
+        value, work = before
+        work.wait()
+        return int(value)
 
     def barrier(self) -> None:
         if self.world_size > 1:

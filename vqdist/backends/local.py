@@ -141,6 +141,9 @@ class LocalBackend(Backend):
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor[None]
 
+    def largest_lately(self, number: int) -> int:
+        return number
+
     def barrier(self) -> None:
         pass
 

@@ -127,6 +127,7 @@ def _indented(start: str, text: str) -> str:
 def _train(entry: TrainedModel, options) -> int:
     from vqdist.backends import resolve_backend
     from vqdist.seeding import seed_everything
+    from vqdist.stopping import Stopped
 
     resolve_backend(options.backend)
     _refuse_missing(entry, options)
@@ -138,7 +139,11 @@ def _train(entry: TrainedModel, options) -> int:
     model = model_class(**model_options)
     top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
     trainer = trainer_class(model, **options.data.as_dict(), **options.trainer.as_dict(), **top)
-    numbers = trainer.train()
+    try:
+        numbers = trainer.train()
+    except Stopped:
+        trainer.close()
+        raise
     if trainer.is_main:
         _print_summary(trainer, numbers)
     trainer.close()

@@ -9,7 +9,7 @@ image is seen once per epoch by any number of ranks, and nothing depends on the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from vqdist.data.dataset import ImageDataset
 from vqdist.errors import UserError
 from vqdist.seeding import derive_seed
+from vqdist.stopping import protect_worker, training_flag
 
 
 class Split(NamedTuple):
@@ -174,7 +175,7 @@ def _loader(
         prefetch_factor=prefetch_factor if num_workers else None,
         # workers are forked or spawned once; a generator of its own keeps the loader out of the run's random state
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_limit_threads if num_workers else None,
+        worker_init_fn=partial(_set_up_worker, training=training_flag()) if num_workers else None,
     )
     for batch in loader:
         if isinstance(batch, UserError):
@@ -182,5 +183,6 @@ def _loader(
         yield batch
 
 
-def _limit_threads(_worker: int) -> None:
+def _set_up_worker(_worker: int, training: Tensor) -> None:
     torch.set_num_threads(1)
+    protect_worker(training)

@@ -26,6 +26,7 @@ from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.ranks import check_ranks_agree
 from vqdist.schedules import learning_rate
+from vqdist.stopping import Stopped, StopSignals
 from vqdist.tracking import Tracker, check_trackers, memory_gb
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
 from vqdist.trainers.run_folder import RunFolder
@@ -141,12 +142,30 @@ class Trainer(RunFolder):
 
         Returns:
             The numbers of the last validation, or none if there is no validation split.
+
+        Raises:
+            Stopped: a rank got SIGTERM, SIGUSR1 or SIGINT: every rank finished its step, and all of it is saved.
         """
         self.log_fn = log_fn
-        with self._progress_bar() as self.bar:
-            while self.step < self.num_train_steps:
-                self.train_step()
-        return self.finish()
+        with StopSignals() as signals:
+            with self._progress_bar() as self.bar:
+                while self.step < self.num_train_steps:
+                    self.train_step()
+                    self._stop_if_asked(signals.received)
+            return self.finish()
+
+    def _stop_if_asked(self, received: int) -> None:
+        """Save and raise `Stopped` once all ranks know that one of them received a signal."""
+        number = self.backend.largest_lately(received)
+        if not number or self.step == self.num_train_steps:
+            return
+        if self._saved != self.step:
+            self._save_checkpoint()
+        if self.tracker is not None:
+            self.tracker.close()
+        stopped = Stopped(number, self.step, str(self.run_folder))
+        self.print(stopped.message)
+        raise stopped
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimizer step on the next images, then whatever is due after it.
@@ -214,11 +233,11 @@ class Trainer(RunFolder):
 
     def finish(self) -> dict[str, float]:
         """Save, measure and draw the end of the run, if that was not done at this very step."""
+        if self._saved != self.step:  # first, in case that whoever stops the run has little patience
+            self._save_checkpoint()
         numbers = self.last_evaluation[1] if self.last_evaluation[0] == self.step else self.run_evaluation()
         if self._pictured != self.step:
             self._draw()
-        if self._saved != self.step:
-            self._save_checkpoint()
         if self._bad_images:
             self.print(
                 f"{len(self._bad_images)} images could not be decoded and were skipped: {_some(self._bad_images)}"

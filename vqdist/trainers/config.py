@@ -122,7 +122,8 @@ class TrainerConfig(DataConfig):
             raise UserError("num_train_steps is not given; say how many optimizer steps to train, or give epochs")
         if self.num_train_steps is not None and self.epochs is not None:
             raise UserError(
-                f"num_train_steps {self.num_train_steps} and epochs {self.epochs:g} are both given; leave one out"
+                f"num_train_steps {self.num_train_steps} and epochs {self.epochs:g} are both given; leave one out, or "
+                "set it to null where a file says it"
             )
 
     def refuse_set(self, *names: str, because: str) -> None:
