@@ -17,10 +17,10 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist lint quality style bench doctor build clean
+.PHONY: help install demo test test-fast test-dist lint quality style bench dalle-checkpoint doctor build clean
 
 help: ## print this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## create .venv, install vqdist with every extra, build DeepSpeed's CPU op (nothing to do the second time)
 	@for lock in $(VENV)/torch_extensions/*/lock; do \
@@ -55,6 +55,9 @@ style: install ## mend what lint finds, as far as it can be done automatically
 
 bench: install ## measure speed, memory and traffic against plain loops
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+dalle-checkpoint: install ## write tests/data/dalle_pytorch anew with the real DALLE-pytorch, in an environment of its own
+	PYTHONPATH=. "$$($(BIN)/python -m benchmarks.ancestors dalle)" tests/dalle_checkpoint.py
 
 doctor: install ## say what works on this machine and what would mend the rest
 	@$(BIN)/vqdist doctor

@@ -9,8 +9,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqdist import VQGanVAE, VQGanVAETrainer
+from benchmarks.worker import Turn
+from vqdist import DiscreteVAE, DiscreteVAETrainer, VQGanVAE, VQGanVAETrainer
 from vqdist.data.sources import SyntheticSource
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,14 +34,21 @@ ONLY_STEPS = {"save_results_every": 0, "save_model_every": 0, "validate_every": 
 
 
 def build_vae(quantizer: str = "lfq", **options: Any) -> VQGanVAE:
-    """The networks of every benchmark, equal on every call: 64x64 colour, GAN on, no perceptual loss."""
+    """The VQGAN of every benchmark, equal on every call: 64x64 colour, GAN on, no perceptual loss."""
     torch.manual_seed(0)
     settings = {"dim": 32, "layers": 3, "perceptual": "none", **QUANTIZERS[quantizer], **options}
     return VQGanVAE(**settings)
 
 
-def build_trainer(vae: VQGanVAE, folder: Path, **options: Any) -> VQGanVAETrainer:
-    """A trainer of these networks on synthetic images, with everything at its default that is not about saving."""
+def build_dvae(**options: Any) -> DiscreteVAE:
+    """The discrete VAE of every benchmark, equal on every call: 64x64 colour, train_vae's depth."""
+    torch.manual_seed(0)
+    settings = {"image_size": IMAGE_SIZE, "num_tokens": 1024, "codebook_dim": 256, "num_resnet_blocks": 2, **options}
+    return DiscreteVAE(**settings)
+
+
+def build_trainer(vae: VQGanVAE | DiscreteVAE, folder: Path, **options: Any) -> VQGanVAETrainer | DiscreteVAETrainer:
+    """The model's trainer on synthetic images, with everything at its default that is not about saving."""
     settings = {
         "folder": "synthetic:512",
         "image_size": IMAGE_SIZE,
@@ -52,7 +58,7 @@ def build_trainer(vae: VQGanVAE, folder: Path, **options: Any) -> VQGanVAETraine
         **ONLY_STEPS,
         **options,
     }
-    return VQGanVAETrainer(vae, **settings)
+    return (VQGanVAETrainer if isinstance(vae, VQGanVAE) else DiscreteVAETrainer)(vae, **settings)
 
 
 def image_batches(count: int = 8, batch_size: int = BATCH_SIZE) -> list[Tensor]:
@@ -62,7 +68,7 @@ def image_batches(count: int = 8, batch_size: int = BATCH_SIZE) -> list[Tensor]:
     return list(torch.stack(images).split(batch_size))
 
 
-def feed_from_memory(trainer: VQGanVAETrainer, batches: list[Tensor]) -> None:
+def feed_from_memory(trainer: VQGanVAETrainer | DiscreteVAETrainer, batches: list[Tensor]) -> None:
     """Let a trainer take these batches, over and over, in place of its loader's."""
     endless = itertools.cycle(batches)
     trainer.next_micro_batches = lambda: [next(endless) for _ in range(trainer.config.grad_accum_every)]
@@ -84,27 +90,24 @@ class Timing:
         return 1000 * statistics.median(self.wall)
 
 
-def take_turns(variants: dict[str, Callable[[], Any]], *, steps: int, rounds: int, warmup: int) -> dict[str, Timing]:
+def take_turns(variants: dict[str, Turn], *, steps: int, rounds: int, warmup: int) -> dict[str, Timing]:
     """Time steps of each variant by turns, A B C C B A ..., so that what else the machine does meets all alike.
 
     Args:
-        variants: one step of each, by name.
+        variants: by name; see `benchmarks.worker.timed`.
         steps: of a turn.
         rounds: turns of each variant.
         warmup: steps of each before the first turn.
     """
     timings = {name: Timing() for name in variants}
-    for step in variants.values():
-        for _ in range(warmup):
-            step()
+    for turn in variants.values():
+        turn(warmup)
     for number in range(rounds):
         order = list(variants) if number % 2 == 0 else list(reversed(variants))
         for name in order:
-            wall, cpu = time.perf_counter(), time.process_time()
-            for _ in range(steps):
-                variants[name]()
-            timings[name].wall.append((time.perf_counter() - wall) / steps)
-            timings[name].cpu.append((time.process_time() - cpu) / steps)
+            seconds = variants[name](steps)
+            timings[name].wall.append(seconds["wall"] / steps)
+            timings[name].cpu.append(seconds["cpu"] / steps)
     return timings
 
 
@@ -143,6 +146,22 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict}
+
+
+def rows_over(base: str, timings: dict[str, Timing], label: str, at_most: dict[str, float]) -> list[Row]:
+    """Each variant's time of a step over that of the variant `base`, with the bounds that some of them have."""
+    under = timings[base]
+    rows = []
+    for name, timing in timings.items():
+        if name == base:
+            continue
+        detail = (
+            f"{timing.milliseconds:.1f} against {under.milliseconds:.1f} ms; fastest steps "
+            f"{min(timing.wall) / min(under.wall):.3f}, CPU time {ratio(timing.cpu, under.cpu):.3f}"
+        )
+        value = ratio(timing.wall, under.wall)
+        rows.append(Row(f"{label}: {name} / {base}, time of a step", value, at_most=at_most.get(name), detail=detail))
+    return rows
 
 
 # --------------------------------------------------------------------------------------- processes

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from benchmarks.common import Row
 
 # Modules beside this one, each with `run(quick, **options) -> list[Row]`; imported when they run.
-BENCHMARKS = ("bare_loop", "ancestor", "traffic", "memory", "profile_step")
+BENCHMARKS = ("bare_loop", "muse", "dalle", "traffic", "memory", "profile_step")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,7 +26,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=BENCHMARKS, action="append", help="run this one; may be given several times")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and fewer variants, for a first look")
     parser.add_argument("--out", type=Path, help="also write the results here, as JSON")
-    parser.add_argument("--ancestor-python", help="interpreter of an environment that has muse-maskgit-pytorch 0.3.5")
+    parser.add_argument("--muse-python", help="interpreter of an environment that has muse-maskgit-pytorch 0.3.5")
+    parser.add_argument("--dalle-python", help="interpreter of an environment that has dalle-pytorch 1.6.6")
     return parser.parse_args()
 
 
@@ -47,11 +48,11 @@ def main() -> int:
 
     # one thread, as each side has in a process of its own: so the rest of the machine disturbs least
     torch.set_num_threads(1)
+    options = {"muse": {"python": arguments.muse_python}, "dalle": {"python": arguments.dalle_python}}
     results: dict[str, list[Row]] = {}
     for name in arguments.only or BENCHMARKS:
         began = time.perf_counter()
-        options = {"python": arguments.ancestor_python} if name == "ancestor" else {}
-        results[name] = importlib.import_module(f"benchmarks.{name}").run(arguments.quick, **options)
+        results[name] = importlib.import_module(f"benchmarks.{name}").run(arguments.quick, **options.get(name, {}))
         print_table(f"{name} ({time.perf_counter() - began:.0f} s)", results[name])
         if arguments.out is not None:
             write_results(arguments.out, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -11,14 +12,34 @@ from launching import ROOT, run, torchrun
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bare_loop, common, profile_step, traffic
+from benchmarks import ancestors, bare_loop, common, profile_step, traffic
+from vqdist import sampling
 
 SMALL = {"dim": 16, "layers": 2, "discr_layers": 2}
+
+
+SMALL_DVAE = {"num_tokens": 32, "codebook_dim": 16, "num_resnet_blocks": 1, "hidden_dim": 16}
 
 
 def small_trainer(folder, quantizer: str, **options):
     settings = {"backend": "local", "apply_grad_penalty_every": 0, "num_workers": 0, "batch_size": 4, **options}
     return common.build_trainer(common.build_vae(quantizer, **SMALL), folder, **settings)
+
+
+def small_dvae_trainer(folder, **options):
+    settings = {"backend": "local", "num_workers": 0, "batch_size": 4, "anneal_rate": 0.0, **options}
+    return common.build_trainer(common.build_dvae(**SMALL_DVAE), folder, **settings)
+
+
+def assert_same_weights(ours, theirs, tolerance: float):
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(
+            tensor,
+            theirs.state_dict()[name],
+            rtol=0,
+            atol=tolerance,
+            msg=lambda found, name=name: f"{name}: {found}",
+        )
 
 
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])
@@ -44,19 +65,29 @@ def test_a_plain_loop_and_the_trainer_reach_the_same_weights(tmp_path, quantizer
     for _ in images:
         trainer.train_step()
         bare.step()
-    for ours, theirs in (
-        (trainer.generator.module, bare.autoencoder),
-        (trainer.discriminator.module, bare.discriminator),
-    ):
-        for name, tensor in ours.state_dict().items():
-            torch.testing.assert_close(
-                tensor,
-                theirs.state_dict()[name],
-                rtol=0,
-                atol=tolerance,
-                msg=lambda found, name=name: f"{name}: {found}",
-            )
+    assert_same_weights(trainer.generator.module, bare.autoencoder, tolerance)
+    assert_same_weights(trainer.discriminator.module, bare.discriminator, tolerance)
     assert (bare.autoencoder.last_layer.weight - before).abs().max() > 1e-5
+
+
+def test_the_plain_loop_of_a_discrete_vae_and_the_trainer_reach_the_same_weights(tmp_path):
+    trainer = small_dvae_trainer(tmp_path / "run", use_ema=False)
+    loader = small_dvae_trainer(tmp_path / "images")
+    images = [loader.next_micro_batches()[0] for _ in range(3)]
+    places = itertools.count(step=4)
+
+    def draw(logits):
+        start = next(places)
+        return sampling.gumbel_softmax(logits, trainer.noise(range(start, start + len(logits))), temperature=1.0)
+
+    vae = common.build_dvae(**SMALL_DVAE)
+    before = vae.codebook.weight.detach().clone()
+    bare = bare_loop.BareDVAELoop(vae, images, draw=draw)
+    for _ in images:
+        trainer.train_step()
+        bare.step()
+    assert_same_weights(trainer.engine.module, vae, 1e-6)
+    assert (vae.codebook.weight - before).abs().max() > 1e-5
 
 
 def test_profile_accounts_for_the_whole_step(tmp_path):
@@ -68,12 +99,38 @@ def test_profile_accounts_for_the_whole_step(tmp_path):
         assert parts[part] > 0
 
 
+def side(**model):
+    """A process of a comparison that this environment can run."""
+    trainer = {"backend": "local", "batch_size": 4, "num_workers": 0}
+    return sys.executable, {"side": "vqdist", "model": {**SMALL_DVAE, "image_size": 32, **model}, "trainer": trainer}
+
+
+def compared(*sides):
+    named = dict(zip("ab", sides, strict=True))
+    return ancestors.launch(named, "benchmarks.dalle_worker", steady=False, steps=2, rounds=3)
+
+
+def test_sides_of_a_comparison_train_by_turns():
+    launch = compared(side(), side())
+    assert launch.sizes == {"vae": sum(p.numel() for p in common.build_dvae(**SMALL_DVAE).parameters())}
+    for timing in launch.timings.values():
+        assert len(timing.wall) == len(timing.cpu) == 3 and min(timing.wall) > 0
+    row = ancestors.compare("small", [launch], "a", "b", images=4, target=1e-3)
+    assert row.verdict == "yes" and "images/s" in row.detail
+
+
+@pytest.mark.parametrize("num_tokens, message", [(64, "differ in their parameter counts"), (0, "num_tokens 0 is")])
+def test_sides_that_differ_or_cannot_start_are_not_compared(num_tokens, message):
+    with pytest.raises(RuntimeError, match=message):
+        compared(side(), side(num_tokens=num_tokens))
+
+
 def test_table_and_results_file(tmp_path):
     rows = [common.Row("kept", 1.01, at_most=1.05), common.Row("missed", 1.2, at_least=1.3), common.Row("told", 7)]
     assert [row.verdict for row in rows] == ["yes", "NO", ""]
     done = run([sys.executable, "-m", "benchmarks.run", "--only", "nonsense"], check=False)
     assert done.returncode == 2
-    assert "bare_loop" in done.stderr
+    assert "bare_loop" in done.stderr and "dalle" in done.stderr
 
 
 @pytest.mark.distributed
