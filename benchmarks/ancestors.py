@@ -2,9 +2,10 @@
 
 usage: python -m benchmarks.ancestors muse|dalle makes the environment if it is not there, and prints its interpreter
 
-On a CPU, glibc gives freed memory back to the system and takes it again, page by page, within one step. How often
-differs from one process to the next, on both sides alike, and moves a ratio by a tenth either way. So each comparison
-is started several times; and measured once more with `steady memory`: an allocator that keeps what it has, in all.
+On a CPU, glibc by default gives freed memory back to the system and takes it again, page by page, within one step. How
+often differs from one process to the next, and moves a ratio by a tenth either way: so each comparison is started
+several times. vqdist's trainers tell glibc to keep it (`keep_freed_memory`), which is part of their speed; `steady
+memory` gives the ancestor the same, and shows what is left.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import torchvision
 from benchmarks.common import ROOT, Row, Timing, environment, ratio, take_turns
 from vqdist.data.sources import SyntheticSource
 
-# for steady memory: glibc keeps freed memory up to 4 GiB, and takes none from outside its heap below 1 GiB
-STEADY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+# for steady memory: glibc keeps freed memory up to 2 GiB, and takes none from outside its heap below 1 GiB
+STEADY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 
 
 # --------------------------------------------------------------------------------------- environments

@@ -151,6 +151,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time of a step of the loops and of the trainer; all but `trainer, own loader` take the same images from memory.
 
+    All run in one process, so the loops have the allocator that the trainer sets, too.
+
     Args:
         loops: by name.
         build: makes the trainer's model.
