@@ -383,6 +383,18 @@ def allow_config_change(tmp_path):
     assert build_trainer(tmp_path, lr=0.1, allow_config_change=True).config.lr == 0.1
 
 
+def test_a_run_from_before_an_option_existed_is_resumed(tmp_path):
+    build_trainer(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["trainer"]["lr_decay_rate"], config["trainer"]["epochs"]
+    path.write_text(json.dumps(config))
+    build_trainer(tmp_path)
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="lr_decay_rate: 0.98 -> 0.5"):
+        build_trainer(tmp_path, lr_decay_rate=0.5, lr_schedule="exponential")
+
+
 @case
 def trackers(tmp_path):
     for names in ([], ["tensorboard"]):
@@ -697,6 +709,7 @@ WRONG_OPTIONS = [
     ({"lr_schedule": "exponential", "lr_decay_rate": 0.0}, r"^lr_decay_rate 0.0 is not possible; it must be above 0$"),
     ({"num_train_steps": None}, r"^num_train_steps is not given; say how many optimizer steps to train, or give epoc"),
     ({"epochs": 3}, r"^num_train_steps 4 and epochs 3 are both given; leave one out, or set it to null where"),
+    ({"num_train_steps": None, "epochs": 0.001}, r"^epochs 0.001 of 48 images is less than one image; give more, or"),
     ({"num_train_steps": None, "epochs": -1.0}, r"^epochs -1.0 is not possible; it must be above 0$"),
     ({"on_bad_image": "ignore"}, r"^on_bad_image 'ignore' is not known; choose one of raise, skip$"),
     ({"ema_beta": 1.5}, r"^ema_beta 1.5 is not possible; give a decay in \[0, 1\]$"),

@@ -405,6 +405,11 @@ class Trainer(RunFolder):
     def _split(self) -> Split:
         config = self.config
         split = split_indices(len(self.dataset), valid_frac=config.valid_frac, seed=config.random_split_seed)
+        if config.epochs is not None and round(config.epochs * len(split.train)) < 1:
+            raise UserError(
+                f"epochs {config.epochs:g} of {len(split.train)} images is less than one image; give more, or "
+                "num_train_steps"
+            )
         world_size = world_size_of_launcher()
         global_batch = config.batch_size * config.grad_accum_every * world_size
         if global_batch > len(split.train):

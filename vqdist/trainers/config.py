@@ -190,6 +190,14 @@ def signature_of(config_class: type[TrainerConfig], first: str) -> inspect.Signa
     return inspect.Signature([positional, dataset, *options])
 
 
+def default_options(config_class: type[TrainerConfig]) -> dict[str, Any]:
+    """The options that have a default, with it."""
+    fields = dataclasses.fields(config_class)
+    plain = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    return {**plain, **made}
+
+
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: old -> new` for everything that differs and is not free to change; nested dictionaries by dotted key."""
     lines = []

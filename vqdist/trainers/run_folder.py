@@ -20,7 +20,7 @@ from vqdist.checkpoint import MANIFEST, CheckpointStore, verify, write_atomicall
 from vqdist.data.dataset import ImageDataset
 from vqdist.errors import UserError
 from vqdist.files import read_json, write_json
-from vqdist.trainers.config import TrainerConfig, differing_keys
+from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
 
 
 class RunFolder(ABC):
@@ -172,6 +172,8 @@ class RunFolder(ABC):
         before = read_json(path)
         if not {"trainer", "model", "data"} <= before.keys():
             raise UserError(f"{path} is not of a run of vqdist; give another run folder")
+        # an option that did not exist when the run began has had its default's meaning
+        before["trainer"] = {**default_options(type(self.config)), **before["trainer"]}
         lines = differing_keys(before, json.loads(json.dumps(self._resolved_configuration())))
         if lines:
             raise UserError(
