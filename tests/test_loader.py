@@ -84,7 +84,7 @@ def batches(num_workers: int, count: int = 6) -> list[torch.Tensor]:
         pin_memory=False,
         prefetch_factor=2,
     )
-    return [batch.image for batch in itertools.islice(loader, count)]
+    return [batch.item for batch in itertools.islice(loader, count)]
 
 
 def test_images_do_not_depend_on_the_number_of_workers():
@@ -103,7 +103,7 @@ def test_loading_leaves_the_global_random_state_alone():
 def test_validation_counts_each_image_once_over_ranks():
     dataset = ImageDataset("synthetic:10", 16, augment=False)
     counts = [
-        [len(batch.image) for batch in valid_loader(dataset, torch.arange(7), batch_size=2, rank=rank, world_size=3)]
+        [len(batch.item) for batch in valid_loader(dataset, torch.arange(7), batch_size=2, rank=rank, world_size=3)]
         for rank in range(3)
     ]
     assert counts == [[2, 1], [2], [2]]

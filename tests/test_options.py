@@ -407,7 +407,7 @@ def trackers(tmp_path):
 def backend(tmp_path):
     for name in ("local", "accelerate"):
         trainer = build_trainer(tmp_path / name, backend=name)
-        assert trainer.backend_name == trainer.backend.name == name
+        assert trainer.backend.name == name
         trainer.close()
 
 

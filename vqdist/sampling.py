@@ -5,10 +5,102 @@ Shapes: logits and noise are (..., v), codes last; everything is computed in flo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vqdist.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How codes are drawn from a generator's logits.
+
+    What is cut off is decided by the model's own probabilities, before the temperature; where several limits are given
+    a code must pass all of them.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits of what is left; 0 takes the most probable code."""
+    top_k: int | None = None
+    """Keep the so many most probable codes (and what ties with the last of them)."""
+    top_p: float | None = None
+    """Keep the fewest codes whose probabilities reach this sum (nucleus sampling, arXiv 1904.09751)."""
+    min_p: float | None = None
+    """Keep codes of at least this share of the largest probability (arXiv 2407.01082)."""
+    cfg: float = 1.0
+    """Scale of classifier-free guidance (arXiv 2207.12598): unconditional + cfg * (conditional - unconditional) logits."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature} is not possible; it must be at least 0 (0 is greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k {self.top_k} is not possible; it must be at least 1")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"{name} {value} is not possible; it must be above 0 and at most 1")
+        if not 0 <= self.cfg < math.inf:
+            raise UserError(f"cfg {self.cfg} is not possible; it must be at least 0 (1 does not guide)")
+
+
+def draw(logits: Tensor, uniform: Tensor, options: DrawOptions) -> Tensor:
+    """Draw one code from each distribution, by inverting its cumulative sum at a uniform number.
+
+    One number a code, not one a class: so a whole image's randomness is as small as its codes, may be drawn on any
+    device, and the same numbers give the same picture whatever else is in the batch.
+
+    Args:
+        logits: (..., v).
+        uniform: (...) in [0, 1).
+        options: what to cut off, and the temperature; guidance is applied before, see `guide`.
+
+    Returns:
+        Codes (...) int64.
+    """
+    if options.temperature == 0:
+        return logits.argmax(dim=-1)
+    kept = keep_likely(logits, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p)
+    probabilities = (kept.double() / options.temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    target = uniform.to(cumulative)[..., None] * cumulative[..., -1:]
+    codes = torch.searchsorted(cumulative, target, right=True)
+    # where rounding reaches the very end, the last code that is possible at all
+    last = (probabilities > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
+    return torch.minimum(codes, last).squeeze(-1)
+
+
+def keep_likely(
+    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Tensor:
+    """The logits with those of unlikely codes at -inf; see `DrawOptions`. The most probable code always stays."""
+    kept = _at_least_float32(logits)
+    probabilities = kept.softmax(dim=-1)
+    drop = torch.zeros_like(kept, dtype=torch.bool)
+    if top_k is not None and top_k < kept.shape[-1]:
+        drop |= kept < kept.topk(top_k, dim=-1).values[..., -1:]
+    if top_p is not None:
+        ordered, places = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # what more probable codes hold already
+        drop |= torch.zeros_like(drop).scatter_(-1, places, before >= top_p)
+    if min_p is not None:
+        drop |= probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
+    return kept.masked_fill(drop, -torch.inf)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance of logits (arXiv 2207.12598); a scale of 1 gives the conditional ones."""
+    conditional, unconditional = _at_least_float32(conditional), _at_least_float32(unconditional)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def uniform_per_image(num_draws: int, seeds: Iterable[int]) -> Tensor:
+    """Uniform numbers in [0, 1), (number of seeds, num_draws) on the CPU; each row depends on its own seed only."""
+    generator = torch.Generator()
+    return torch.stack([torch.rand(num_draws, generator=generator.manual_seed(seed)) for seed in seeds])
 
 
 def gumbel_noise(

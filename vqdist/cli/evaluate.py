@@ -132,4 +132,4 @@ def _batches(dataset, options, backend):
     for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not (backend.is_main and sys.stderr.isatty())):
         for name in batch.bad:
             print(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
-        yield batch.image.to(backend.device)
+        yield batch.item.to(backend.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.errors import UserError
 from vqdist.seeding import derive_seed
@@ -33,11 +34,13 @@ class Batch(NamedTuple):
     """What a loader gives.
 
     Attributes:
-        image: (b, c, h, w) float32 in [0, 1].
+        item: images (b, c, h, w) float32 in [0, 1]; of stored codes (b, n) or (b, n, q) int64.
+        label: classes (b,) int64; -1 where the source has none, and everywhere unless labels were asked for.
         bad: names of the files that could not be decoded and were replaced (`on_bad_image="skip"`).
     """
 
-    image: Tensor
+    item: Tensor
+    label: Tensor
     bad: list[str]
 
 
@@ -94,28 +97,31 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
 class _Fetcher(torch.utils.data.Dataset):
     """Looks (epoch, index) up in one split of the dataset; what a worker process runs."""
 
-    def __init__(self, dataset: ImageDataset, indices: Tensor):
+    def __init__(self, dataset: ImageDataset | CodeDataset, indices: Tensor, labels: bool):
         self.dataset = dataset
         self.indices = indices
+        self.labels = labels
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]] | UserError:
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, tuple[str, ...]] | UserError:
         try:
-            return self.dataset.fetch(*place, among=self.indices)
+            item, bad = self.dataset.fetch(*place, among=self.indices)
+            label = self.dataset.label(place[1]) if self.labels else None
+            return item, -1 if label is None else label, bad
         except UserError as error:  # raised in a worker it would arrive wrapped in the worker's traceback
             return error
 
 
-def collate(samples: list[tuple[Tensor, tuple[str, ...]] | UserError]) -> Batch | UserError:
-    """Stack images and join the names of the replaced ones; or pass the first error on."""
+def collate(samples: list[tuple[Tensor, int, tuple[str, ...]] | UserError]) -> Batch | UserError:
+    """Stack items and labels and join the names of the replaced ones; or pass the first error on."""
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
-    images, bad = zip(*samples, strict=True)
-    return Batch(torch.stack(images), [name for names in bad for name in names])
+    items, labels, bad = zip(*samples, strict=True)
+    return Batch(torch.stack(items), torch.tensor(labels), [name for names in bad for name in names])
 
 
 def train_loader(
-    dataset: ImageDataset,
+    dataset: ImageDataset | CodeDataset,
     indices: Tensor,
     *,
     seed: int,
@@ -126,13 +132,14 @@ def train_loader(
     num_workers: int,
     pin_memory: bool,
     prefetch_factor: int,
+    labels: bool = False,
 ) -> Iterator[Batch]:
     """An endless loader of this rank's micro-batches from a position of the stream on."""
     sampler = PositionSampler(
         indices, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, position=position
     )
     return _loader(
-        _Fetcher(dataset, indices),
+        _Fetcher(dataset, indices, labels),
         sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -141,7 +148,7 @@ def train_loader(
 
 
 def valid_loader(
-    dataset: ImageDataset,
+    dataset: ImageDataset | CodeDataset,
     indices: Tensor,
     *,
     batch_size: int,
@@ -150,12 +157,13 @@ def valid_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     prefetch_factor: int = 2,
+    labels: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of the images, each once over all ranks; its last batch may be smaller, or it may be empty."""
     mine = [(0, int(index)) for index in indices[rank::world_size]]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     return _loader(
-        _Fetcher(dataset, indices),
+        _Fetcher(dataset, indices, labels),
         batches,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -25,6 +25,10 @@ M = TypeVar("M", bound="PretrainedModel")
 MODEL_TYPES = {
     "vqgan": ("vqdist.models.vqgan", "VQGanVAE"),
     "dvae": ("vqdist.models.dvae", "DiscreteVAE"),
+    "vq_ar": ("vqdist.models.vq_ar", "VQImageAutoregressiveAutoencoder"),
+    "simple_vqvae": ("vqdist.models.vqvae", "SimpleVQVAE"),
+    "prior": ("vqdist.models.prior", "Prior"),
+    "var": ("vqdist.models.var", "VAR"),
 }
 FIRST_TYPE = "vqgan"  # of a config.json that names none: they were written before there were others
 
@@ -105,6 +109,8 @@ class PretrainedModel(PyTorchModelHubMixin):
 def load_model_of_any_type(name_or_path: str | Path, **kwargs: Any) -> PretrainedModel:
     """The model of whichever class config.json says; see `PretrainedModel.from_pretrained`."""
     path = Path(name_or_path).expanduser()
+    if (path / "export").is_dir():  # a run
+        name_or_path = path = path / "export"
     _check_location(name_or_path, path)
     model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", FIRST_TYPE)
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -24,15 +25,20 @@ class TokenizerNetwork(nn.Module, ABC):
         channels: of the images.
         codebook_size: number of codes (of each level).
         num_levels: codes per position.
+        scales: sides of the token maps of a multi-scale network, the finest last; None where there is one map only.
     """
 
     channels: int
     codebook_size: int
     num_levels: int
+    scales: tuple[int, ...] | None = None
 
     @abstractmethod
     def tokenize(self, image: Tensor) -> Tensor:
-        """Images (b, c, h, w) in [0, 1] -> codes (b, h', w'), or (b, h', w', q) with q levels."""
+        """Images (b, c, h, w) in [0, 1] -> codes (b, h', w'), or (b, h', w', q) with q levels.
+
+        With `scales`, the maps of all scales in a row: (b, L), L the sum of their sides squared.
+        """
 
     @abstractmethod
     def detokenize(self, ids: Tensor) -> Tensor:
@@ -58,14 +64,34 @@ class Tokenizer(nn.Module):
         if image_size is None:
             raise UserError("the model does not say on which image size it was trained; give image_size")
         model.check_image_size(image_size)
+        self._model = [model]  # in a list, so that only the network is a part of this module
         self.network: TokenizerNetwork = model.network.eval()
         self.image_size = image_size
         self.code_side = image_size // model.stride
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, image_size: int | None = None, **kwargs) -> Tokenizer:
-        """The tokenizer in a folder that `save_pretrained` wrote, a run's `export/`, or a repository on the Hub."""
-        return cls(load_model_of_any_type(name_or_path, **kwargs), image_size)
+        """The tokenizer of a run, in a folder that `save_pretrained` wrote, or in a repository on the Hub."""
+        model = load_model_of_any_type(name_or_path, **kwargs)
+        if not isinstance(getattr(model, "network", None), TokenizerNetwork):
+            raise UserError(
+                f"{name_or_path} holds a {type(model).__name__}, which is no image tokenizer; give a run of vqgan or dvae"
+            )
+        return cls(model, image_size)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model with `save_pretrained`, so that `from_pretrained` gives this tokenizer back."""
+        (model,) = self._model
+        model.image_size = self.image_size
+        model.save_pretrained(folder)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the weights and the image size: equal if two tokenizers make the same codes of images."""
+        digest = hashlib.sha256(str(self.image_size).encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def channels(self) -> int:
@@ -84,18 +110,24 @@ class Tokenizer(nn.Module):
 
     @property
     def num_codes(self) -> int:
-        """Positions of an image: the length of its row of codes."""
+        """Positions of an image, over all scales: the length of its row of codes."""
+        if self.network.scales is not None:
+            return sum(side**2 for side in self.network.scales)
         return self.code_side**2
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (b, c, h, w) in [0, 1] -> codes (b, n), or (b, n, q) with q levels; rows of the picture in turn."""
+        """Images (b, c, h, w) in [0, 1] -> codes (b, n), or (b, n, q) with q levels; rows of the picture in turn.
+
+        With scales, the rows of the coarsest map come first.
+        """
         size = self.image_size
         if images.ndim != 4 or images.shape[1:] != (self.channels, size, size):
             expected = f"(batch, {self.channels}, {size}, {size})"
             raise UserError(f"images of shape {tuple(images.shape)} were given; {expected} is expected")
         check_pixels(images)
-        return rearrange(self.network.tokenize(images), "b h w ... -> b (h w) ...")
+        ids = self.network.tokenize(images)
+        return ids if self.network.scales is not None else rearrange(ids, "b h w ... -> b (h w) ...")
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
@@ -108,7 +140,9 @@ class Tokenizer(nn.Module):
             raise UserError(
                 f"codes from {int(indices.min())} to {int(indices.max())} were given; there are {self.codebook_size}"
             )
-        ids = rearrange(indices, "b (h w) ... -> b h w ...", h=self.code_side)
+        ids = indices
+        if self.network.scales is None:
+            ids = rearrange(indices, "b (h w) ... -> b h w ...", h=self.code_side)
         return self.network.detokenize(ids).float().clamp(0, 1)
 
 

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vqdist import seeding
-from vqdist.backends import Engine, create_backend, resolve_backend
+from vqdist.backends import Engine, create_backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.data.dataset import ImageDataset
-from vqdist.data.loader import Split, split_indices, train_loader, valid_loader
+from vqdist.data.loader import Batch, Split, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.ranks import check_ranks_agree
@@ -77,12 +77,13 @@ class Trainer(RunFolder):
 
     Args:
         model: what to train; moved to this rank's device.
-        dataset: images to train on in place of `folder`: a map-style dataset whose items are tensors (c, h, w) in [0,
-        1],
-            or tuples that begin with one.
+        dataset: images to train on in place of `folder`: a map-style dataset whose items are tensors (c, h, w) in
+            [0, 1], or tuples that begin with one.
         **options: the fields of `config_class`.
 
     Attributes:
+        model_argument: what the constructor calls the model.
+        with_labels: whether batches come with the classes of their images.
         step: finished optimizer steps.
         position: images of the data order that were used, over all ranks.
         engines: the networks that are trained, by name.
@@ -90,10 +91,12 @@ class Trainer(RunFolder):
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
+    model_argument: ClassVar[str] = "vae"
+    with_labels: bool = False
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = signature_of(cls.config_class, "vae")
+        cls.__signature__ = signature_of(cls.config_class, cls.model_argument)
 
     def __init__(self, model: nn.Module, *, dataset: Dataset | None = None, **options: Any):
         self.config = build_config(self.config_class, options)
@@ -131,8 +134,8 @@ class Trainer(RunFolder):
         """Prepare each network with its optimizer; the first engine's network is averaged, evaluated and exported."""
 
     @abstractmethod
-    def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
-        """One optimizer step of every engine on images (b, c, h, w) of this rank.
+    def update(self, micro_batches: list[Any]) -> dict[str, Tensor]:
+        """One optimizer step of every engine on what `take` gave for this rank's batches: images (b, c, h, w).
 
         Returns:
             Numbers to log, as 0-d tensors on the device.
@@ -204,18 +207,22 @@ class Trainer(RunFolder):
         self._save_when_due()
         return logs
 
-    def next_micro_batches(self) -> list[Tensor]:
-        """The next `grad_accum_every` micro-batches of this rank, (b, c, h, w) on its device."""
+    def take(self, batch: Batch) -> Any:
+        """What `update` and `evaluate` get of a loaded batch: its images (b, c, h, w), on this rank's device."""
+        return self.to_device(batch.item)
+
+    def next_micro_batches(self) -> list[Any]:
+        """The next `grad_accum_every` micro-batches of this rank, as `take` gives them."""
         began = time.perf_counter()
         if self._batches is None:
             self._batches = self._train_loader()
-        images = []
+        taken = []
         for _ in range(self.config.grad_accum_every):
             batch = next(self._batches)
             self._note_bad(batch.bad)
-            images.append(self.to_device(batch.image))
+            taken.append(self.take(batch))
         self._waited += time.perf_counter() - began
-        return images
+        return taken
 
     def positions(self, micro_batch: int) -> range:
         """Places in the data order of this rank's images in a micro-batch (from 0) of the coming update.
@@ -364,8 +371,8 @@ class Trainer(RunFolder):
         """Where the picture of this step is or will be."""
         return self.run_folder / "results" / f"step_{self.step:08d}.png"
 
-    def valid_batches(self) -> Iterable[Tensor]:
-        """This rank's share of the validation images, (b, c, h, w) on its device."""
+    def valid_batches(self) -> Iterable[Any]:
+        """This rank's share of the validation images, as `take` gives them."""
         config = self.config
         loader = valid_loader(
             self.valid_dataset,
@@ -376,10 +383,11 @@ class Trainer(RunFolder):
             num_workers=self.num_workers if len(self.split.valid) > 512 else 0,
             pin_memory=self.pin_memory,
             prefetch_factor=config.prefetch_factor,
+            labels=self.with_labels,
         )
         for batch in loader:
             self._note_bad(batch.bad)
-            yield self.to_device(batch.image)
+            yield self.take(batch)
 
     def _save_when_due(self) -> None:
         every = self.config.save_model_every
@@ -474,14 +482,10 @@ class Trainer(RunFolder):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             prefetch_factor=config.prefetch_factor,
+            labels=self.with_labels,
         )
 
     # ------------------------------------------------------------------------------------- facts
-
-    @property
-    def backend_name(self) -> str:
-        """The backend in use, `auto` resolved."""
-        return resolve_backend(self.config.backend)
 
     @property
     def device(self) -> torch.device:

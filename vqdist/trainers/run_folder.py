@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from vqdist.checkpoint import MANIFEST, CheckpointStore, verify, write_atomicall
 from vqdist.data.dataset import ImageDataset
 from vqdist.errors import UserError
 from vqdist.files import read_json, write_json
+from vqdist.models.pretrained import PretrainedModel
 from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
 
 
@@ -40,8 +43,21 @@ class RunFolder(ABC):
     num_train_steps: int
 
     @abstractmethod
+    def averaged_model(self) -> AbstractContextManager[PretrainedModel]:
+        """Within this context the model has the averaged weights, or the live ones without an average."""
+
     def export(self, folder: Path) -> None:
-        """Write the weights for inference; rank 0 only."""
+        """Write the averaged model with `save_pretrained`, whole or not at all; rank 0 only."""
+        partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+        with self.averaged_model() as model:
+            model.image_size = self.config.image_size
+            model.save_pretrained(partial)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------- save and load
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from abc import abstractmethod
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -12,7 +9,6 @@ from torch import Tensor
 
 from vqdist.evaluation import evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram, codebook_usage
-from vqdist.models.pretrained import PretrainedModel
 from vqdist.trainers.base import Trainer
 
 
@@ -27,10 +23,6 @@ class TokenizerTrainer(Trainer):
         super()._set_up_networks()
         self.codes = CodeHistogram(self.network, self.device)
         self._codes_to_draw = torch.zeros_like(self.codes.counts)
-
-    @abstractmethod
-    def averaged_model(self) -> AbstractContextManager[PretrainedModel]:
-        """Within this context the model has the averaged weights, or the live ones without an average."""
 
     def numbers_over_ranks(self) -> dict[str, float]:
         """Usage and perplexity of the codebook on the training images since the last line."""
@@ -57,16 +49,3 @@ class TokenizerTrainer(Trainer):
         """What a picture shows of images (n, c, h, w): original, reconstruction, reconstruction of the average."""
         networks = [next(iter(self.engines.values())).module, *([self.ema.ema_model] if self.ema is not None else [])]
         return [images, *(reconstruct(network, images) for network in networks)]
-
-    def export(self, folder: Path) -> None:
-        """Write config.json and model.safetensors (the average if there is one), whole or not at all."""
-        partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
-        with self.averaged_model() as model:
-            model.image_size = self.config.image_size
-            model.save_pretrained(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,217 @@
+"""What every model that predicts codes one after the other can do: what `ARTrainer` trains and `vqdist sample` draws from.
+
+`AutoregressiveModel` is the whole contract. `SecondStage` adds a frozen tokenizer, which belongs to the model but is
+not trained with it: no parameter of it reaches an optimizer, an average, DDP or a checkpoint.
+
+Shapes: `b` batch, `n` codes per image in the order in which they are drawn, `v` codebook size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vqdist.errors import UserError
+from vqdist.models.pretrained import PretrainedModel
+from vqdist.models.tokenizer import Tokenizer
+from vqdist.sampling import DrawOptions
+
+
+class Prediction(Protocol):
+    """What the forward pass of an `AutoregressiveModel` gives at least; a NamedTuple in each model.
+
+    Attributes:
+        logits: (b, n, v) of every code, given the codes before it.
+        indices: (b, n) int64, the codes themselves.
+    """
+
+    logits: Tensor
+    indices: Tensor
+
+
+class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
+    """A network that predicts the codes of an image one after the other; it is trained, averaged and saved as a whole.
+
+    Attributes:
+        image_size: side of the images in pixels.
+        channels: of the images.
+        codebook_size: number of codes, v.
+        num_codes: codes of an image, n: as many numbers are drawn for an image.
+        num_classes: classes that images can be asked for; 0 for a model that knows none.
+        scale_lengths: numbers of codes that are predicted at once, in order, where they are the scales of an image;
+            None for a model that predicts code after code.
+        draw_defaults: options of drawing where the user says nothing.
+        tokenizer: makes the codes, where that is not a part of the model itself.
+    """
+
+    channels: int
+    codebook_size: int
+    num_codes: int
+    num_classes: int = 0
+    scale_lengths: tuple[int, ...] | None = None
+    draw_defaults: ClassVar[Mapping[str, Any]] = {}
+    tokenizer: Tokenizer | None = None
+
+    @abstractmethod
+    def inputs(self, item: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` takes for images (b, c, h, w) in [0, 1], or codes (b, n) or (b, n, q) of the tokenizer.
+
+        Without gradients; called outside the engine.
+
+        Args:
+            item: images or codes.
+            label: (b,) int64 from 0 to num_classes, where num_classes stands for "no class".
+        """
+
+    @abstractmethod
+    def loss(self, out: Prediction, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss in float32 (0-d), and its named parts (0-d, `cross_entropy` among them).
+
+        Args:
+            out: what `forward` gave.
+            *inputs: what it took.
+        """
+
+    @abstractmethod
+    def draw_codes(
+        self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True
+    ) -> Tensor:
+        """Draw the codes of images.
+
+        Args:
+            uniform: (b, n) in [0, 1): the randomness of each code.
+            label: (b,) int64, as for `inputs`.
+            options: how to draw; `cfg` other than 1 needs classes.
+            use_cache: keep keys and values of the codes before; false runs the whole sequence for every step, which
+                gives the same codes, slowly.
+
+        Returns:
+            (b, n) int64.
+        """
+
+    @abstractmethod
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Codes (b, n) -> images (b, c, h, w) in [0, 1]."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int = 64,
+        *,
+        label: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        """Draw images; the mode of the model (train or eval) is as before afterwards.
+
+        Args:
+            num_samples: how many.
+            label: the class of all, or of each (b,); by default none.
+            generator: on the CPU, of the draws; by default torch's global one.
+            use_cache: see `draw_codes`.
+            **options: of `vqdist.sampling.DrawOptions`, over the model's own defaults.
+
+        Returns:
+            (num_samples, c, h, w) in [0, 1].
+        """
+        drawn = DrawOptions(**{**self.draw_defaults, **options})
+        if num_samples < 1:
+            raise UserError(f"num_samples {num_samples} is not possible; it must be at least 1")
+        uniform = torch.rand(num_samples, self.num_codes, generator=generator)
+        return self.sample_from(uniform, self.labels(label, num_samples), drawn, use_cache=use_cache)
+
+    @torch.no_grad()
+    def sample_from(
+        self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True
+    ) -> Tensor:
+        """As `draw_codes` on this model's device in eval mode, then `decode_codes`: images (b, c, h, w) in [0, 1]."""
+        if options.cfg != 1 and not self.num_classes:
+            raise UserError(f"cfg {options.cfg:g} is given but the model knows no classes; leave it out")
+        training = self.training
+        self.eval()
+        try:
+            codes = self.draw_codes(uniform.to(self.device), label.to(self.device), options, use_cache=use_cache)
+            return self.decode_codes(codes).float().clamp(0, 1)
+        finally:
+            self.train(training)
+
+    def labels(self, label: Tensor | int | None, count: int) -> Tensor:
+        """(count,) int64: the class of all, or of each; `num_classes`, which stands for no class, where it is None."""
+        if label is None:
+            return torch.full((count,), self.num_classes, device=self.device)
+        labels = torch.as_tensor(label, device=self.device).expand(count)
+        if not self.num_classes:
+            raise UserError(f"class {label} is asked for but the model knows no classes; leave it out")
+        if bool(((labels < 0) | (labels > self.num_classes)).any()):
+            raise UserError(f"class {label} is asked for; the model knows 0 to {self.num_classes - 1}")
+        return labels
+
+
+class SecondStage(AutoregressiveModel):
+    """A model of the codes of a frozen tokenizer, which is saved beside it, in `tokenizer/`.
+
+    Args:
+        tokenizer: makes the codes; used without gradients, in eval mode and in float32.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        if not isinstance(tokenizer, Tokenizer):
+            raise UserError(f"the tokenizer is a {type(tokenizer).__name__}; give a vqdist.Tokenizer")
+        self._held = _Held(tokenizer)
+        self.image_size = tokenizer.image_size
+        self.channels = tokenizer.channels
+        self.codebook_size = tokenizer.codebook_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, on this model's device."""
+        return self._held.tokenizer.to(self.device)
+
+    @torch.no_grad()
+    def codes_of(self, item: Tensor) -> Tensor:
+        """Images (b, c, h, w), or codes as `Tokenizer.encode` gives them -> those codes."""
+        if not item.is_floating_point():
+            return item
+        with torch.autocast(item.device.type, enabled=False):
+            return self.tokenizer.encode(item)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self._held.tokenizer.save_pretrained(save_directory / "tokenizer")
+        super()._save_pretrained(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
+        kwargs["tokenizer"] = Tokenizer.from_pretrained(_beside(model_id, kwargs))
+        return super()._from_pretrained(model_id=model_id, **kwargs)
+
+
+class _Held:
+    """Keeps the tokenizer out of the module's parameters, and one for all copies of the module (EMA makes one)."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer.requires_grad_(False).eval()
+
+    def __deepcopy__(self, memo: dict) -> _Held:
+        return self
+
+
+def _beside(model_id: str, kwargs: Mapping[str, Any]) -> Path:
+    """The folder `tokenizer/` of a model's folder, or of its repository on the Hub."""
+    if Path(model_id).is_dir():
+        return Path(model_id) / "tokenizer"
+    from huggingface_hub import snapshot_download
+
+    options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    return Path(snapshot_download(model_id, allow_patterns="tokenizer/*", **options)) / "tokenizer"
