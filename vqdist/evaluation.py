@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs a set of images that is spread over ranks."""
+"""How well images are reconstructed, and codes predicted, over a set of images that is spread over ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vqdist.backends.base import Backend
-from vqdist.metrics import ReconstructionMetrics
+from vqdist.metrics import CodePredictionMetrics, ReconstructionMetrics
+from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.tokenizer import TokenizerNetwork
 
 
@@ -30,6 +31,25 @@ def evaluate_reconstruction(
         for image in batches:
             metrics.update(image, *network.reconstruct(image))
     return metrics.compute()
+
+
+@torch.no_grad()
+def evaluate_prediction(
+    model: AutoregressiveModel, batches: Iterable[tuple[Tensor, Tensor]], backend: Backend
+) -> dict[str, float]:
+    """How well the codes of images are predicted, see `CodePredictionMetrics`. Every rank calls this.
+
+    Args:
+        model: evaluated in eval mode and float32; its mode is restored.
+        batches: this rank's images or codes with their labels (b,), as for `AutoregressiveModel.inputs`.
+        backend: adds the ranks' numbers.
+    """
+    metrics = CodePredictionMetrics(model.num_codes, model.scale_lengths, backend.device)
+    with in_eval_mode(model):
+        for item, label in batches:
+            out = model(*model.inputs(item, label))
+            metrics.update(out.logits, out.indices)
+    return metrics.compute(backend)
 
 
 @torch.no_grad()

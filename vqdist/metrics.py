@@ -1,11 +1,13 @@
-"""Numbers of a run: averages of training metrics on the device, and the quality of reconstructions."""
+"""Numbers of a run: averages on the device, the quality of reconstructions, and of the prediction of codes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
@@ -119,6 +121,61 @@ class ReconstructionMetrics:
             **self.codes.usage(self.backend),
             "images": int(self.backend.sum(self.images.clone())),
         }
+
+
+class CodePredictionMetrics:
+    """How well codes are predicted, over all codes of a set of images that is spread over ranks.
+
+    Args:
+        scale_lengths: numbers of codes of the scales of an image, whose numbers are also given one by one; None for a
+            model without scales.
+        num_codes: codes of an image.
+        device: of the logits.
+    """
+
+    def __init__(self, num_codes: int, scale_lengths: Sequence[int] | None, device: torch.device):
+        self.scale_lengths = [num_codes] if scale_lengths is None else list(scale_lengths)
+        self.sums = torch.zeros(len(self.scale_lengths), 2, dtype=torch.float64, device=device)
+        self.images = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, indices: Tensor) -> None:
+        """Count a batch: logits (b, n, v) of codes (b, n). Waits for no device."""
+        nll = cross_entropy(logits.float().transpose(1, 2), indices, reduction="none")
+        hits = logits.argmax(dim=-1) == indices
+        for number, part in enumerate(torch.stack([nll, hits.float()]).double().split(self.scale_lengths, dim=2)):
+            self.sums[number] += part.sum(dim=(1, 2))
+        self.images += len(indices)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.sums.zero_()
+        self.images.zero_()
+
+    def compute(self, backend: Backend) -> dict[str, float]:
+        """The numbers over all ranks' images; every rank calls this and gets the same.
+
+        Returns:
+            `nll` (nats per code), `bits_per_dim` (nll / ln 2, a code being a dimension), `perplexity` (exp(nll)),
+            `accuracy` (share of codes that are the most probable one); with scales also `nll_scale_I` and
+            `accuracy_scale_I`, I from 1.
+        """
+        totals = backend.sum(torch.cat([self.sums.flatten(), self.images[None]])).tolist()
+        images = max(1.0, totals.pop())
+        nlls, hits = totals[0::2], totals[1::2]
+        codes = images * sum(self.scale_lengths)
+        nll = sum(nlls) / codes
+        numbers = {
+            "nll": nll,
+            "bits_per_dim": nll / math.log(2),
+            "perplexity": math.exp(min(nll, 700.0)),
+            "accuracy": sum(hits) / codes,
+        }
+        if len(self.scale_lengths) > 1:
+            for number, length in enumerate(self.scale_lengths):
+                numbers[f"nll_scale_{number + 1}"] = nlls[number] / (images * length)
+                numbers[f"accuracy_scale_{number + 1}"] = hits[number] / (images * length)
+        return {**numbers, "images": int(images)}
 
 
 def codebook_usage(histogram: Tensor, num_levels: int = 1) -> tuple[float, float]:

@@ -75,11 +75,11 @@ class Tracker:
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
-    def picture(self, step: int, name: str, rows: Tensor, path: Path) -> None:
-        """Save a sheet: `rows` (n, k, c, h, w) in [0, 1] gives n rows of k images."""
-        save_sheet(rows, path)
+    def picture(self, step: int, name: str, rows: Tensor, path: Path, columns: int = 2) -> None:
+        """Save a sheet of the groups of images `rows` (n, k, c, h, w) in [0, 1], `columns` groups beside one another."""
+        save_sheet(rows, path, columns)
         if self.tensorboard is not None:
-            self.tensorboard.add_image(name, make_sheet(rows), step)
+            self.tensorboard.add_image(name, make_sheet(rows, columns), step)
         if self.wandb is not None:
             import wandb
 

@@ -23,6 +23,7 @@ class TrainedModel:
         aliases: other names of options.
         aliases_title: where these names come from.
         aliases_note: what else people who know these names should know.
+        over_tokenizer: whether it is trained over the codes of a frozen tokenizer, which `--tokenizer` names.
     """
 
     title: str
@@ -33,6 +34,7 @@ class TrainedModel:
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     aliases_title: str = ""
     aliases_note: str = ""
+    over_tokenizer: bool = False
 
     def load(self) -> tuple[type, type]:
         """The class of the model and the class of its trainer."""
@@ -108,5 +110,24 @@ MODELS = {
         aliases_title="flags of DALL-E's train_vae, under their own names",
         aliases_note="train_vae neither flips images nor holds some back to validate on nor averages the weights; "
         "for the same give --data.augment false --data.valid_frac 0 --trainer.use_ema false.",
+    ),
+    "vq_ar": TrainedModel(
+        title="image tokenizer and autoregressive model, learnt end to end",
+        model="vqdist.models.vq_ar:VQImageAutoregressiveAutoencoder",
+        trainer="vqdist.trainers.ar:ARTrainer",
+    ),
+    "prior": TrainedModel(
+        title="transformer over the codes of a trained tokenizer",
+        model="vqdist.models.prior:Prior",
+        trainer="vqdist.trainers.ar:ARTrainer",
+        no_options=frozenset(["tokenizer"]),
+        over_tokenizer=True,
+    ),
+    "var": TrainedModel(
+        title="next-scale transformer (VAR) over a multi-scale tokenizer",
+        model="vqdist.models.var:VAR",
+        trainer="vqdist.trainers.ar:ARTrainer",
+        no_options=frozenset(["tokenizer"]),
+        over_tokenizer=True,
     ),
 }

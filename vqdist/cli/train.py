@@ -45,12 +45,20 @@ def train_parser(name: str):
     """The options of `vqdist train NAME`, derived from the classes of the model and of the trainer's configuration."""
     entry = MODELS[name]
     program = f"vqdist train {name}"
-    size = "" if "data.image_size" in entry.defaults else " --image_size PIXELS"
+    needed = "" if "data.image_size" in entry.defaults else " --image_size PIXELS"
+    needed = " --tokenizer RUN" if entry.over_tokenizer else needed
     parser = make_parser(program, _description(entry), _aliases_help(entry))
-    parser.usage = f"{program} --data IMAGES{size} --out RUN [options]"
+    parser.usage = f"{program} --data IMAGES{needed} --out RUN [options]"
     model_class, trainer_class = entry.load()
+    if entry.over_tokenizer:
+        parser.add_argument(
+            "--tokenizer",
+            type=str | None,
+            default=None,
+            help="Run of a tokenizer, or a folder or Hub repository with its export; stays as it is.",
+        )
     _add_top_level(parser, trainer_class.config_class)
-    _add_groups(parser, model_class, trainer_class.config_class, entry.no_options)
+    _add_groups(parser, entry, model_class, trainer_class.config_class)
     _set_defaults(parser, entry)
     return parser
 
@@ -68,13 +76,14 @@ def _add_top_level(parser, config_class: type) -> None:
         parser.add_argument(f"--{option}", type=kind, default=default, help=_field_doc(config_class, name))
 
 
-def _add_groups(parser, model_class: type, config_class: type, no_options: frozenset[str]) -> None:
+def _add_groups(parser, entry: TrainedModel, model_class: type, config_class: type) -> None:
     from vqdist.data.config import DataConfig
 
     data = {field.name for field in dataclasses.fields(DataConfig)}
-    short = ", ".join(f"--{name}" for name in DATA_ALIASES)
-    parser.add_class_arguments(DataConfig, "data", help=f"The images (short: {short})")
-    skip = {"image_size", *no_options}  # the data's image_size is the model's, too
+    given = {"image_size"} if entry.over_tokenizer else set()  # by the tokenizer
+    short = ", ".join(f"--{name}" for name in DATA_ALIASES if name not in given)
+    parser.add_class_arguments(DataConfig, "data", skip=given, help=f"The images (short: {short})")
+    skip = {"image_size", *entry.no_options}  # the data's image_size is the model's, too
     parser.add_class_arguments(model_class, "model", skip=skip, help="The networks and their losses")
     parser.add_class_arguments(config_class, "trainer", skip={*data, *TOP_LEVEL}, help="The training")
 
@@ -135,6 +144,8 @@ def _train(entry: TrainedModel, options) -> int:
     model_options = options.model.as_dict()
     if "image_size" in inspect.signature(model_class).parameters:
         model_options["image_size"] = options.data.image_size
+    if entry.over_tokenizer:
+        model_options["tokenizer"] = _open_tokenizer(options)
     seed_everything(options.seed, "weights")
     model = model_class(**model_options)
     top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
@@ -158,6 +169,14 @@ def _refuse_missing(entry: TrainedModel, options) -> None:
         raise UserError(
             f"--data{others} is missing; give an image folder, or digits, synthetic, torchvision:NAME, wds:, hf:"
         )
+
+
+def _open_tokenizer(options):
+    from vqdist.models.tokenizer import Tokenizer
+
+    if options.tokenizer is None:
+        raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
+    return Tokenizer.from_pretrained(options.tokenizer)
 
 
 def _print_summary(trainer, numbers: dict[str, float]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ CODES = "codes:"
 class ARTrainerConfig(TrainerConfig):
     """How to train a model that predicts codes: the options of every trainer, and those of labels and samples."""
 
-    folder: str | None = None
-    """Images, as for every trainer; or `codes:FOLDER`, what `vqdist encode` wrote with the model's tokenizer."""
     image_size: int | None = None
     """Side of the square training images in pixels; by default the model's."""
     label_dropout: float = 0.1
@@ -51,3 +49,192 @@ class ARTrainerConfig(TrainerConfig):
     """Scale of classifier-free guidance in them; 1 does not guide; by default the model's."""
     num_images_save: int = 64
     """Images in a picture of samples."""
+
+    @property
+    def codes_folder(self) -> str | None:
+        """The folder of stored codes, where `folder` names one."""
+        folder = self.folder or ""
+        return folder.removeprefix(CODES) if folder.startswith(CODES) else None
+
+    @property
+    def sample_options(self) -> dict[str, Any]:
+        """What was said of the samples in a picture, by the names of `DrawOptions`."""
+        names = [f.name for f in fields(DrawOptions)]
+        said = {name: getattr(self, f"sample_{name}") for name in names}
+        return {name: value for name, value in said.items() if value is not None}
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"label_dropout {self.label_dropout} is not possible; give a share in [0, 1]")
+        DrawOptions(**self.sample_options)
+        if self.codes_folder is not None:
+            self.refuse_set("augment", "exts", "on_bad_image", because="codes are stored, not images")
+
+
+class ARTrainer(Trainer):
+    """Trains a model that predicts codes: `VQImageAutoregressiveAutoencoder`, `Prior` or `VAR`.
+
+    The classes that are hidden (`label_dropout`) depend on the seed and on an image's place in the data order only, as
+    do the samples of a picture on the seed and on their number: not on how images are spread over ranks.
+
+    Args:
+        model: what to train; the tokenizer of a `Prior` or `VAR` stays as it is.
+        dataset: see `Trainer`; also a `CodeDataset`.
+        **options: the fields of `ARTrainerConfig`.
+    """
+
+    config_class = ARTrainerConfig
+    model_argument = "model"
+
+    def __init__(self, model: AutoregressiveModel, **options):
+        super().__init__(model, **options)
+
+    @property
+    def with_labels(self) -> bool:
+        """Whether batches come with the classes of their images."""
+        return self.model.num_classes > 0
+
+    def check_model(self) -> None:
+        model, config = self.model, self.config
+        if not isinstance(model, AutoregressiveModel):
+            raise UserError(f"the model is a {type(model).__name__}; ARTrainer trains a Prior, a VAR or a VQ-AR model")
+        if config.image_size is None:
+            config.image_size = model.image_size
+        if config.image_size != model.image_size:
+            raise UserError(
+                f"image_size {config.image_size} is given but the model is for {model.image_size}; leave the option out"
+            )
+        if not model.num_classes:
+            config.refuse_set("label_dropout", "sample_cfg", because="the model knows no classes (num_classes 0)")
+        elif config.label_dropout == 0 and config.sample_cfg not in (None, 1):
+            raise UserError(
+                f"sample_cfg {config.sample_cfg:g} needs a model that can do without a class, but label_dropout is 0; set it"
+            )
+
+    def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset | CodeDataset, ImageDataset | CodeDataset]:
+        folder = self.config.codes_folder
+        if folder is not None and dataset is None:
+            dataset = CodeDataset(folder)
+        if isinstance(dataset, CodeDataset):
+            self._check_codes(dataset)
+            opened = dataset, dataset
+        else:
+            opened = super()._open_data(dataset)
+        if self.with_labels:
+            self._check_labels(opened[0])
+        return opened
+
+    def _check_codes(self, codes: CodeDataset) -> None:
+        if self.model.tokenizer is None:
+            raise UserError(
+                f"a {type(self.model).__name__} makes its codes itself and trains on images; {CODES} is for prior and var"
+            )
+        codes.check_tokenizer(self.model.tokenizer.fingerprint())
+
+    def _check_labels(self, dataset: ImageDataset | CodeDataset) -> None:
+        known = self.model.num_classes
+        for index in {0, len(dataset) // 2, len(dataset) - 1}:
+            label = dataset.label(index)
+            if label is None:
+                raise UserError(
+                    f"the model knows {known} classes but the images have no labels; use a source with labels (a folder "
+                    "with one subfolder a class, for example), or num_classes 0"
+                )
+            _check_label(label, known)
+
+    def build_engines(self) -> dict[str, Engine]:
+        if self.config.compile:
+            self.model.compile()
+        optimizer = self.make_optimizer(self.model, self.config.lr)
+        self.engine = self.backend.prepare(self.model, optimizer, max_grad_norm=self.config.max_grad_norm)
+        return {"model": self.engine}
+
+    def _set_up_networks(self) -> None:
+        super()._set_up_networks()
+        # of a tokenizer that is trained along: its codebook may die, one that is frozen cannot
+        self.codes = CodeHistogram(self.network, self.device) if isinstance(self.network, TokenizerNetwork) else None
+        self.predicted = CodePredictionMetrics(self.model.num_codes, self.model.scale_lengths, self.device)
+
+    def take(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images (b, c, h, w) or codes (b, n), and their classes (b,), on this rank's device."""
+        known = self.model.num_classes
+        if known:
+            _check_label(int(batch.label.min()), known)
+            _check_label(int(batch.label.max()), known)
+        label = batch.label if known else torch.zeros_like(batch.label)
+        return self.to_device(batch.item), label.to(self.device, non_blocking=True)
+
+    def update(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """One update of the whole network."""
+        means = RunningMeans()
+        for number, ((item, label), last) in enumerate(mark_last(micro_batches)):
+            inputs = self.model.inputs(item, self.hide_labels(label, self.positions(number)))
+            with self.engine.micro_step(last=last):
+                out = self.engine(*inputs)
+                loss, parts = self.model.loss(out, *inputs)
+                self.engine.backward(loss)
+            means.add({"loss": loss, **parts})
+            self.predicted.update(out.logits.detach(), out.indices)
+            if self.codes is not None:
+                self.codes.add(out.indices)
+        numbers = means.means()
+        numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
+        numbers["grad_norm"] = self.engine.step(lr=self.learning_rate(self.config.lr))
+        return numbers
+
+    def hide_labels(self, label: Tensor, positions: range) -> Tensor:
+        """Classes (b,) of the images at these places of the data order, some of them replaced by "no class"."""
+        if not self.with_labels or not self.config.label_dropout:
+            return label
+        seeds = (derive_seed("label dropout", self.config.seed, position) for position in positions)
+        hidden = uniform_per_image(1, seeds)[:, 0] < self.config.label_dropout
+        return label.masked_fill(hidden.to(label.device, non_blocking=True), self.model.num_classes)
+
+    def numbers_over_ranks(self) -> dict[str, float]:
+        """Accuracy (and the cross-entropy of each scale) on the training images since the last line; codes in use."""
+        predicted = self.predicted.compute(self.backend)
+        self.predicted.reset()
+        numbers = {name: value for name, value in predicted.items() if name.startswith(("accuracy", "nll_scale"))}
+        if self.codes is not None:
+            usage, perplexity = codebook_usage(self.codes.over_ranks(self.backend))
+            self.codes.reset()
+            numbers |= {"codebook_usage": usage, "codebook_perplexity": perplexity}
+        return numbers
+
+    def evaluate(self) -> dict[str, float]:
+        """How well the codes of the validation images are predicted; of VQ-AR also how well they are reconstructed."""
+        numbers = evaluate_prediction(self.network, self.valid_batches(), self.backend)
+        if isinstance(self.network, TokenizerNetwork):
+            images = (item for item, _ in self.valid_batches())
+            size = self.config.image_size
+            numbers |= evaluate_reconstruction(self.network, images, self.backend, image_size=size)
+        return numbers
+
+    def save_pictures(self, images: Tensor, path: Path) -> None:
+        """A sheet of samples, the classes in turn; of VQ-AR also one of originals beside their reconstructions."""
+        count = self.config.num_images_save
+        self.tracker.picture(self.step, "samples", self.samples(count)[:, None], path, columns=round(count**0.5))
+        if isinstance(self.network, TokenizerNetwork):
+            both = torch.stack([images, reconstruct(self.network, images)], dim=1)
+            self.tracker.picture(
+                self.step, "reconstructions", both, path.with_name(f"{path.stem}_reconstructions.png"), columns=8
+            )
+
+    def samples(self, count: int) -> Tensor:
+        """Images (count, c, h, w) drawn from the averaged (or live) network; the same at every step but for it."""
+        model = self.network
+        seeds = (derive_seed("sample", self.config.seed, number) for number in range(count))
+        label = torch.arange(count) % model.num_classes if model.num_classes else None
+        options = DrawOptions(**{**model.draw_defaults, **self.config.sample_options})
+        return model.sample_from(uniform_per_image(model.num_codes, seeds), model.labels(label, count), options)
+
+    @contextmanager
+    def averaged_model(self) -> Iterator[AutoregressiveModel]:
+        yield self.network
+
+
+def _check_label(label: int, known: int) -> None:
+    if not 0 <= label < known:
+        what = "an image without a label" if label < 0 else f"the label {label}"
+        raise UserError(f"{what} was found but the model knows the classes 0 to {known - 1}; set num_classes to fit")

@@ -548,8 +548,9 @@ class Trainer(RunFolder):
                 yield f"ema.{key}", tensor
 
     def to_device(self, images: Tensor) -> Tensor:
-        """Images on this rank's device in the run's memory format, without waiting."""
-        return images.to(self.device, memory_format=self.memory_format, non_blocking=True)
+        """Images (in the run's memory format) or codes on this rank's device, without waiting."""
+        layout = {"memory_format": self.memory_format} if images.ndim == 4 else {}
+        return images.to(self.device, non_blocking=True, **layout)
 
     def close(self) -> None:
         """Leave the process group, when every rank is done; call it at the end of a script of one's own."""
