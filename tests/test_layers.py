@@ -29,7 +29,7 @@ PARTS = {
     "vqdist.stopping": set(),
     "vqdist.schedules": LEAVES,
     "vqdist.losses": LEAVES,
-    "vqdist.sampling": LEAVES,
+    "vqdist.sampling": {*LEAVES, "vqdist.losses"},
     "vqdist.models": {*LEAVES, "vqdist.losses", "vqdist.sampling", "vqdist.schedules"},
     "vqdist.data": {*LEAVES, "vqdist.seeding", "vqdist.stopping"},
     "vqdist.backends": LEAVES,
@@ -39,6 +39,7 @@ PARTS = {
     "vqdist.metrics": {*LEAVES, "vqdist.backends", "vqdist.models"},
     "vqdist.evaluation": {*LEAVES, "vqdist.backends", "vqdist.metrics", "vqdist.models"},
 }
+PARTS["vqdist.drawing"] = {*LEAVES, "vqdist.backends", "vqdist.models", "vqdist.sampling", "vqdist.seeding"}
 PARTS["vqdist.trainers"] = PARTS.keys() - {"vqdist.version"}
 PARTS["vqdist.doctor"] = {*LEAVES, "vqdist", "vqdist.backends"}
 PARTS["vqdist.cli"] = set(PARTS)

@@ -37,6 +37,16 @@ class RunningMeans:
         """The mean of each name, as 0-d tensors of this rank."""
         return {name: value / self._counts[name] for name, value in self._sums.items()}
 
+    def state(self) -> dict[str, dict]:
+        """What was added since the last `reset`, for `restore`."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def restore(self, state: Mapping[str, dict] | None) -> None:
+        """Go on from what `state` gave; None is a `reset`."""
+        self.reset()
+        if state is not None:
+            self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
 
 class CodeHistogram:
     """How often each code occurred, counted on the device without waiting for it.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqdist.errors import UserError
+from vqdist.losses import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class DrawOptions:
     min_p: float | None = None
     """Keep codes of at least this share of the largest probability (arXiv 2407.01082)."""
     cfg: float = 1.0
-    """Scale of classifier-free guidance (arXiv 2207.12598): unconditional + cfg * (conditional - unconditional) logits."""
+    """Scale of classifier-free guidance: unconditional + cfg * (conditional - unconditional) logits (arXiv 2207.12598)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -77,7 +78,7 @@ def keep_likely(
     logits: Tensor, *, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> Tensor:
     """The logits with those of unlikely codes at -inf; see `DrawOptions`. The most probable code always stays."""
-    kept = _at_least_float32(logits)
+    (kept,) = at_least_float32(logits)
     probabilities = kept.softmax(dim=-1)
     drop = torch.zeros_like(kept, dtype=torch.bool)
     if top_k is not None and top_k < kept.shape[-1]:
@@ -93,7 +94,7 @@ def keep_likely(
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance of logits (arXiv 2207.12598); a scale of 1 gives the conditional ones."""
-    conditional, unconditional = _at_least_float32(conditional), _at_least_float32(unconditional)
+    conditional, unconditional = at_least_float32(conditional, unconditional)
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -136,7 +137,8 @@ def _gumbel_of_(uniform: Tensor) -> Tensor:
 
 def gumbel_softmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """softmax((logits + noise) / temperature): a soft draw from softmax(logits) (arXiv 1611.00712, 1611.01144)."""
-    return ((_at_least_float32(logits) + noise) / temperature).softmax(dim=-1)
+    (logits,) = at_least_float32(logits)
+    return ((logits + noise) / temperature).softmax(dim=-1)
 
 
 def straight_through(soft: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ def reinmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     2 * p1 - p0 / 2, where p1 is the mean of d and softmax(logits / temperature), reached by a constant shift of the
     logits.
     """
-    logits = _at_least_float32(logits)
+    (logits,) = at_least_float32(logits)
     draw = torch.zeros_like(logits).scatter_(-1, (logits + noise).argmax(dim=-1, keepdim=True), 1.0)
     with torch.no_grad():
         mean = (draw + (logits / temperature).softmax(dim=-1)) / 2
@@ -161,7 +163,3 @@ def reinmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     p0, p1 = logits.softmax(dim=-1), (logits - logits.detach() + log_mean).softmax(dim=-1)
     gradient = 2 * p1 - p0 / 2
     return gradient - gradient.detach() + draw
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from vqdist.cli import evaluate, train
+from vqdist.cli import evaluate, sample, train
 from vqdist.cli.parsing import make_parser, nearest, parse, without_local_rank
 from vqdist.errors import RanksDiverged, UserError
 from vqdist.version import __version__
@@ -48,7 +48,8 @@ def _run(arguments: list[str]) -> int:
 def _overview() -> str:
     lines = "\n".join(f"  {name:<12} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items())
     return (
-        "usage: vqdist COMMAND [options]\n\nDistributed training of image tokenizers.\n\ncommands:\n"
+        "usage: vqdist COMMAND [options]\n\n"
+        "Distributed training of image tokenizers and autoregressive image models.\n\ncommands:\n"
         f"{lines}\n\n`vqdist COMMAND --help` explains a command; `vqdist --version` prints the version."
     )
 
@@ -90,5 +91,6 @@ COMMANDS = {
     "train": train.train,
     "evaluate": evaluate.evaluate,
     "reconstruct": evaluate.reconstruct,
+    "sample": sample.sample,
     "doctor": doctor,
 }

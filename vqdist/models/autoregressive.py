@@ -1,4 +1,4 @@
-"""What every model that predicts codes one after the other can do: what `ARTrainer` trains and `vqdist sample` draws from.
+"""What every model that predicts codes can do: what `ARTrainer` trains and `vqdist sample` draws from.
 
 `AutoregressiveModel` is the whole contract. `SecondStage` adds a frozen tokenizer, which belongs to the model but is
 not trained with it: no parameter of it reaches an optimizer, an average, DDP or a checkpoint.
@@ -78,9 +78,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         """
 
     @abstractmethod
-    def draw_codes(
-        self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True
-    ) -> Tensor:
+    def draw_codes(self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True) -> Tensor:
         """Draw the codes of images.
 
         Args:
@@ -132,9 +130,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         return self.sample_from(uniform, self.labels(label, num_samples), drawn, use_cache=use_cache)
 
     @torch.no_grad()
-    def sample_from(
-        self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True
-    ) -> Tensor:
+    def sample_from(self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True) -> Tensor:
         """As `draw_codes` on this model's device in eval mode, then `decode_codes`: images (b, c, h, w) in [0, 1]."""
         if options.cfg != 1 and not self.num_classes:
             raise UserError(f"cfg {options.cfg:g} is given but the model knows no classes; leave it out")
@@ -153,7 +149,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         labels = torch.as_tensor(label, device=self.device).expand(count)
         if not self.num_classes:
             raise UserError(f"class {label} is asked for but the model knows no classes; leave it out")
-        if bool(((labels < 0) | (labels > self.num_classes)).any()):
+        if bool(((labels < 0) | (labels >= self.num_classes)).any()):
             raise UserError(f"class {label} is asked for; the model knows 0 to {self.num_classes - 1}")
         return labels
 

@@ -1,5 +1,6 @@
-"""A prior over the codes of a frozen tokenizer: a decoder-only transformer, as in VQGAN (arXiv 2012.09841) and LlamaGen
-(arXiv 2406.06525).
+"""A prior over the codes of a frozen tokenizer: a decoder-only transformer.
+
+As in VQGAN (arXiv 2012.09841) and LlamaGen (arXiv 2406.06525).
 
 Shapes: b batch, n positions, q codes per position, v codebook size, d width. A model with several codes per position
 predicts them one after the other, position by position: its sequences have n * q codes.
@@ -13,9 +14,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from x_transformers import Decoder
 
 from vqdist.errors import UserError
+from vqdist.models.attention import Decoder
 from vqdist.models.autoregressive import SecondStage
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.sampling import DrawOptions, draw, guide
@@ -108,9 +109,7 @@ class Prior(
         return loss, {"cross_entropy": loss}
 
     @torch.no_grad()
-    def draw_codes(
-        self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True
-    ) -> Tensor:
+    def draw_codes(self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True) -> Tensor:
         guided = options.cfg != 1
         if guided:  # both in one batch
             label = torch.cat([label, torch.full_like(label, self.num_classes)])

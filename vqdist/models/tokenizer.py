@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ class TokenizerNetwork(nn.Module, ABC):
         codebook_size: number of codes (of each level).
         num_levels: codes per position.
         scales: sides of the token maps of a multi-scale network, the finest last; None where there is one map only.
+            A network that has them has a `quantizer`, a `vqdist.models.quantizers.MultiScaleQuantizer`.
     """
 
     channels: int
@@ -48,6 +50,32 @@ class TokenizerNetwork(nn.Module, ABC):
         """Images (b, c, h, w) in [0, 1] -> what their codes say of them, and the codes."""
         ids = self.tokenize(image)
         return self.detokenize(ids), ids
+
+    # the names are VAR's: idxBl is a list with the codes (b, p * p) of each scale, p its side, the coarsest first
+
+    def img_to_idxBl(self, imgs: Tensor) -> list[Tensor]:
+        """Images (b, c, h, w) in [0, 1] -> the codes (b, p * p) of each scale."""
+        self._require_scales()
+        return list(self.tokenize(imgs).split([side**2 for side in self.scales], dim=1))
+
+    def idxBl_to_var_input(self, idxBl: Sequence[Tensor]) -> Tensor:
+        """Codes of the scales, or of the first ones, -> what predicts each scale but the first.
+
+        Returns:
+            (b, n, d) float32: for each scale from the second to the one after the last that is given, the features that
+            the codes before it add up to, at its size; n is the sum of p * p over these, L - L_1 for all scales.
+        """
+        self._require_scales()
+        return self.quantizer.next_scale_inputs(torch.cat(list(idxBl), dim=1))
+
+    def idxBl_to_img(self, idxBl: Sequence[Tensor]) -> Tensor:
+        """Codes of the scales, or of the first ones, -> images (b, c, h, w) in [0, 1]."""
+        self._require_scales()
+        return self.detokenize(torch.cat(list(idxBl), dim=1)).float().clamp(0, 1)
+
+    def _require_scales(self) -> None:
+        if self.scales is None:
+            raise UserError("this tokenizer codes images at one scale; train one with quantizer multiscale_vq")
 
 
 class Tokenizer(nn.Module):
@@ -75,7 +103,8 @@ class Tokenizer(nn.Module):
         model = load_model_of_any_type(name_or_path, **kwargs)
         if not isinstance(getattr(model, "network", None), TokenizerNetwork):
             raise UserError(
-                f"{name_or_path} holds a {type(model).__name__}, which is no image tokenizer; give a run of vqgan or dvae"
+                f"{name_or_path} holds a {type(model).__name__}, which is no image tokenizer; give a run of one, as of "
+                "vqgan or dvae"
             )
         return cls(model, image_size)
 
@@ -92,6 +121,11 @@ class Tokenizer(nn.Module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def model_type(self) -> str:
+        """Which kind of model this is the tokenizer of, see `PretrainedModel.model_type`."""
+        return self._model[0].model_type
 
     @property
     def channels(self) -> int:
@@ -145,6 +179,21 @@ class Tokenizer(nn.Module):
             ids = rearrange(indices, "b (h w) ... -> b h w ...", h=self.code_side)
         return self.network.detokenize(ids).float().clamp(0, 1)
 
+    @torch.no_grad()
+    def img_to_idxBl(self, imgs: Tensor) -> list[Tensor]:
+        """See `TokenizerNetwork.img_to_idxBl`."""
+        return self.network.img_to_idxBl(imgs)
+
+    @torch.no_grad()
+    def idxBl_to_var_input(self, idxBl: Sequence[Tensor]) -> Tensor:
+        """See `TokenizerNetwork.idxBl_to_var_input`."""
+        return self.network.idxBl_to_var_input(idxBl)
+
+    @torch.no_grad()
+    def idxBl_to_img(self, idxBl: Sequence[Tensor]) -> Tensor:
+        """See `TokenizerNetwork.idxBl_to_img`."""
+        return self.network.idxBl_to_img(idxBl)
+
 
 def check_image_size(size: int, layers: int, option: str) -> None:
     """Raise `UserError` if square images of this side (in pixels) cannot be halved so many times; names the option."""
@@ -153,6 +202,16 @@ def check_image_size(size: int, layers: int, option: str) -> None:
         below = max(0, size - size % stride)
         near = " or ".join(str(side) for side in (below, below + stride) if side > 0)
         raise UserError(f"image_size {size} is not a multiple of {stride} (2 ** {layers} {option}); try {near}")
+
+
+def check_scales(size: int, layers: int, option: str, scales: Sequence[int]) -> None:
+    """Raise `UserError` unless the last scale has the side of the feature map of images of this side (in pixels)."""
+    side = size >> layers
+    if scales[-1] != side:
+        raise UserError(
+            f"v_patch_nums {list(scales)} ends at {scales[-1]} but image_size {size} with {option} {layers} makes a "
+            f"feature map of {side} by {side}; end v_patch_nums at {side}, or use image_size {scales[-1] << layers}"
+        )
 
 
 def check_images(images: Tensor, channels: int, layers: int, option: str) -> None:

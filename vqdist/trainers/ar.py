@@ -16,6 +16,7 @@ from vqdist.backends import Engine
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch
+from vqdist.drawing import draw_numbers
 from vqdist.errors import UserError
 from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans, codebook_usage
@@ -103,13 +104,14 @@ class ARTrainer(Trainer):
             config.image_size = model.image_size
         if config.image_size != model.image_size:
             raise UserError(
-                f"image_size {config.image_size} is given but the model is for {model.image_size}; leave the option out"
+                f"image_size {config.image_size} is given but the model is for {model.image_size}; leave it out"
             )
         if not model.num_classes:
             config.refuse_set("label_dropout", "sample_cfg", because="the model knows no classes (num_classes 0)")
         elif config.label_dropout == 0 and config.sample_cfg not in (None, 1):
             raise UserError(
-                f"sample_cfg {config.sample_cfg:g} needs a model that can do without a class, but label_dropout is 0; set it"
+                f"sample_cfg {config.sample_cfg:g} needs a model that can do without a class, but label_dropout is 0; "
+                "set it, to 0.1 for example"
             )
 
     def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset | CodeDataset, ImageDataset | CodeDataset]:
@@ -128,7 +130,7 @@ class ARTrainer(Trainer):
     def _check_codes(self, codes: CodeDataset) -> None:
         if self.model.tokenizer is None:
             raise UserError(
-                f"a {type(self.model).__name__} makes its codes itself and trains on images; {CODES} is for prior and var"
+                f"a {type(self.model).__name__} makes its codes itself and trains on images; {CODES} is for prior, var"
             )
         codes.check_tokenizer(self.model.tokenizer.fingerprint())
 
@@ -138,8 +140,8 @@ class ARTrainer(Trainer):
             label = dataset.label(index)
             if label is None:
                 raise UserError(
-                    f"the model knows {known} classes but the images have no labels; use a source with labels (a folder "
-                    "with one subfolder a class, for example), or num_classes 0"
+                    f"the model knows {known} classes but the images have no labels; use a source with labels (a "
+                    "folder with one subfolder a class, for example), or num_classes 0"
                 )
             _check_label(label, known)
 
@@ -224,10 +226,9 @@ class ARTrainer(Trainer):
     def samples(self, count: int) -> Tensor:
         """Images (count, c, h, w) drawn from the averaged (or live) network; the same at every step but for it."""
         model = self.network
-        seeds = (derive_seed("sample", self.config.seed, number) for number in range(count))
         label = torch.arange(count) % model.num_classes if model.num_classes else None
         options = DrawOptions(**{**model.draw_defaults, **self.config.sample_options})
-        return model.sample_from(uniform_per_image(model.num_codes, seeds), model.labels(label, count), options)
+        return draw_numbers(model, range(count), model.labels(label, count), options, seed=self.config.seed)
 
     @contextmanager
     def averaged_model(self) -> Iterator[AutoregressiveModel]:

@@ -1,0 +1,192 @@
+"""`vqdist sample RUN`: images from a run of any model that predicts codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vqdist.cli.parsing import Alias, make_parser, parse
+from vqdist.errors import UserError
+
+
+def sample(arguments: list[str]) -> int:
+    """Draw images: `vqdist sample RUN --num 64 --class 3 --cfg 2 --out samples.png`."""
+    from vqdist.backends import create_backend
+    from vqdist.drawing import draw_batches, gather_images
+
+    parser = make_parser("vqdist sample", "Draw images from a run of a prior, VAR or VQ-AR model.")
+    parser.add_argument("run", type=str, help="Run folder, or a folder or Hub repository with its export.")
+    parser.add_argument(
+        "--num",
+        type=int,
+        default=64,
+        help="Images to draw; under torchrun say --num_images, since it takes --num for an option of its own.",
+    )
+    parser.add_argument(
+        "--class",
+        type=int | None,
+        default=None,
+        help="Class of all images; by default all classes in turn, where the model knows any.",
+    )
+    add_draw_options(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        help="PNG file of one sheet, or a folder for one PNG file an image.",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=str | None,
+        default=None,
+        help="Run of the tokenizer to decode with: it must be the one that the run was trained over.",
+    )
+    parser.add_argument("--columns", type=int | None, default=None, help="Images in a row of the sheet.")
+    parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
+    options = parse(parser, arguments, {"num_images": Alias("num")})
+    _check(options)
+    model = open_generator(options.run)
+    if options.tokenizer is not None:
+        _check_tokenizer(model, options.tokenizer)
+    drawn = draw_options(options, model)
+    labels = _labels(model, options)
+    backend = create_backend(options.backend)
+    model.to(backend.device)
+    batches = draw_batches(model, labels, drawn, seed=options.seed, batch_size=options.batch_size, backend=backend)
+    batches = with_progress(batches, options, backend)
+    if options.out.suffix.lower() == ".png":
+        size = model.image_size
+        images = gather_images(batches, (options.num, model.channels, size, size), backend)
+        if backend.is_main:
+            _save_sheet(images, options)
+    else:
+        _save_each(batches, options.out)
+        backend.barrier()
+    if backend.is_main:
+        print(options.out)
+    backend.close()
+    return 0
+
+
+def add_draw_options(parser) -> None:
+    """`--temperature`, `--top_k`, `--top_p`, `--min_p`, `--cfg`, `--seed` and `--batch_size`."""
+    from vqdist.sampling import DrawOptions
+
+    help_of = _field_docs(DrawOptions)
+    for field in fields(DrawOptions):
+        kind = int | None if field.name == "top_k" else float | None
+        parser.add_argument(
+            f"--{field.name}", type=kind, default=None, help=f"{help_of[field.name]} By default the model's choice."
+        )
+    parser.add_argument("--seed", type=int, default=0, help="Same seed, same pictures, for any number of processes.")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="Images at once in one process; processes take batches in turn."
+    )
+
+
+def draw_options(options, model) -> Any:
+    """The `DrawOptions` that were given, over the model's own."""
+    from vqdist.sampling import DrawOptions
+
+    if options.batch_size < 1:
+        raise UserError(f"batch_size {options.batch_size} is not possible; it must be at least 1")
+    given = {field.name: getattr(options, field.name) for field in fields(DrawOptions)}
+    given = {name: value for name, value in given.items() if value is not None}
+    drawn = DrawOptions(**{**model.draw_defaults, **given})
+    if drawn.cfg != 1 and not model.num_classes:
+        raise UserError(f"cfg {drawn.cfg:g} is given but the model knows no classes; leave it out")
+    return drawn
+
+
+def open_generator(name_or_path: str):
+    """The model of a run that images can be drawn from."""
+    from vqdist.models.autoregressive import AutoregressiveModel
+    from vqdist.models.pretrained import load_model_of_any_type
+
+    path = Path(name_or_path).expanduser()
+    if (path / "metrics.jsonl").exists() and not (path / "export").is_dir():
+        raise UserError(f"{path} has no export/ yet; train it to its first checkpoint")
+    model = load_model_of_any_type(name_or_path)
+    if not isinstance(model, AutoregressiveModel):
+        raise UserError(
+            f"{name_or_path} holds a {type(model).__name__}, which makes no images of its own; give a run of a prior, "
+            "var or vq_ar (train a prior over it: `vqdist train prior --tokenizer ...`)"
+        )
+    return model
+
+
+def with_progress(batches: Iterator, options, backend) -> Iterator:
+    """The batches, with a progress bar of rank 0's share on standard error."""
+    from tqdm import tqdm
+
+    count = -(-options.num // options.batch_size)
+    mine = len(range(backend.rank, count, backend.world_size))
+    return tqdm(
+        batches,
+        total=mine,
+        desc=f"sample x{backend.world_size}",
+        unit="batch",
+        disable=not backend.is_main,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
+
+
+def _check(options) -> None:
+    for name in ("num", "batch_size", "columns"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value} is not possible; it must be at least 1")
+    if options.out.suffix.lower() != ".png":
+        if options.out.suffix:
+            raise UserError(f"--out {options.out} is neither the name of a PNG file nor of a folder; give one of both")
+        if options.columns is not None:
+            raise UserError(f"--columns {options.columns} is of a sheet, but --out {options.out} is a folder")
+        options.out.mkdir(parents=True, exist_ok=True)
+
+
+def _check_tokenizer(model, name_or_path: str) -> None:
+    from vqdist.models.tokenizer import Tokenizer
+
+    if model.tokenizer is None:
+        raise UserError(f"--tokenizer is given but a {type(model).__name__} has its codebook in itself; leave it out")
+    given = Tokenizer.from_pretrained(name_or_path)
+    if given.fingerprint() != model.tokenizer.fingerprint():
+        raise UserError(
+            f"the tokenizer {name_or_path} is not the one that the run was trained over (weights differ): codes would "
+            "mean other pictures. Leave --tokenizer out: the run holds its own"
+        )
+
+
+def _labels(model, options):
+    """(num,) int64: the class of each image."""
+    import torch
+
+    label = getattr(options, "class")
+    if label is None and model.num_classes:
+        return torch.arange(options.num) % model.num_classes
+    return model.labels(label, options.num).cpu()
+
+
+def _save_sheet(images, options) -> None:
+    from vqdist.tracking import save_sheet
+
+    columns = options.columns or max(1, round(options.num**0.5))
+    save_sheet(images[:, None], options.out, columns=columns)
+
+
+def _save_each(batches: Iterator, folder: Path) -> None:
+    from torchvision.utils import save_image
+
+    for numbers, images in batches:
+        for number, image in zip(numbers, images, strict=True):
+            save_image(image, folder / f"{number:06d}.png")
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The line under each field of a dataclass."""
+    import docstring_parser
+
+    return {param.arg_name: param.description for param in docstring_parser.parse_from_object(cls).params}
