@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqdist import DiscreteVAE, DiscreteVAETrainer, VQGanVAE, VQGanVAETrainer
+from vqdist import ARTrainer, DiscreteVAE, DiscreteVAETrainer, Prior, Tokenizer, VQGanVAE, VQGanVAETrainer
 from vqdist.trainers.base import Trainer
 
 IMAGE_SIZE = 16
@@ -102,6 +102,21 @@ def build_dvae(**options) -> DiscreteVAE:
         **options,
     }
     return DiscreteVAE(**settings)
+
+
+def build_tokenizer(**options) -> Tokenizer:
+    """A small tokenizer with 16 codes an image, equal on every call; `options` are those of `build_vae`."""
+    model = {"vq_kwargs": {"codebook_dim": 8}, **options}
+    model["vq_kwargs"] = {"kmeans_init": False, **model["vq_kwargs"]}
+    return Tokenizer(build_vae(**{"quantizer": "vq", **model}, use_vgg_and_gan=False), IMAGE_SIZE)
+
+
+def build_prior(tokenizer: Tokenizer | None = None, **options) -> Prior:
+    """A small prior with three classes, equal on every call."""
+    tokenizer = build_tokenizer() if tokenizer is None else tokenizer
+    torch.manual_seed(13)
+    settings = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 32, "num_classes": 3, **options}
+    return Prior(tokenizer, **settings)
 
 
 # 64 synthetic images, and nothing is written before it is told to

@@ -1,4 +1,4 @@
-"""vqdist: distributed training of image tokenizers. Names are imported when they are first used."""
+"""vqdist: distributed training of image tokenizers and autoregressive image models. Names are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -8,35 +8,55 @@ from typing import TYPE_CHECKING, Any
 from vqdist.version import __version__
 
 if TYPE_CHECKING:
+    from vqdist.data.codes import CodeDataset
     from vqdist.data.dataset import ImageDataset
     from vqdist.data.sources import DummyDataset
     from vqdist.errors import UserError
     from vqdist.models.dvae import DiscreteVAE
+    from vqdist.models.prior import Prior
     from vqdist.models.tokenizer import Tokenizer
+    from vqdist.models.var import VAR
+    from vqdist.models.vq_ar import VQImageAutoregressiveAutoencoder
     from vqdist.models.vqgan import VQGanVAE
+    from vqdist.models.vqvae import SimpleVQVAE, VectorQuantizer
+    from vqdist.trainers.ar import ARTrainer
     from vqdist.trainers.dvae import DiscreteVAETrainer
     from vqdist.trainers.vqgan import VQGanVAETrainer
 
 _PUBLIC = {
+    "ARTrainer": "vqdist.trainers.ar",
+    "CodeDataset": "vqdist.data.codes",
     "DiscreteVAE": "vqdist.models.dvae",
     "DiscreteVAETrainer": "vqdist.trainers.dvae",
     "DummyDataset": "vqdist.data.sources",
     "ImageDataset": "vqdist.data.dataset",
+    "Prior": "vqdist.models.prior",
+    "SimpleVQVAE": "vqdist.models.vqvae",
     "Tokenizer": "vqdist.models.tokenizer",
     "UserError": "vqdist.errors",
+    "VAR": "vqdist.models.var",
     "VQGanVAE": "vqdist.models.vqgan",
     "VQGanVAETrainer": "vqdist.trainers.vqgan",
+    "VQImageAutoregressiveAutoencoder": "vqdist.models.vq_ar",
+    "VectorQuantizer": "vqdist.models.vqvae",
 }
 
 __all__ = [
+    "ARTrainer",
+    "CodeDataset",
     "DiscreteVAE",
     "DiscreteVAETrainer",
     "DummyDataset",
     "ImageDataset",
+    "Prior",
+    "SimpleVQVAE",
     "Tokenizer",
     "UserError",
+    "VAR",
     "VQGanVAE",
     "VQGanVAETrainer",
+    "VQImageAutoregressiveAutoencoder",
+    "VectorQuantizer",
     "__version__",
 ]
 
