@@ -7,7 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqdist import ARTrainer, DiscreteVAE, DiscreteVAETrainer, Prior, Tokenizer, VQGanVAE, VQGanVAETrainer
+from vqdist import (
+    VAR,
+    ARTrainer,
+    DiscreteVAE,
+    DiscreteVAETrainer,
+    Prior,
+    Tokenizer,
+    VQGanVAE,
+    VQGanVAETrainer,
+    VQImageAutoregressiveAutoencoder,
+)
 from vqdist.trainers.base import Trainer
 
 IMAGE_SIZE = 16
@@ -89,6 +99,10 @@ def build_vae(quantizer: str = "lfq", **options) -> VQGanVAE:
     return VQGanVAE(**settings)
 
 
+# one codebook over the maps of a feature map of 4 x 4
+MULTISCALE = {"v_patch_nums": [1, 2, 4], "kmeans_init": False}
+
+
 def build_dvae(**options) -> DiscreteVAE:
     """A small discrete VAE, equal on every call."""
     torch.manual_seed(12)
@@ -107,7 +121,8 @@ def build_dvae(**options) -> DiscreteVAE:
 def build_tokenizer(**options) -> Tokenizer:
     """A small tokenizer with 16 codes an image, equal on every call; `options` are those of `build_vae`."""
     model = {"vq_kwargs": {"codebook_dim": 8}, **options}
-    model["vq_kwargs"] = {"kmeans_init": False, **model["vq_kwargs"]}
+    if model["vq_kwargs"] is not None:
+        model["vq_kwargs"] = {"kmeans_init": False, **model["vq_kwargs"]}
     return Tokenizer(build_vae(**{"quantizer": "vq", **model}, use_vgg_and_gan=False), IMAGE_SIZE)
 
 
@@ -117,6 +132,36 @@ def build_prior(tokenizer: Tokenizer | None = None, **options) -> Prior:
     torch.manual_seed(13)
     settings = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 32, "num_classes": 3, **options}
     return Prior(tokenizer, **settings)
+
+
+def build_var(**options) -> VAR:
+    """A small next-scale transformer with three classes over a tokenizer of three scales, equal on every call."""
+    tokenizer = build_tokenizer(quantizer="multiscale_vq", codebook_size=32, vq_kwargs=None, quantizer_kwargs=MULTISCALE)
+    torch.manual_seed(14)
+    return VAR(tokenizer, **{"depth": 1, "dim": 32, "heads": 2, "num_classes": 3, **options})
+
+
+def build_vq_ar(**options) -> VQImageAutoregressiveAutoencoder:
+    """A small end-to-end model with 16 codes an image, equal on every call."""
+    torch.manual_seed(15)
+    settings = {"image_size": IMAGE_SIZE, "patch_size": 4, "dim": 32, "codebook_size": 32, "depth": 1, "dim_head": 32}
+    return VQImageAutoregressiveAutoencoder(**{**settings, "heads": 2, "channels": 3, **options})
+
+
+AR_MODELS = {"vq_ar": build_vq_ar, "prior": build_prior, "var": build_var}
+# Everything on; the losses are linear in the batch, but for the codebook that vq_ar's own quantizer learns
+AR_EVERYTHING = {
+    "max_grad_norm": 0.5,
+    "lr": 1e-4,
+    "warmup_steps": 2,
+    "lr_schedule": "cosine",
+    "augment": True,
+}
+AR_PARITY = {
+    "vq_ar": AR_EVERYTHING,
+    "prior": {**AR_EVERYTHING, "label_dropout": 0.4},
+    "var": {**AR_EVERYTHING, "label_dropout": 0.4},
+}
 
 
 # 64 synthetic images, and nothing is written before it is told to
@@ -146,6 +191,13 @@ def build_dvae_trainer(folder: Path, /, *, model: dict | None = None, **options)
     return DiscreteVAETrainer(
         build_dvae(**(model or {})), **{**QUIET, **length, "results_folder": str(folder), **options}
     )
+
+
+def build_ar_trainer(folder: Path, /, kind: str = "prior", *, model: dict | None = None, **options) -> ARTrainer:
+    """A trainer of a small model that predicts codes; the synthetic images have ten classes."""
+    classes = {} if kind == "vq_ar" else {"num_classes": 10}
+    settings = {**QUIET, "image_size": None, "num_train_steps": 4, "num_images_save": 4, "results_folder": str(folder)}
+    return ARTrainer(AR_MODELS[kind](**{**classes, **(model or {})}), **{**settings, **options})
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -8,10 +8,13 @@ import pytest
 import torch
 from launching import ROOT, torchrun
 from scenarios import (
+    AR_MODELS,
+    AR_PARITY,
     DVAE_DRAWS,
     DVAE_EVERYTHING,
     EVERYTHING,
     LINEAR,
+    build_ar_trainer,
     build_dvae_trainer,
     build_trainer,
     largest_difference,
@@ -65,6 +68,15 @@ def reference(tmp_path_factory) -> dict:
         **DVAE_EVERYTHING,
     )
     results["logs_dvae_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
+    for kind in AR_MODELS:
+        trainer = build_ar_trainer(folder / kind, kind, grad_accum_every=2, batch_size=8, **AR_PARITY[kind])
+        logs = [trainer.train_step() for _ in range(4)]
+        results[kind] = weights_of(trainer)
+        results[f"logs_{kind}"] = [trainer.backend.mean(line) for line in logs]
+        results[f"valid_{kind}"] = trainer.evaluate()
+    options = {**AR_PARITY["prior"], "precision": "bf16", "grad_accum_every": 2, "batch_size": 8}
+    trainer = build_ar_trainer(folder / "prior_bf16", "prior", **options)
+    results["logs_prior_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
     return results
 
 
@@ -85,6 +97,16 @@ def test_a_discrete_vae_is_that_of_one_process(ranks, reference, draw):
     assert valid["images"] == 16 and valid == pytest.approx(reference[f"valid_dvae_{draw}"], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", AR_MODELS)
+def test_a_model_of_codes_is_that_of_one_process(ranks, reference, kind):
+    difference, name = largest_difference(reference[kind], ranks[1][kind])
+    assert difference <= 1e-6, f"{name} differs by {difference}"
+    for ours, theirs in zip(ranks[1][f"logs_{kind}"], reference[f"logs_{kind}"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    valid = ranks[1][f"valid_{kind}"]
+    assert valid["images"] == 16 and valid == pytest.approx(reference[f"valid_{kind}"], rel=1e-4)
+
+
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])
 def test_losses_and_norms_are_those_of_one_process(ranks, reference, quantizer):
     per_rank = {"adaptive_weight", "adversarial_weight", "lr", "generator_grad_norm", "discriminator_grad_norm"}
@@ -95,15 +117,20 @@ def test_losses_and_norms_are_those_of_one_process(ranks, reference, quantizer):
 
 
 @pytest.mark.parametrize(
-    "bf16, exact, norm", [("bf16", "vq", "generator_grad_norm"), ("dvae_bf16", "dvae_soft", "grad_norm")]
+    "bf16, exact, loss, norm",
+    [
+        ("bf16", "vq", "recon_loss", "generator_grad_norm"),
+        ("dvae_bf16", "dvae_soft", "recon_loss", "grad_norm"),
+        ("prior_bf16", "prior", "cross_entropy", "grad_norm"),
+    ],
 )
-def test_bf16_losses_and_norms_are_near_those_of_one_process(ranks, reference, bf16, exact, norm):
+def test_bf16_losses_and_norms_are_near_those_of_one_process(ranks, reference, bf16, exact, loss, norm):
     for ours, theirs in zip(ranks[1][f"logs_{bf16}"], reference[f"logs_{bf16}"], strict=True):
-        for name in ("recon_loss", norm):
+        for name in (loss, norm):
             assert ours[name] == pytest.approx(theirs[name], rel=0.05), name
-    exact = [line["recon_loss"] for line in reference[f"logs_{exact}"]]
-    assert [line["recon_loss"] for line in reference[f"logs_{bf16}"]] != exact  # bf16 was really on
-    assert [line["recon_loss"] for line in reference[f"logs_{bf16}"]] == pytest.approx(exact, rel=0.02)
+    exact = [line[loss] for line in reference[f"logs_{exact}"]]
+    assert [line[loss] for line in reference[f"logs_{bf16}"]] != exact  # bf16 was really on
+    assert [line[loss] for line in reference[f"logs_{bf16}"]] == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])
@@ -132,6 +159,12 @@ def test_linear_losses_do_not_depend_on_the_split(ranks, tmp_path, split):
     for key in ("dvae_linear_4x2", "dvae_linear_1x8"):
         difference, where = largest_difference(expected, results[key])
         assert difference <= 1e-6, f"{key}: {where} differs by {difference}"
+    for kind, keys in {"prior": ["prior_linear_4x2", "prior_linear_1x8"], "var": ["var_linear_4x2"]}.items():
+        options = {**AR_PARITY[kind], "grad_accum_every": accumulation, "batch_size": batch}
+        expected = train_steps(build_ar_trainer(tmp_path / kind, kind, **options), 4)
+        for key in keys:
+            difference, where = largest_difference(expected, results[key])
+            assert difference <= 1e-6, f"{key}: {where} differs by {difference}"
 
 
 def test_one_process_resumes_what_two_saved(ranks, tmp_path, capsys):

@@ -8,15 +8,19 @@ Rank 0 writes FOLDER/results.pt; assertions that concern the ranks themselves ar
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from scenarios import (
+    AR_MODELS,
+    AR_PARITY,
     DVAE_DRAWS,
     DVAE_EVERYTHING,
     EVERYTHING,
     LINEAR,
+    build_ar_trainer,
     build_dvae_trainer,
     build_trainer,
     train_steps,
@@ -55,6 +59,10 @@ def linear_splits(backend: dict, folder: Path, results: dict) -> None:
         options = {**EVERYTHING, **LINEAR, "grad_accum_every": accumulation, "batch_size": batch}
         trainer = build_trainer(folder / f"linear_{accumulation}", quantizer="fsq", **options, **backend)
         results[f"linear_{accumulation}x{batch}"] = train_steps(trainer, 4)
+    for accumulation, batch, kind in ((4, 2, "prior"), (1, 8, "prior"), (4, 2, "var")):
+        options = {**AR_PARITY[kind], "grad_accum_every": accumulation, "batch_size": batch}
+        trainer = build_ar_trainer(folder / f"{kind}_linear_{accumulation}", kind, **options, **backend)
+        results[f"{kind}_linear_{accumulation}x{batch}"] = train_steps(trainer, 4)
     for accumulation, batch in ((4, 2), (1, 8)):
         options = {**DVAE_EVERYTHING, "grad_accum_every": accumulation, "batch_size": batch}
         trainer = build_dvae_trainer(folder / f"dvae_linear_{accumulation}", **options, **backend)
@@ -73,6 +81,9 @@ def resume(backend: dict, folder: Path, results: dict) -> None:
 
     results["resumed"] = weights_of(resumed_like_straight(vqgan))
     resumed_like_straight(dvae)
+    for kind in AR_MODELS:
+        ar = partial(build_ar_trainer, kind=kind, **AR_PARITY[kind], **options)
+        resumed_like_straight(lambda name, build=ar, kind=kind: build(folder / f"{kind}_{name}"))
 
 
 def resumed_like_straight(build) -> Trainer:
@@ -88,7 +99,8 @@ def resumed_like_straight(build) -> Trainer:
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), f"{name} differs after resume"
     for one, other in zip(straight.next_micro_batches(), second.next_micro_batches(), strict=True):
-        assert torch.equal(one, other)
+        one, other = (batch if isinstance(batch, tuple) else (batch,) for batch in (one, other))
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
     return second
 
 
@@ -112,6 +124,20 @@ def discrete_vae(backend: dict, folder: Path, results: dict) -> None:
     )
     results["logs_dvae_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
     check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
+
+
+def autoregressive(backend: dict, folder: Path, results: dict) -> None:
+    """The same 16 images a step as one process takes, two micro-batches on each rank, for every model of codes."""
+    for kind in AR_MODELS:
+        trainer = build_ar_trainer(folder / kind, kind, grad_accum_every=2, **AR_PARITY[kind], **backend)
+        logs = [trainer.train_step() for _ in range(4)]
+        results[kind] = weights_of(trainer)
+        results[f"logs_{kind}"] = [trainer.backend.mean(line) for line in logs]
+        results[f"valid_{kind}"] = trainer.evaluate()
+        check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
+    options = {**AR_PARITY["prior"], "precision": "bf16", "grad_accum_every": 2, **backend}
+    trainer = build_ar_trainer(folder / "prior_bf16", "prior", **options)
+    results["logs_prior_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
 
 
 def codebooks_stay_equal(backend: dict, folder: Path) -> None:
@@ -187,6 +213,7 @@ def main() -> None:
     bf16(backend, folder, results)
     resume(backend, folder, results)
     discrete_vae(backend, folder, results)
+    autoregressive(backend, folder, results)
     gradients_do_not_leak(backend, folder)
     trainer = build_trainer(folder / "last", **backend)
     flags_and_means(trainer)
