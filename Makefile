@@ -17,7 +17,8 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist lint quality style bench dalle-checkpoint doctor build clean
+.PHONY: help install demo test test-fast test-dist lint quality style bench dalle-checkpoint digit-classifier doctor \
+  build clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -27,9 +28,17 @@ install: $(STAMP) ## create .venv, install vqdist with every extra, build DeepSp
 	  if [ -e "$$lock" ]; then $(OPS) $(BIN)/python -I vqdist/backends/build_ops.py --clear-locks || exit 1; break; fi; \
 	done
 
-demo: install ## train a VQGAN on 10,000 handwritten digits, about two minutes on two cores
-	rm -rf runs/demo
-	$(BIN)/vqdist train vqgan --config launch/recipes/digits_vqgan.yaml --out runs/demo
+DEMO := runs/demo
+
+demo: install ## handwritten digits: a tokenizer, its codes, a prior over them, samples; four minutes on two cores
+	rm -rf $(DEMO)
+	$(BIN)/vqdist train vqgan --config launch/recipes/digits_vqgan.yaml --out $(DEMO)/tokenizer
+	$(BIN)/vqdist encode $(DEMO)/tokenizer --data digits --out $(DEMO)/codes
+	$(BIN)/vqdist train prior --config launch/recipes/digits_prior.yaml --tokenizer $(DEMO)/tokenizer \
+	  --data codes:$(DEMO)/codes --out $(DEMO)/prior
+	$(BIN)/vqdist sample $(DEMO)/prior --num 100 --cfg 2 --top_k 64 --out $(DEMO)/samples.png
+	@echo; $(BIN)/vqdist report $(DEMO)/tokenizer $(DEMO)/prior
+	@echo; echo "digits drawn by the prior, a column each from 0 to 9: $(DEMO)/samples.png"
 
 # One thread each, since spawned ranks share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest $(TESTS)
@@ -58,6 +67,9 @@ bench: install ## measure speed, memory and traffic against plain loops
 
 dalle-checkpoint: install ## write tests/data/dalle_pytorch anew with the real DALLE-pytorch, in an environment of its own
 	PYTHONPATH=. "$$($(BIN)/python -m benchmarks.ancestors dalle)" tests/dalle_checkpoint.py
+
+digit-classifier: install ## train the feature extractor that scores samples of digits: runs/digit_classifier.pt
+	$(BIN)/python -m benchmarks.digit_classifier --out runs/digit_classifier.pt
 
 doctor: install ## say what works on this machine and what would mend the rest
 	@$(BIN)/vqdist doctor

@@ -32,6 +32,7 @@ CORE = [
     "safetensors>=0.4.3",
     "huggingface_hub>=0.25",
     "torchmetrics>=1.6",
+    "torch-fidelity>=0.4",  # before it, which of precision and recall is which was the other way round
     "jsonargparse[signatures]>=4.40",
     "tqdm>=4.66",
     "pyyaml>=6.0",

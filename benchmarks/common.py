@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.worker import Turn
 from vqdist import DiscreteVAE, DiscreteVAETrainer, VQGanVAE, VQGanVAETrainer
 from vqdist.data.sources import SyntheticSource
+from vqdist.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SIZE = 64
@@ -68,7 +69,7 @@ def image_batches(count: int = 8, batch_size: int = BATCH_SIZE) -> list[Tensor]:
     return list(torch.stack(images).split(batch_size))
 
 
-def feed_from_memory(trainer: VQGanVAETrainer | DiscreteVAETrainer, batches: list[Tensor]) -> None:
+def feed_from_memory(trainer: Trainer, batches: list) -> None:
     """Let a trainer take these batches, over and over, in place of its loader's."""
     endless = itertools.cycle(batches)
     trainer.next_micro_batches = lambda: [next(endless) for _ in range(trainer.config.grad_accum_every)]

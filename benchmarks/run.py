@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from benchmarks.common import Row
 
 # Modules beside this one, each with `run(quick, **options) -> list[Row]`; imported when they run.
-BENCHMARKS = ("bare_loop", "muse", "dalle", "traffic", "memory", "profile_step")
+BENCHMARKS = ("bare_loop", "muse", "dalle", "prior", "vq_ar", "encode", "traffic", "memory", "profile_step")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -136,7 +136,9 @@ def build_prior(tokenizer: Tokenizer | None = None, **options) -> Prior:
 
 def build_var(**options) -> VAR:
     """A small next-scale transformer with three classes over a tokenizer of three scales, equal on every call."""
-    tokenizer = build_tokenizer(quantizer="multiscale_vq", codebook_size=32, vq_kwargs=None, quantizer_kwargs=MULTISCALE)
+    tokenizer = build_tokenizer(
+        quantizer="multiscale_vq", codebook_size=32, vq_kwargs=None, quantizer_kwargs=MULTISCALE
+    )
     torch.manual_seed(14)
     return VAR(tokenizer, **{"depth": 1, "dim": 32, "heads": 2, "num_classes": 3, **options})
 

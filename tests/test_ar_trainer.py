@@ -265,7 +265,11 @@ def test_every_option_says_what_it_is():
         ("vq_ar", {"sample_cfg": 2.0}, r"sample_cfg 2.0 does nothing, because the model knows no classes"),
         ("vq_ar", {"label_dropout": 0.5}, r"label_dropout 0.5 does nothing, because the model knows no classes"),
         ("vq_ar", {"folder": "codes:somewhere"}, "codes"),
-        ("prior", {"folder": "codes:ABSENT", "augment": False}, "augment False does nothing, because codes are stored"),
+        (
+            "prior",
+            {"folder": "codes:ABSENT", "augment": False},
+            "augment False does nothing, because codes are stored",
+        ),
         ("prior", {"folder": "codes:ABSENT"}, "ABSENT"),
     ],
 )

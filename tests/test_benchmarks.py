@@ -12,7 +12,7 @@ from launching import ROOT, run, torchrun
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import ancestors, bare_loop, common, profile_step, traffic
+from benchmarks import ancestors, bare_loop, common, prior, profile_step, traffic
 from vqdist import sampling
 
 SMALL = {"dim": 16, "layers": 2, "discr_layers": 2}
@@ -88,6 +88,17 @@ def test_the_plain_loop_of_a_discrete_vae_and_the_trainer_reach_the_same_weights
         bare.step()
     assert_same_weights(trainer.engine.module, vae, 1e-6)
     assert (vae.codebook.weight - before).abs().max() > 1e-5
+
+
+def test_the_plain_loop_of_a_prior_and_the_trainer_reach_the_same_weights(tmp_path):
+    trainer = prior.build_trainer(tmp_path)
+    batches = prior.code_batches(3)
+    common.feed_from_memory(trainer, batches)
+    bare = prior.BarePriorLoop(prior.build_prior(), batches)
+    for _ in batches:
+        trainer.train_step()
+        bare.step()
+    assert_same_weights(trainer.engine.module, bare.prior, 1e-6)
 
 
 def test_profile_accounts_for_the_whole_step(tmp_path):

@@ -39,7 +39,9 @@ PARTS = {
     "vqdist.metrics": {*LEAVES, "vqdist.backends", "vqdist.models"},
     "vqdist.evaluation": {*LEAVES, "vqdist.backends", "vqdist.metrics", "vqdist.models"},
 }
+PARTS["vqdist.encoding"] = {*LEAVES, "vqdist.backends", "vqdist.data", "vqdist.metrics", "vqdist.models"}
 PARTS["vqdist.drawing"] = {*LEAVES, "vqdist.backends", "vqdist.models", "vqdist.sampling", "vqdist.seeding"}
+PARTS["vqdist.fidelity"] = {*LEAVES, "vqdist.backends"}
 PARTS["vqdist.trainers"] = PARTS.keys() - {"vqdist.version"}
 PARTS["vqdist.doctor"] = {*LEAVES, "vqdist", "vqdist.backends"}
 PARTS["vqdist.cli"] = set(PARTS)

@@ -53,7 +53,9 @@ def test_the_cache_changes_no_code(levels, options):
     model = prior_of(levels)
     uniform = uniform_per_image(model.num_codes, range(6))
     label = torch.arange(6) % (model.num_classes + 1)
-    drawn = {cache: model.draw_codes(uniform, label, DrawOptions(**options), use_cache=cache) for cache in (True, False)}
+    drawn = {
+        cache: model.draw_codes(uniform, label, DrawOptions(**options), use_cache=cache) for cache in (True, False)
+    }
     assert torch.equal(drawn[True], drawn[False])
     assert len(drawn[True].unique()) > 3
 

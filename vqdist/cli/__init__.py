@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from vqdist.cli import evaluate, sample, train
+from vqdist.cli import encode, evaluate, report, sample, train
 from vqdist.cli.parsing import make_parser, nearest, parse, without_local_rank
 from vqdist.errors import RanksDiverged, UserError
 from vqdist.version import __version__
@@ -91,6 +91,8 @@ COMMANDS = {
     "train": train.train,
     "evaluate": evaluate.evaluate,
     "reconstruct": evaluate.reconstruct,
+    "encode": encode.encode,
     "sample": sample.sample,
+    "report": report.report,
     "doctor": doctor,
 }

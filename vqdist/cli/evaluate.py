@@ -1,36 +1,57 @@
-"""`vqdist evaluate RUN` and `vqdist reconstruct RUN`, for a run of any model that is an image tokenizer."""
+"""`vqdist evaluate RUN`, for a run of any model, and `vqdist reconstruct RUN`, for one that is an image tokenizer."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vqdist.cli.parsing import make_parser, parse
+from vqdist.cli.sample import add_draw_options, draw_options
 from vqdist.errors import UserError
 from vqdist.files import read_json
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vqdist.backends import Backend
+    from vqdist.data.codes import CodeDataset
+    from vqdist.data.dataset import ImageDataset
+    from vqdist.data.loader import Batch
+    from vqdist.fidelity import FeatureExtractor
+    from vqdist.models.autoregressive import AutoregressiveModel
+    from vqdist.models.tokenizer import Tokenizer, TokenizerNetwork
+
+CODES = "codes:"
+NUM_SAMPLES = 1000
+BATCH_SIZE = 64
+EPILOG = """\
+A tokenizer's numbers: L1, PSNR, SSIM (pixels in [0, 1]), codebook usage and perplexity; with --features also rfid and
+rkid, the distances of its reconstructions from the images.
+
+Those of a prior, VAR or VQ-AR: nll (nats per code), bits_per_dim (nll / ln 2, a code being a dimension), perplexity
+and accuracy of the next code, of VAR also for each scale; with --features also fid, kid, precision and recall of
+samples against the images. Samples have the classes of the images, as often as they occur there. VQ-AR has a
+tokenizer's numbers too."""
+
 
 def evaluate(arguments: list[str]) -> int:
-    """Measure a tokenizer's reconstructions of a set of images; one JSON object on standard output."""
+    """Measure a run over a set of images, its reconstructions or predictions, and its samples; one JSON object."""
     from vqdist.backends import create_backend
-    from vqdist.evaluation import evaluate_reconstruction
+    from vqdist.models.autoregressive import AutoregressiveModel
+    from vqdist.models.pretrained import load_model_of_any_type
 
-    parser = _run_parser("vqdist evaluate", "Measure a run's reconstructions over all images of --data.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images per batch of one process.")
-    parser.add_argument("--num_workers", type=int, default=0, help="Loader processes of each rank.")
-    parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
-    options = parse(parser, arguments)
-    if options.batch_size < 1 or options.num_workers < 0:
-        raise UserError(
-            f"batch_size {options.batch_size} and num_workers {options.num_workers} are not possible; they must be at "
-            "least 1 and 0"
-        )
-    tokenizer, dataset = _open_run(options)
+    options = parse(_evaluate_parser(), arguments)
+    _check_options(options)
+    run, export = _exported(options.run)
+    model = load_model_of_any_type(export)
+    is_generator = isinstance(model, AutoregressiveModel)
+    measured = _open_generator(model, options) if is_generator else _open_tokenizer(model, run, export, options)
     backend = create_backend(options.backend)
-    network = tokenizer.network.to(backend.device)
-    batches = _batches(dataset, options, backend)
-    numbers = evaluate_reconstruction(network, batches, backend, image_size=tokenizer.image_size)
+    numbers = measured.on(backend).numbers()
     if backend.is_main:
         print(json.dumps(numbers))
     backend.close()
@@ -42,13 +63,16 @@ def reconstruct(arguments: list[str]) -> int:
     import torch
 
     from vqdist.evaluation import reconstruct as reconstruct_images
+    from vqdist.models.tokenizer import Tokenizer
     from vqdist.tracking import save_sheet
 
     parser = _run_parser("vqdist reconstruct", "Draw images of --data beside a run's reconstructions of them.")
     parser.add_argument("--out", type=Path, default=Path("reconstructions.png"), help="PNG file to write.")
     parser.add_argument("--num_images", type=int, default=16, help="Images to draw, the first of --data.")
     options = parse(parser, arguments)
-    tokenizer, dataset = _open_run(options)
+    run, export = _exported(options.run)
+    tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options))
+    dataset = _open_images(options, tokenizer)
     count = min(options.num_images, len(dataset))
     if count < 1:
         raise UserError(f"num_images {options.num_images} is not possible; it must be at least 1")
@@ -63,9 +87,12 @@ def reconstruct(arguments: list[str]) -> int:
     return 0
 
 
-def _run_parser(program: str, description: str):
+# --------------------------------------------------------------------------------------------- options
+
+
+def _run_parser(program: str, description: str, epilog: str | None = None):
     """What `evaluate` and `reconstruct` share: a run, images, and how to load them."""
-    parser = make_parser(program, description)
+    parser = make_parser(program, description, epilog)
     parser.add_argument("run", type=str, help="Run folder, or a folder that save_pretrained wrote.")
     parser.add_argument("--data.folder", type=str, required=True, help="Images, as for train (short: --data).")
     parser.add_argument(
@@ -80,12 +107,51 @@ def _run_parser(program: str, description: str):
     return parser
 
 
-def _open_run(options):
-    """The exported tokenizer of a run, and its view of the images."""
-    from vqdist.data.dataset import ImageDataset
-    from vqdist.models.tokenizer import Tokenizer
+def _evaluate_parser():
+    parser = _run_parser("vqdist evaluate", "Measure a run over all images of --data.", EPILOG)
+    parser.add_argument("--num_workers", type=int, default=0, help="Loader processes of each rank.")
+    parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
+    parser.add_argument(
+        "--features",
+        type=str | None,
+        default=None,
+        help="Feature extractor of FID, KID, precision and recall: `inception`, or a TorchScript file that turns "
+        "images (b, c, h, w) float32 in [0, 1] into features (b, f). It is run as it is: take it from nobody whom you "
+        "do not trust.",
+    )
+    parser.add_argument(
+        "--num_samples",
+        type=int | None,
+        default=None,
+        help=f"Samples to draw from a prior, VAR or VQ-AR for --features; by default {NUM_SAMPLES}.",
+    )
+    add_draw_options(parser)
+    parser.set_defaults(batch_size=BATCH_SIZE, seed=None)
+    return parser
 
-    run = Path(options.run)
+
+def _check_options(options) -> None:
+    if options.batch_size < 1 or options.num_workers < 0:
+        raise UserError(
+            f"batch_size {options.batch_size} and num_workers {options.num_workers} are not possible; they must be at "
+            "least 1 and 0"
+        )
+    if options.features is None:
+        _refuse_sampling(options, "samples are drawn for --features only; give a feature extractor or leave it out")
+
+
+def _refuse_sampling(options, reason: str) -> None:
+    for name in ("num_samples", "seed", "temperature", "top_k", "top_p", "min_p", "cfg"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} {getattr(options, name)} is given but {reason}")
+
+
+# --------------------------------------------------------------------------------------------- runs and data
+
+
+def _exported(name: str) -> tuple[Path, Path]:
+    """A run's folder, and the one with its exported model."""
+    run = Path(name)
     if not run.is_dir():
         raise UserError(f"no such run folder: {run}")
     folder = run / "export" if (run / "export").is_dir() else run
@@ -93,20 +159,13 @@ def _open_run(options):
         raise UserError(
             f"{run} has no export/ with config.json and model.safetensors; train it to its first checkpoint"
         )
-    size = options.data.image_size
-    tokenizer = Tokenizer.from_pretrained(folder, _trained_image_size(run, folder) if size is None else size)
-    dataset = ImageDataset(
-        options.data.folder,
-        tokenizer.image_size,
-        channels=tokenizer.channels,
-        augment=False,
-        on_bad_image=options.data.on_bad_image,
-    )
-    return tokenizer, dataset
+    return run, folder
 
 
-def _trained_image_size(run: Path, export: Path) -> int:
-    """What the run's configuration says, or that of an export alone."""
+def _image_size(run: Path, export: Path, options) -> int:
+    """What the user says, else the run's configuration, else that of an export alone."""
+    if options.data.image_size is not None:
+        return options.data.image_size
     folder = run if (run / "config.json").is_file() else export
     content = read_json(folder / "config.json")
     size = content.get("trainer", content).get("image_size")
@@ -115,21 +174,234 @@ def _trained_image_size(run: Path, export: Path) -> int:
     return size
 
 
-def _batches(dataset, options, backend):
-    import torch
-    from tqdm import tqdm
+def _open_images(options, model: Tokenizer | AutoregressiveModel) -> ImageDataset:
+    from vqdist.data.dataset import ImageDataset
 
-    from vqdist.data.loader import valid_loader
-
-    loader = valid_loader(
-        dataset,
-        torch.arange(len(dataset)),
-        batch_size=options.batch_size,
-        rank=backend.rank,
-        world_size=backend.world_size,
-        num_workers=options.num_workers,
+    return ImageDataset(
+        options.data.folder,
+        model.image_size,
+        channels=model.channels,
+        augment=False,
+        on_bad_image=options.data.on_bad_image,
     )
-    for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not (backend.is_main and sys.stderr.isatty())):
-        for name in batch.bad:
-            print(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
-        yield batch.item.to(backend.device)
+
+
+def _open_codes(folder: str, model: AutoregressiveModel, options) -> CodeDataset:
+    """Stored codes, where the model takes them and nothing asks for images."""
+    from vqdist.data.codes import CodeDataset
+
+    if model.tokenizer is None:
+        raise UserError(f"a {type(model).__name__} makes its codes itself; give images in place of {CODES}{folder}")
+    if options.features is not None:
+        raise UserError(f"--features looks at images, and {CODES}{folder} holds none; give the images with --data")
+    codes = CodeDataset(folder)
+    codes.check_tokenizer(model.tokenizer.fingerprint())
+    return codes
+
+
+def _open_extractor(options, model: Tokenizer | AutoregressiveModel, images: int) -> FeatureExtractor | None:
+    from vqdist.fidelity import check_count, load_extractor
+
+    if options.features is None:
+        return None
+    check_count(images, "images in --data")
+    return load_extractor(options.features, channels=model.channels, image_size=model.image_size)
+
+
+def _open_tokenizer(model: nn.Module, run: Path, export: Path, options) -> _TokenizerRun:
+    from vqdist.models.tokenizer import Tokenizer
+
+    _refuse_sampling(options, f"{run} is a tokenizer, which draws no samples; leave it out")
+    tokenizer = Tokenizer(model, _image_size(run, export, options))
+    dataset = _open_images(options, tokenizer)
+    return _TokenizerRun(options, tokenizer.network, dataset, _open_extractor(options, tokenizer, len(dataset)))
+
+
+def _open_generator(model: AutoregressiveModel, options) -> _GeneratorRun:
+    size = options.data.image_size
+    if size is not None and size != model.image_size:
+        raise UserError(f"image_size {size} is given but the model is for {model.image_size}; leave it out")
+    folder = options.data.folder
+    stored = folder.startswith(CODES)
+    dataset = _open_codes(folder.removeprefix(CODES), model, options) if stored else _open_images(options, model)
+    run = _GeneratorRun(options, model, dataset, _open_extractor(options, model, len(dataset)))
+    run.check()
+    return run
+
+
+# --------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class _Run:
+    """A run that is measured over the images (or codes) of `dataset`. Every rank calls every method."""
+
+    options: object
+    network: nn.Module
+    dataset: ImageDataset | CodeDataset
+    extractor: FeatureExtractor | None
+    skipped: set[str] = field(default_factory=set)
+
+    def on(self, backend: Backend) -> _Run:
+        """This run, with its networks on the backend's device."""
+        self.backend = backend
+        self.network.to(backend.device)
+        if self.extractor is not None:
+            self.extractor.to(backend.device)
+        return self
+
+    def batches(self, title: str, *, labels: bool = False) -> Iterator[Batch]:
+        """This rank's share of the data, on its device."""
+        import torch
+
+        from vqdist.data.loader import valid_loader
+
+        loader = valid_loader(
+            self.dataset,
+            torch.arange(len(self.dataset)),
+            batch_size=self.options.batch_size,
+            rank=self.backend.rank,
+            world_size=self.backend.world_size,
+            num_workers=self.options.num_workers,
+            labels=labels,
+        )
+        for batch in self.progress(loader, title, -(-len(self.dataset) // self.backend.world_size)):
+            self.report_skipped(batch.bad)
+            device = self.backend.device
+            yield batch._replace(item=batch.item.to(device), label=batch.label.to(device))
+
+    def progress(self, batches: Iterator, title: str, items: int) -> Iterator:
+        """These batches of so many items, with a bar on a terminal."""
+        from tqdm import tqdm
+
+        shown = self.backend.is_main and sys.stderr.isatty()
+        return tqdm(batches, title, -(-items // self.options.batch_size), unit="batch", disable=not shown)
+
+    def report_skipped(self, names: list[str]) -> None:
+        """Say it once of an image, however often the data is gone through."""
+        for name in names:
+            if name not in self.skipped:
+                print(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
+                self.skipped.add(name)
+
+    def reconstruction_numbers(self, network: TokenizerNetwork, image_size: int) -> dict[str, float]:
+        """How well the codes say what is in the images."""
+        from vqdist.evaluation import evaluate_reconstruction
+
+        images = (batch.item for batch in self.batches("reconstruct"))
+        return evaluate_reconstruction(network, images, self.backend, image_size=image_size)
+
+    def features_of_images(self, *, and_reconstructions: bool) -> tuple[Tensor, Tensor | None]:
+        """Features (M, f) of the images, and those of their reconstructions."""
+        from vqdist.evaluation import reconstruct
+        from vqdist.fidelity import FeatureSet
+
+        real = FeatureSet(self.extractor, self.backend, len(self.dataset))
+        again = FeatureSet(self.extractor, self.backend, len(self.dataset)) if and_reconstructions else None
+        for batch in self.batches("features"):
+            real.add(batch.item)
+            if again is not None:
+                again.add(reconstruct(self.network, batch.item))
+        return real.over_ranks(), None if again is None else again.over_ranks()
+
+
+class _TokenizerRun(_Run):
+    """A run of a model that is an image tokenizer and nothing else; `network` is its `TokenizerNetwork`."""
+
+    def numbers(self) -> dict[str, float]:
+        """Of its reconstructions."""
+        numbers = self.reconstruction_numbers(self.network, self.dataset.image_size)
+        if self.extractor is not None:
+            numbers |= _distances(*self.features_of_images(and_reconstructions=True))
+        return numbers
+
+
+class _GeneratorRun(_Run):
+    """A run of an `AutoregressiveModel`."""
+
+    network: AutoregressiveModel
+
+    def check(self) -> None:
+        """Find what is wrong with the labels and the samples before anything is computed."""
+        from vqdist.fidelity import check_count
+
+        if self.network.num_classes:
+            for index in {0, len(self.dataset) // 2, len(self.dataset) - 1}:
+                _check_label(self.dataset.label(index), self.network.num_classes)
+        if self.extractor is not None:
+            self.draw_options = draw_options(self.options, self.network)
+            self.num_samples = NUM_SAMPLES if self.options.num_samples is None else self.options.num_samples
+            check_count(self.num_samples, "samples")
+
+    def numbers(self) -> dict[str, float]:
+        """Of its predictions, of its reconstructions if it has a codebook of its own, and of its samples."""
+        from vqdist.evaluation import evaluate_prediction
+        from vqdist.models.tokenizer import TokenizerNetwork
+
+        numbers = evaluate_prediction(self.network, self.items_and_labels(), self.backend)
+        is_tokenizer = isinstance(self.network, TokenizerNetwork)
+        if is_tokenizer:
+            numbers |= self.reconstruction_numbers(self.network, self.network.image_size)
+        if self.extractor is not None:
+            numbers |= self.fidelity_numbers(is_tokenizer)
+        return numbers
+
+    def items_and_labels(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images or codes with the classes of the images, as the model wants them."""
+        known = self.network.num_classes
+        for batch in self.batches("predict", labels=known > 0):
+            for label in batch.label.unique().tolist() if known else ():
+                _check_label(label, known)
+            yield batch.item, batch.label if known else batch.label.new_zeros(len(batch.label))
+
+    def fidelity_numbers(self, is_tokenizer: bool) -> dict[str, float]:
+        """Of the samples against the images; and of the reconstructions."""
+        from vqdist.fidelity import fidelity
+
+        real, again = self.features_of_images(and_reconstructions=is_tokenizer)
+        numbers = {**fidelity(self.features_of_samples(), real), "samples": self.num_samples}
+        return numbers if again is None else {**numbers, **_distances(real, again)}
+
+    def features_of_samples(self) -> Tensor:
+        """Features (N, f) of images that the model draws."""
+        from vqdist.drawing import draw_batches
+        from vqdist.fidelity import FeatureSet
+
+        size, seed = self.options.batch_size, self.options.seed or 0
+        drawn = FeatureSet(self.extractor, self.backend, self.num_samples, block=size)
+        batches = draw_batches(
+            self.network, self.sample_labels(), self.draw_options, seed=seed, batch_size=size, backend=self.backend
+        )
+        for _, images in self.progress(batches, "sample", -(-self.num_samples // self.backend.world_size)):
+            drawn.add(images)
+        return drawn.over_ranks()
+
+    def sample_labels(self) -> Tensor:
+        """(N,) classes of images that lie evenly over the data: in any order of it, each class as often as there."""
+        import torch
+
+        known, images = self.network.num_classes, len(self.dataset)
+        if not known:
+            return self.network.labels(None, self.num_samples)
+        labels = [self.dataset.label(number * images // self.num_samples) for number in range(self.num_samples)]
+        return self.network.labels(torch.tensor([_check_label(label, known) for label in labels]), self.num_samples)
+
+
+def _distances(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
+    """`rfid` and `rkid`: how far the reconstructions are from the images."""
+    from vqdist.fidelity import fidelity
+
+    numbers = fidelity(reconstructions, images)
+    return {f"r{name}": numbers[name] for name in ("fid", "kid")}
+
+
+def _check_label(label: int | None, known: int) -> int:
+    """The label; `UserError` unless it is one of so many classes."""
+    if label is None or label < 0:
+        raise UserError(
+            f"the model knows {known} classes but there are images without a label; use a source with labels (a "
+            "folder with one subfolder a class, for example)"
+        )
+    if label >= known:
+        raise UserError(f"the images have the label {label} but the model knows the classes 0 to {known - 1}")
+    return label

@@ -180,9 +180,9 @@ def _open_tokenizer(options):
 
 
 def _print_summary(trainer, numbers: dict[str, float]) -> None:
-    width = max(map(len, [*numbers, "reconstructions"]))
+    width = max(map(len, [*numbers, trainer.picture_name]))
     print(f"\n{trainer.step} steps on {trainer.backend.name}, {trainer.position} images")
     for name, value in numbers.items():
         print(f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
-    print(f"  {'reconstructions':<{width}}  {trainer.picture_path}")
+    print(f"  {trainer.picture_name:<{width}}  {trainer.picture_path}")
     print(f"  {'model':<{width}}  {trainer.run_folder / 'export'}")

@@ -87,6 +87,7 @@ class ARTrainer(Trainer):
 
     config_class = ARTrainerConfig
     model_argument = "model"
+    picture_name = "samples"
 
     def __init__(self, model: AutoregressiveModel, **options):
         super().__init__(model, **options)
@@ -216,7 +217,9 @@ class ARTrainer(Trainer):
     def save_pictures(self, images: Tensor, path: Path) -> None:
         """A sheet of samples, the classes in turn; of VQ-AR also one of originals beside their reconstructions."""
         count = self.config.num_images_save
-        self.tracker.picture(self.step, "samples", self.samples(count)[:, None], path, columns=round(count**0.5))
+        self.tracker.picture(
+            self.step, self.picture_name, self.samples(count)[:, None], path, columns=round(count**0.5)
+        )
         if isinstance(self.network, TokenizerNetwork):
             both = torch.stack([images, reconstruct(self.network, images)], dim=1)
             self.tracker.picture(

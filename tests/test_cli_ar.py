@@ -1,0 +1,183 @@
+"""`vqdist train prior`, `sample` and `report` as people use them: classes, guidance, launchers, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import torchrun, vqdist
+from PIL import Image
+from scenarios import build_prior, build_tokenizer, build_vq_ar
+
+from vqdist import Prior
+from vqdist.cli import main
+from vqdist.drawing import draw_numbers
+from vqdist.sampling import DrawOptions
+
+SMALL = "--model.dim 32 --model.depth 1 --model.heads 1 --model.dim_head 32 --data.num_workers 0".split()
+SHORT = "--trainer.num_train_steps 3 --trainer.batch_size 4 --trainer.num_images_save 4".split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "export"
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory) -> Path:
+    """A prior over three classes whose random weights have opinions."""
+    model = build_prior()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    folder = tmp_path_factory.mktemp("prior") / "saved"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, tmp_path_factory) -> Path:
+    """A run over the tokenizer, by the command line."""
+    out = tmp_path_factory.mktemp("runs") / "prior"
+    train = ["train", "prior", "--tokenizer", str(tokenizer.parent), "--data", "synthetic:64", "--out", str(out)]
+    result = vqdist(*train, *SMALL, *SHORT, "--model.num_classes", "10")
+    assert "3 steps on local, 12 images" in result.stdout and "samples" in result.stdout
+    return out
+
+
+def call(*arguments: object) -> int:
+    """The command in this process."""
+    return main([str(argument) for argument in arguments])
+
+
+def one_line(capsys) -> str:
+    """What was said on standard error, which must be one line."""
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("vqdist: error: ") and "\n" not in said, said
+    return said.removeprefix("vqdist: error: ")
+
+
+# --------------------------------------------------------------------------------------------- train
+
+
+def test_a_run_over_a_tokenizer_can_be_sampled_from_and_reported(run, tmp_path, capsys):
+    assert {path.name for path in (run / "export").iterdir()} >= {"config.json", "model.safetensors", "tokenizer"}
+    assert call("sample", run, "--num", 4, "--class", 7, "--cfg", 1.5, "--out", tmp_path / "a.png") == 0
+    assert Image.open(tmp_path / "a.png").size == (2 * 18 + 2, 2 * 18 + 2)
+    capsys.readouterr()
+    assert call("report", run, run) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert table[0] == ["prior", "prior"]
+    assert ["step", "3", "3"] in table
+    assert ["valid/nll", *[f"{last['valid/nll']:.4g}"] * 2] in table
+
+
+def test_mistakes_of_training_are_one_line(tokenizer, prior, tmp_path, capsys):
+    train = ["train", "prior", "--data", "synthetic:64", "--out", tmp_path / "run", *SMALL, *SHORT]
+    cases = {
+        "--tokenizer is missing; give the run of a tokenizer": train,
+        "no such folder: ": [*train, "--tokenizer", "ABSENT"],
+        "holds a Prior, which is no image tokenizer": [*train, "--tokenizer", prior],
+        "there is no option --image_size": [*train, "--tokenizer", tokenizer, "--image_size", 16],
+        "dim 0 is not possible": [*train, "--tokenizer", tokenizer, "--model.dim", 0],
+    }
+    for message, arguments in cases.items():
+        assert call(*arguments) == 2
+        assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_codes_of_another_tokenizer_are_refused(tokenizer, tmp_path, capsys):
+    other = tmp_path / "other"
+    build_tokenizer(vq_kwargs={"codebook_dim": 4}).save_pretrained(other)
+    assert call("encode", other, "--data", "synthetic:16", "--out", tmp_path / "codes") == 0
+    capsys.readouterr()
+    train = ["train", "prior", "--data", f"codes:{tmp_path / 'codes'}", *SMALL, *SHORT]
+    assert call(*train, "--tokenizer", tokenizer, "--out", tmp_path / "run") == 2
+    assert "were made by the tokenizer" in one_line(capsys) and not (tmp_path / "run").exists()
+    assert call(*train, "--tokenizer", other, "--out", tmp_path / "run") == 0
+
+
+# --------------------------------------------------------------------------------------------- sample
+
+
+@pytest.mark.distributed
+def test_one_and_two_ranks_draw_the_same_pictures(prior, tmp_path):
+    """20 images in batches of 3: one rank has four batches, the other three, and the last is smaller."""
+    options = ["--batch_size", "3", "--seed", "5", "--cfg", "2", "--top_k", "9"]
+    vqdist("sample", str(prior), "--num", "20", *options, "--out", str(tmp_path / "one.png"))
+    vqdist("sample", str(prior), "--num", "20", *options, "--out", str(tmp_path / "one"))
+    worker = ["-m", "vqdist", "sample", str(prior), "--num_images", "20", *options]
+    torchrun([*worker, "--out", str(tmp_path / "two.png")])
+    torchrun([*worker, "--out", str(tmp_path / "two")])
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    names = [f"{number:06d}.png" for number in range(20)]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def pixels(path: Path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+def test_every_option_of_a_draw_changes_the_picture(prior, tmp_path):
+    plain = tmp_path / "plain.png"
+    assert call("sample", prior, "--num", 6, "--out", plain) == 0
+    options = ["--class 1", "--cfg 4", "--top_k 1", "--top_p 0.1", "--min_p 0.9", "--temperature 3", "--seed 1"]
+    for option in [*options, "--columns 3"]:
+        assert call("sample", prior, "--num", 6, *option.split(), "--out", tmp_path / "changed.png") == 0
+        assert pixels(tmp_path / "changed.png") != pixels(plain), option
+    assert call("sample", prior, "--num", 6, "--batch_size", 2, "--out", tmp_path / "again.png") == 0
+    assert Image.open(tmp_path / "again.png").size == Image.open(plain).size
+
+
+def test_the_command_draws_what_the_library_draws(prior, tmp_path):
+    assert call("sample", prior, "--num", 4, "--seed", 3, "--top_p", 0.9, "--out", tmp_path / "folder") == 0
+    model = Prior.from_pretrained(prior)
+    images = draw_numbers(model, range(4), torch.tensor([0, 1, 2, 0]), DrawOptions(top_p=0.9), seed=3)
+    for number, image in enumerate(images):
+        written = torch.tensor(list(Image.open(tmp_path / "folder" / f"{number:06d}.png").tobytes()))
+        expected = (image * 255 + 0.5).floor().clamp(0, 255).permute(1, 2, 0).flatten()
+        assert torch.equal(written.float(), expected)
+
+
+def test_mistakes_of_sampling_are_one_line(prior, tokenizer, tmp_path, capsys):
+    vq_ar, other = tmp_path / "vq_ar", tmp_path / "other"
+    build_vq_ar().save_pretrained(vq_ar)
+    build_tokenizer(vq_kwargs={"codebook_dim": 4}).save_pretrained(other)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").touch()
+    cases = {
+        "class 3 is asked for; the model knows 0 to 2": [prior, "--class", 3],
+        "class 1 is asked for but the model knows no classes": [vq_ar, "--class", 1],
+        "cfg 2 is given but the model knows no classes": [vq_ar, "--cfg", 2],
+        "num 0 is not possible": [prior, "--num", 0],
+        "batch_size 0 is not possible": [prior, "--batch_size", 0],
+        "top_p 2.0 is not possible": [prior, "--top_p", 2],
+        "is neither the name of a PNG file nor of a folder": [prior, "--out", "samples.jpg"],
+        "--columns 2 is of a sheet": [prior, "--columns", 2, "--out", tmp_path / "folder"],
+        "holds a VQGanVAE, which makes no images of its own": [tokenizer],
+        "has no export/ yet; train it to its first checkpoint": [tmp_path / "begun"],
+        "is not the one that the run was trained over": [prior, "--tokenizer", other],
+        "has its codebook in itself; leave it out": [vq_ar, "--tokenizer", other],
+        "no such folder": [tmp_path / "ABSENT"],
+        "nearest: temperature": [prior, "--temprature", 1],
+    }
+    for message, arguments in cases.items():
+        assert call("sample", *arguments) == 2, message
+        assert message in one_line(capsys)
+    assert call("sample", prior, "--tokenizer", tokenizer, "--num", 1, "--out", tmp_path / "a.png") == 0
+
+
+def test_mistakes_of_a_report_are_one_line(tmp_path, capsys):
+    assert call("report", tmp_path) == 2
+    assert "has no metrics.jsonl; give the folder of a run" in one_line(capsys)
+    (tmp_path / "metrics.jsonl").write_text("{broken\n")
+    assert call("report", tmp_path) == 2
+    assert "has a line that is not of a run: '{broken'; it is damaged" in one_line(capsys)

@@ -1,0 +1,61 @@
+"""`vqdist report RUN ...`: the last numbers of runs in one table, without loading a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vqdist.cli.parsing import make_parser, parse
+from vqdist.errors import UserError
+from vqdist.files import read_json
+
+VALID = "valid/"
+
+
+def report(arguments: list[str]) -> int:
+    """Print the last validation and training numbers of runs side by side: `vqdist report RUN RUN ...`."""
+    parser = make_parser("vqdist report", "The last numbers of runs, one column a run.")
+    parser.add_argument("runs", type=str, nargs="+", help="Run folders.")
+    options = parse(parser, arguments)
+    columns = [_numbers_of(Path(run).expanduser()) for run in options.runs]
+    print(_table(options.runs, columns))
+    return 0
+
+
+def _numbers_of(run: Path) -> dict[str, str]:
+    """What a run has come to: its last step, its last validation and its last line of training numbers."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{run} has no metrics.jsonl; give the folder of a run, as in runs/a")
+    validated, trained = {}, {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            numbers = json.loads(line)
+            step = numbers.pop("step")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{file} has a line that is not of a run: {line[:60]!r}; it is damaged") from error
+        if any(name.startswith(VALID) for name in numbers):
+            validated = {"validated at step": step, **numbers}
+        else:
+            trained = {"step": step, **numbers}
+    model = read_json(run / "config.json").get("model_type", "")
+    return {name: _shown(value) for name, value in {"model": model, **trained, **validated}.items()}
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "nan"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(runs: list[str], columns: list[dict[str, str]]) -> str:
+    """A header of the runs' names, then a row for each number that any of them has."""
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    titles = [Path(run).name or run for run in runs]
+    rows = [["", *titles], *([name, *(column.get(name, "") for column in columns)] for name in names)]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(titles) + 1)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
