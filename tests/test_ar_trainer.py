@@ -118,12 +118,12 @@ def test_batches_have_the_labels_of_their_images(tmp_path):
 
 
 def test_labels_that_do_not_fit_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"the label \d was found but the model knows the classes 0 to 1; set num_cl"):
+    with pytest.raises(UserError, match=r"the images have the label \d but the model knows the classes 0 to 1; num"):
         train_steps(build_ar_trainer(tmp_path / "few", model={"num_classes": 2}), 12)
     for number in range(4):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"{number}.png")
-    with pytest.raises(UserError, match="the model knows 10 classes but the images have no labels; use a source with"):
+    with pytest.raises(UserError, match="the model knows 10 classes but there are images without a label; use a source with"):
         build_ar_trainer(tmp_path / "run", folder=str(tmp_path / "images"), batch_size=1)
     assert not (tmp_path / "run").exists()
 

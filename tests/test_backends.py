@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
+from launching import ROOT, torchrun
 from torch import nn
 
 from vqdist.backends import create_backend, resolve_backend
+from vqdist.backends.distributed import DistributedBackend, group_timeout
 from vqdist.backends.local import LocalBackend
 from vqdist.errors import UserError
 
@@ -143,3 +146,44 @@ def test_frozen_forward_reaches_the_input_only():
     engine.frozen(image).sum().backward()
     assert torch.equal(image.grad, network.weight.detach())
     assert network.weight.grad is None and network.weight.requires_grad
+
+
+class Ranks(DistributedBackend):
+    """Only the talk between ranks, whatever the device."""
+
+    name = "accelerate"
+
+    def prepare(self, module, optimizer, *, max_grad_norm):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("device, group", [("cpu", None), ("meta", "hosts")])
+def test_signals_are_exchanged_in_the_hosts_memory(device, group, monkeypatch):
+    """Whatever the device: to read a number from one is to wait for it, on every step. `meta` stands for a GPU."""
+    made, exchanged, waited = [], [], []
+
+    class Work:
+        def wait(self) -> None:
+            waited.append(len(exchanged))
+
+    def all_reduce(tensor, op, group, async_op):
+        exchanged.append((tensor.device.type, group, op, async_op))
+        tensor.clamp_(min=5)  # what the other rank says
+        return Work()
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 2}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "new_group", lambda **options: made.append(options) or "hosts")
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    ranks = Ranks()
+    ranks.adopt_group(torch.device(device), group_timeout(3))
+    assert [ranks.largest_lately(number) for number in (0, 7, 0)] == [0, 5, 7]
+    assert exchanged == [("cpu", group, dist.ReduceOp.MAX, True)] * 3
+    assert waited == [2, 3]  # for the exchange before, while the next is under way
+    assert made == ([] if group is None else [{"backend": "gloo", "timeout": group_timeout(3)}])
+
+
+@pytest.mark.distributed
+def test_two_ranks_exchange_signals_whatever_their_device():
+    torchrun([str(ROOT / "tests" / "workers" / "signals_worker.py")])

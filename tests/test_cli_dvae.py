@@ -115,7 +115,10 @@ def test_defaults_are_those_of_train_vae(defaults):
 
 
 @pytest.mark.parametrize("place", [0, 2])
-@pytest.mark.parametrize("words", [["--local_rank", "0"], ["--local_rank=0"], ["--local_rank", "-1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--local_rank", "0"], ["--local_rank=0"], ["--local_rank", "-1"], ["--local-rank", "0"], ["--local-rank=1"]],
+)
 def test_local_rank_is_the_launchers(words, place, capsys):
     arguments = ["train", "dvae", "--transparent", "--print_config"]
     printed = []
@@ -151,6 +154,15 @@ MISTAKES = {
     "--distributed_backend mpi": "--distributed_backend 'mpi' is not known; choose one of dummy, deepspeed, horovod",
     "--local_rank zero": "--local_rank 'zero' is no number",
     "--local_rank": "--local_rank '' is no number",
+    "--local-rank zero": "--local-rank 'zero' is no number",
+    "--epochs .inf --data synthetic:64 --out OUT": "epochs inf is not possible; it must be above 0 and at most 1e+09",
+    "--trainer.dist_timeout .inf --data synthetic:64 --out OUT": "dist_timeout inf is not possible",
+    "--lr_decay_rate 1e200 --data synthetic:64 --out OUT": "lr_decay_rate 1e+200 is not possible; it must be above",
+    "--starting_temp .inf --data synthetic:64 --out OUT": "starting_temp inf is not possible",
+    "--anneal_rate .inf --data synthetic:64 --out OUT": "anneal_rate inf is not possible",
+    "--kl_loss_weight .inf --data synthetic:64 --out OUT": "kl_div_loss_weight inf is not possible",
+    "--model.normalization [[.inf,0,0],[1,1,1]] --data synthetic:64 --out OUT": "normalization has the means [inf, 0.",
+    "--model.kl_reduction dalle --data synthetic:64 --out OUT": "kl_reduction dalle does nothing, because the model's",
     "--model.temperature 1": "there is no option --model.temperature",
     "--model.image_size 64": "there is no option --model.image_size; nearest: data.image_size, image_size",
     "--learning_rate": "--trainer.lr: expected one argument",
@@ -179,6 +191,22 @@ def test_a_file_has_options_under_their_own_names(capsys, tmp_path):
     (tmp_path / "config.yaml").write_text("learning_rate: 0.1\n")
     message = error_of(["train", "dvae", "--config", str(tmp_path / "config.yaml")], capsys)
     assert message.endswith("'learning_rate' is not accepted; in a file it is trainer.lr")
+
+
+@pytest.mark.parametrize(
+    "content, option",
+    [
+        ("trainer:\n  learning_rate: 0.1\n", "trainer.lr"),
+        ("model:\n  emb_dim: 8\n", "model.codebook_dim"),
+        ("trainer:\n  hidden_dim: 8\n", "model.hidden_dim"),
+        ("model:\n  transparent: true\n", "model.channels: 4"),
+        ("transparent: true\n", "model.channels: 4"),
+    ],
+)
+def test_also_within_the_groups_of_a_file(content, option, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    message = error_of(["train", "dvae", "--config", str(tmp_path / "config.yaml")], capsys)
+    assert message.endswith(f"; in a file it is {option}")
 
 
 def test_a_flag_goes_before_the_file(tmp_path):

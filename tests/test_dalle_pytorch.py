@@ -69,7 +69,15 @@ def test_it_is_exported_like_any_other_model(checkpoint, tmp_path):
 def test_options_go_over_the_files(tmp_path):
     vae = DiscreteVAE.from_dalle_pytorch(DATA / "rgb" / "vae.pt", straight_through=True, kl_reduction="mean")
     assert vae.straight_through and vae.kl_reduction == "mean"
-    assert DiscreteVAE.from_dalle_pytorch(DATA / "rgb" / "vae.pt").kl_reduction == "dalle"
+    weighed = DiscreteVAE.from_dalle_pytorch(DATA / "rgb" / "vae.pt", kl_div_loss_weight=0.1)
+    assert weighed.kl_reduction == "dalle"
+    assert DiscreteVAE.from_dalle_pytorch(DATA / "rgb" / "vae.pt").kl_reduction == "mean"  # of no KL
+
+
+def test_an_option_with_a_typo_is_not_the_files_fault():
+    message = "^DiscreteVAE has no argument 'straight_trough'; nearest: straight_through$"
+    with pytest.raises(UserError, match=message):
+        DiscreteVAE.from_dalle_pytorch(DATA / "rgb" / "vae.pt", straight_trough=True)
 
 
 def test_channels_that_the_file_does_not_say_are_those_of_the_weights(tmp_path):
@@ -118,14 +126,20 @@ def test_missing_file_and_folder(tmp_path):
     assert "no such file" in refusal(tmp_path)
 
 
-NOT_OF_TORCH = {"empty": b"", "text": b"not a checkpoint", "zip": b"PK\x03\x04 damaged"}
+NOT_OF_TORCH = {
+    "empty": (b"", r"\(it is empty\)$"),
+    "text": (b"not a\ncheckpoint", r"\(it is text that begins with 'not a checkpoint'\)$"),
+    "long text": (b"<html>" + b"a" * 9000, r"\(it is text that begins with '<html>a{34}'\)$"),
+    "zip": (b"PK\x03\x04 damaged", r"\((?!it is)"),
+    "bytes": (bytes(range(128, 256)), r"\((?!it is)"),
+}
 
 
-@pytest.mark.parametrize("content", NOT_OF_TORCH.values(), ids=NOT_OF_TORCH)
-def test_a_file_that_is_none_of_torch(tmp_path, content):
+@pytest.mark.parametrize("content, found", NOT_OF_TORCH.values(), ids=NOT_OF_TORCH)
+def test_a_file_that_is_none_of_torch(tmp_path, content, found):
     path = tmp_path / "vae.pt"
     path.write_bytes(content)
-    assert "cannot be read" in refusal(path)
+    assert re.search("cannot be read as tensors and plain values " + found, refusal(path))
 
 
 def test_a_truncated_file(tmp_path):

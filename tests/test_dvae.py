@@ -586,10 +586,10 @@ def test_a_file_of_dalle_pytorch_is_loaded(blocks, names, channels, tmp_path):
     assert {name.rpartition(".")[0] for name in model.state_dict()} == names
     path = write_dalle_pytorch(tmp_path / "vae.pt", model, blocks)
     loaded = DiscreteVAE.from_dalle_pytorch(str(path))
-    assert not loaded.training and loaded.kl_reduction == "dalle" and loaded.channels == channels
+    assert not loaded.training and loaded.kl_reduction == "mean" and loaded.channels == channels
     assert torch.equal(run(loaded), run(model))
-    changed = DiscreteVAE.from_dalle_pytorch(path, smooth_l1_loss=True, kl_reduction="mean")
-    assert changed.smooth_l1_loss and changed.kl_reduction == "mean"
+    changed = DiscreteVAE.from_dalle_pytorch(path, smooth_l1_loss=True, kl_div_loss_weight=0.1)
+    assert changed.smooth_l1_loss and changed.kl_reduction == "dalle"
     loaded.save_pretrained(tmp_path / "export")
     assert torch.equal(run(DiscreteVAE.from_pretrained(tmp_path / "export")), run(model))
 
@@ -650,11 +650,15 @@ WRONG_ARGUMENTS = [
     ({"channels": 2}, r"^channels 2 is not possible; use 1 \(grey\), 3 \(colour\) or 4 \(colour and alpha\)$"),
     ({"image_size": 18}, r"^image_size 18 is not a multiple of 4 \(2 \*\* 2 num_layers\); try 16 or 20$"),
     ({"image_size": 2}, r"^image_size 2 is not a multiple of 4 .*; try 4$"),
-    ({"temperature": 0.0}, r"^temperature 0.0 is not possible; it must be above 0$"),
-    ({"temperature": float("nan")}, r"^temperature nan is not possible"),
+    *(
+        ({"temperature": value}, r"^temperature \S+ is not possible; it must be above 0 and finite$")
+        for value in (0.0, float("nan"), float("inf"))
+    ),
     ({"reinmax": True}, r"^reinmax is a gradient for hard draws; set straight_through true as well$"),
-    ({"kl_div_loss_weight": -0.5}, r"^kl_div_loss_weight -0.5 is not possible; it must be at least 0$"),
-    ({"kl_div_loss_weight": float("nan")}, r"^kl_div_loss_weight nan is not possible"),
+    *(
+        ({"kl_div_loss_weight": value}, r"^kl_div_loss_weight \S+ is not possible; it must be at least 0 and finite$")
+        for value in (-0.5, float("nan"), float("inf"))
+    ),
     ({"kl_reduction": "sum"}, r"^kl_reduction 'sum' is not known; choose one of mean, dalle$"),
     *(
         ({"normalization": given}, r"^normalization .* is not possible; give 3 means and 3 standard deviations$")
@@ -663,9 +667,16 @@ WRONG_ARGUMENTS = [
     *(
         (
             {"normalization": ((0.5,) * 3, (0.5, std, 0.5))},
-            r"^normalization has .* \[0.5, .*, 0.5\]; each must be above 0$",
+            r"^normalization has .* \[0.5, .*, 0.5\]; each must be above 0 and finite$",
         )
-        for std in (0.0, -1.0, float("nan"))
+        for std in (0.0, -1.0, float("nan"), float("inf"))
+    ),
+    *(
+        (
+            {"normalization": ((0.5, mean, 0.5), (0.5,) * 3)},
+            r"^normalization has the means \[0.5, .*, 0.5\]; each must be a finite number$",
+        )
+        for mean in (float("nan"), float("-inf"))
     ),
 ]
 
@@ -695,7 +706,16 @@ MISTAKES = [
         lambda vae: vae.decode(torch.zeros(2, 15, dtype=torch.long)),
         r"^15 codes do not make a square; give codes of sha",
     ),
-    (lambda vae: vae(pixels(), temp=0), r"^temp 0 is not possible; it must be above 0$"),
+    (
+        lambda vae: vae.decode(torch.tensor([[0, 1, 2, 32]])),
+        r"^codes from 0 to 32 were given; the model has 0 to 31$",
+    ),
+    (
+        lambda vae: vae.decode(torch.tensor([[-1, 1, 2, 31]])),
+        r"^codes from -1 to 31 were given; the model has 0 to 31$",
+    ),
+    (lambda vae: vae(pixels(), temp=0), r"^temp 0 is not possible; it must be above 0 and finite$"),
+    (lambda vae: vae(pixels(), temp=float("inf")), r"^temp inf is not possible; it must be above 0 and finite$"),
     (
         lambda vae: vae(pixels(), return_loss=True, return_logits=True),
         r"^return_loss and return_logits are both set; ask for one of them at a time$",

@@ -126,6 +126,26 @@ def test_usage_is_of_the_codes_since_the_last_line(tmp_path):
     assert heights.tolist() == [128 if code == 7 else 0 for code in range(32)]
 
 
+def test_a_chart_is_of_all_codes_since_the_last_one(tmp_path, monkeypatch):
+    """Lines come at steps 1, 3 and 5, charts at 2, 4 and 5: they wait for no line, and none counts a code twice."""
+    trainer = build_dvae_trainer(tmp_path, num_train_steps=5, log_every=3, save_results_every=2)
+    seen, drawn, add = [], {}, trainer.codes.add
+    monkeypatch.setattr(trainer.codes, "add", lambda ids: (seen.append(ids.flatten()), add(ids)))
+    monkeypatch.setattr(trainer.tracker, "histogram", lambda step, name, counts, path: drawn.update({step: counts}))
+    trainer.train()
+    for last, step in ((0, 2), (2, 4), (4, 5)):
+        assert torch.equal(drawn.pop(step), torch.bincount(torch.cat(seen[last:step]), minlength=32)), step
+    assert drawn == {} and len(seen) == 5
+
+
+def test_a_kl_reduction_without_kl_is_refused(tmp_path):
+    message = r"^kl_reduction dalle does nothing, because the model's kl_div_loss_weight is 0; leave it out, or give"
+    with pytest.raises(UserError, match=message):
+        build_dvae_trainer(tmp_path / "run", model={"kl_reduction": "dalle"})
+    assert not (tmp_path / "run").exists()
+    build_dvae_trainer(tmp_path / "run", model={"kl_reduction": "dalle", "kl_div_loss_weight": 1e-3}).train_step()
+
+
 def test_a_picture_shows_original_soft_hard_and_average(tmp_path):
     trainer = build_dvae_trainer(tmp_path, num_train_steps=2, num_images_save=3)
     trainer.train()
@@ -240,7 +260,7 @@ def test_another_kind_of_model_is_refused(tmp_path):
 
 def test_a_run_of_another_kind_of_model_is_not_resumed(tmp_path):
     build_trainer(tmp_path)
-    with pytest.raises(UserError, match="holds a run with another configuration"):
+    with pytest.raises(UserError, match="holds a run of a model of type 'vqgan' and this one is 'dvae'; give another"):
         build_dvae_trainer(tmp_path)
 
 
@@ -248,7 +268,9 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
     trainer = build_dvae_trainer(tmp_path)
     with torch.no_grad():
         trainer.model.decoder[-1].bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="loss, recon_loss is not a number at step 1; there is no checkpoint yet"):
+    with pytest.raises(
+        UserError, match="^loss is nan, recon_loss is nan at step 1; there is no checkpoint yet: start"
+    ):
         trainer.train_step()
 
 

@@ -89,17 +89,59 @@ def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_again(run, capsys)
     assert "holds a run without a complete checkpoint; it starts at step 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["trainer", "model", "data"])
+def test_config_json_with_an_empty_part(run, capsys, part):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, part: None}))
+    assert "is not of a run of vqdist; give another run folder" in error_of([*SMALL, str(run)], capsys)
+
+
+@pytest.mark.parametrize("allowed", ["true", "false"])
+def test_a_run_of_another_kind_of_model(run, capsys, allowed):
+    """Said before anything else that differs, and whatever the flag."""
+    dvae = "train dvae --data synthetic:40 --image_size 16 --num_layers 2 --hidden_dim 8 --batch_size 8".split()
+    arguments = [*dvae, "--out", str(run), "--trainer.allow_config_change", allowed]
+    before = (run / "config.json").read_text()
+    message = error_of(arguments, capsys)
+    assert message.endswith(
+        f"{run} holds a run of a model of type 'vqgan' and this one is 'dvae'; give another run folder"
+    )
+    assert (run / "config.json").read_text() == before
+
+
+def test_a_run_from_before_the_type_was_written(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    assert config.pop("model_type") == "vqgan"
+    (run / "config.json").write_text(json.dumps(config))
+    assert main([*SMALL, str(run), "--trainer.num_train_steps", "3"]) == 0
+    assert "step 2 of 3" in capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text())["model_type"] == "vqgan"
+
+
 def test_another_network_under_the_same_flag(run, capsys):
+    before = (run / "config.json").read_text()
     message = error_of(
         [*SMALL, str(run), "--model.dim", "32", "--trainer.allow_config_change", "true"],
         capsys,
     )
     assert "holds another network than this configuration builds" in message and "size mismatch" in message
+    assert (run / "config.json").read_text() == before
+    assert main([*SMALL, str(run)]) == 0  # as it was, it goes on
 
 
 def test_a_finished_run_with_fewer_steps_says_so(run, capsys):
     assert main([*SMALL, str(run), "--trainer.num_train_steps", "1"]) == 0
     assert "this run is past num_train_steps 1" in capsys.readouterr().err
+
+
+def test_a_finished_run_with_fewer_epochs_says_so(tmp_path, capsys):
+    """38 images to train on, 8 at a time: 2 epochs end in the middle of the tenth batch."""
+    arguments = [*SMALL, str(tmp_path / "run"), "--trainer.num_train_steps", "null", "--trainer.epochs"]
+    assert main([*arguments, "2"]) == 0
+    assert main([*arguments, "2"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*arguments, "1.5"]) == 0
+    assert "this run is past epochs 1.5, at 2.105 of them; nothing is trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

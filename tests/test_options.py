@@ -673,7 +673,7 @@ def test_every_argument_of_the_model_says_what_it_is():
 
 # options of the trainer (folder and results_folder are added) and what the message says
 WRONG_OPTIONS = [
-    ({"precision": "fp16"}, r"^precision 'fp16' is not supported: two networks .*use bf16 .*or fp32$"),
+    ({"precision": "fp16"}, r"^precision 'fp16' is not supported: its gradients vanish .*use bf16 .*or fp32$"),
     ({"precision": "fp8"}, r"^precision 'fp8' is not known; choose one of fp32, bf16$"),
     ({"backend": "nccl"}, r"^backend 'nccl' is not known; choose auto, local, accelerate, deepspeed$"),
     ({"backend": "horovod"}, r"^backend 'horovod' is not supported; backend 'accelerate' does its job"),
@@ -706,20 +706,46 @@ WRONG_OPTIONS = [
     ({"folder": "synthetic:64", "exts": ["png"]}, r"^exts \['png'\] has no meaning for 'synthetic:64'"),
     ({"lr_schedule": "linear"}, r"^lr_schedule 'linear' is not known; choose one of constant, cosine, exponential$"),
     ({"lr_decay_rate": 0.5}, r"^lr_decay_rate 0.5 does nothing, because lr_schedule is constant; leave it out$"),
-    ({"lr_schedule": "exponential", "lr_decay_rate": 0.0}, r"^lr_decay_rate 0.0 is not possible; it must be above 0$"),
+    *(
+        (
+            {"lr_schedule": "exponential", "lr_decay_rate": rate},
+            r"^lr_decay_rate \S+ is not possible; it must be above 0 and at most 1$",
+        )
+        for rate in (0.0, 1e200, float("inf"), float("nan"))
+    ),
     ({"num_train_steps": None}, r"^num_train_steps is not given; say how many optimizer steps to train, or give epoc"),
     ({"epochs": 3}, r"^num_train_steps 4 and epochs 3 are both given; leave one out, or set it to null where"),
     ({"num_train_steps": None, "epochs": 0.001}, r"^epochs 0.001 of 48 images is less than one image; give more, or"),
-    ({"num_train_steps": None, "epochs": -1.0}, r"^epochs -1.0 is not possible; it must be above 0$"),
+    *(
+        (
+            {"num_train_steps": None, "epochs": epochs},
+            r"^epochs \S+ is not possible; it must be above 0 and at most 1e",
+        )
+        for epochs in (-1.0, 1e300, float("inf"))
+    ),
     ({"on_bad_image": "ignore"}, r"^on_bad_image 'ignore' is not known; choose one of raise, skip$"),
     ({"ema_beta": 1.5}, r"^ema_beta 1.5 is not possible; give a decay in \[0, 1\]$"),
     ({"valid_frac": 1.0}, r"^valid_frac 1.0 is not possible; give a share of the images in \[0, 1\)"),
     ({"valid_frac": 0.999}, r"^valid_frac 0.999 of 64 images leaves none to train on; lower it$"),
     ({"max_grad_norm": 0.0}, r"^max_grad_norm 0.0 is not possible; it must be above 0$"),
     ({"discr_max_grad_norm": -1.0}, r"^discr_max_grad_norm -1.0 is not possible; it must be above 0$"),
-    ({"dist_timeout": 0}, r"^dist_timeout 0 is not possible; it must be above 0$"),
-    ({"batch_size": None}, r"^batch_size None is not possible; it must be at least 1$"),
+    ({"max_grad_norm": float("inf")}, r"^max_grad_norm inf is not possible; it must be above 0 and finite$"),
+    *(
+        ({"dist_timeout": minutes}, r"^dist_timeout \S+ is not possible; it must be above 0 and at most 525600$")
+        for minutes in (0, 1e30, float("inf"))
+    ),
     ({"lr": float("nan")}, r"^lr nan is not possible; it must be at least 0$"),
+    ({"lr": float("inf")}, r"^lr inf is not possible; it must be at least 0 and finite$"),
+    ({"batch_size": None}, r"^batch_size None is not possible; give a whole number$"),
+    ({"batch_size": "8"}, r"^batch_size '8' is not possible; give a whole number$"),
+    ({"batch_size": True}, r"^batch_size True is not possible; give a whole number$"),
+    ({"num_train_steps": 2.5}, r"^num_train_steps 2.5 is not possible; give a whole number or null$"),
+    ({"num_train_steps": None, "epochs": "2"}, r"^epochs '2' is not possible; give a number or null$"),
+    ({"use_ema": 1}, r"^use_ema 1 is not possible; give true or false$"),
+    ({"folder": 64}, r"^folder 64 is not possible; give a string or null$"),
+    ({"trackers": "wandb"}, r"^trackers 'wandb' is not possible; give a list, each item a string$"),
+    ({"exts": ["png", 3]}, r"^exts \['png', 3\] is not possible; give a list, each item a string or null$"),
+    ({"accelerate_kwargs": ["cpu"]}, r"^accelerate_kwargs \['cpu'\] is not possible; give a dictionary$"),
 ]
 LOWEST = {
     **dict.fromkeys(["num_train_steps", "batch_size", "image_size", "grad_accum_every", "log_every"], 1),
@@ -754,6 +780,15 @@ def test_a_wrong_option_is_one_line_before_anything_begins(options, message, tmp
         build_trainer(tmp_path / "run", **options)
     assert "\n" not in str(error.value)
     assert_nothing_began(tmp_path / "run")
+
+
+def test_a_path_may_stand_for_a_string_and_a_tuple_for_a_list(tmp_path):
+    images = Path(write_images(tmp_path / "images", [f"{number}.png" for number in range(6)]))
+    options = {"folder": images, "exts": ("png",), "batch_size": 2, "lr": 1, "results_folder": tmp_path / "run"}
+    trainer = build_trainer(tmp_path, **options)
+    assert trainer.config.folder == str(images) and trainer.config.lr == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["trainer"]["results_folder"].endswith("run")
+    assert build_trainer(tmp_path, **options).run_folder == tmp_path / "run"
 
 
 def test_missing_options_are_named(tmp_path):

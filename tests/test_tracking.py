@@ -9,6 +9,7 @@ import time
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +271,42 @@ def test_an_online_run_uploads_the_folder_itself(tmp_path, monkeypatch):
     ((name, entry),) = run.logged[0].manifest.entries.items()
     assert name == "config.json" and Path(entry.local_path) == tmp_path / "export" / "config.json"
     assert entry.skip_cache and run.logged[0].name == "model-abc"
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_an_artifact_of_a_run_in_a_relative_folder_is_found_from_anywhere(tmp_path, monkeypatch, offline):
+    added = []
+    run = SimpleNamespace(id="abc", offline=offline, dir="wandb/run/files", log_artifact=added.append)
+    monkeypatch.setattr("wandb.init", lambda **_: run)
+    monkeypatch.chdir(tmp_path)
+    Path("export").mkdir()
+    Path("export/config.json").write_text("{}")
+    tracker(Path("."), "wandb").artifact(Path("export"))
+    (entry,) = added[0].manifest.entries.values()
+    kept = tmp_path / ("wandb/run/model" if offline else "export")
+    assert Path(entry.local_path) == kept / "config.json"
+
+
+def test_closed_trackers_get_nothing_more(tmp_path, offline):
+    tracking = tracker(tmp_path, "wandb", "tensorboard")
+    tracking.log(1, {"loss": 0.5})
+    tracking.close()
+    tracking.log(2, {"loss": 0.25})
+    tracking.picture(2, "reconstructions", torch.rand(2, 2, 3, 8, 8), tmp_path / "two.png")
+    tracking.histogram(2, "codes", torch.tensor([1, 2]), tmp_path / "codes.png")
+    tracking.artifact(tmp_path / "absent")
+    tracking.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert [event.step for event in events(tmp_path).Scalars("loss")] == [1]
+
+
+def test_training_twice_is_no_error(tmp_path, offline):
+    trainer = build_dvae_trainer(tmp_path / "run", trackers=["wandb", "tensorboard"], num_train_steps=2)
+    numbers = trainer.train()
+    assert trainer.train() == numbers and trainer.step == 2
+    trainer.config.num_train_steps = 3
+    trainer.train()
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
 def test_without_wandb_an_artifact_goes_nowhere(tmp_path):

@@ -9,7 +9,7 @@ import traceback
 
 import pytest
 import torch
-from launching import run
+from launching import ROOT, run, torchrun
 from PIL import Image
 from scenarios import (
     DVAE_EVERYTHING,
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from vqdist import UserError, VQGanVAE, VQGanVAETrainer
+from vqdist.checkpoint import MANIFEST
 from vqdist.schedules import learning_rate
-from vqdist.trainers.base import mark_last
+from vqdist.trainers.base import Trainer, mark_last
 
 
 def logged(trainer: VQGanVAETrainer) -> list[dict]:
@@ -406,21 +407,69 @@ def test_without_a_validation_split_nothing_is_measured(tmp_path):
     assert not any("valid/psnr" in line for line in logged(trainer))
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, saved):
+@pytest.mark.parametrize("saved, value", [(True, "nan"), (False, "nan"), (True, "inf")])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, saved, value):
     trainer = build_trainer(tmp_path, save_model_every=1 if saved else 0)
     trainer.train_step()
     with torch.no_grad():
-        trainer.generator.module.last_layer.bias.fill_(float("nan"))
+        trainer.generator.module.last_layer.bias.fill_(float(value))
     newest = f"the newest checkpoint is {tmp_path}/checkpoints/step_00000001: resume"
     kept = newest if saved else "there is no checkpoint yet: start"
     with pytest.raises(
         UserError,
-        match=rf"recon_loss.* is not a number at step 2; {kept} with a lower lr or",
+        match=rf"recon_loss is {value}.* at step 2; {kept} with a lower lr or .*--trainer.allow_config_change true",
     ):
         trainer.train()
+    with pytest.raises(UserError, match="resume it all the same with --trainer.allow_config_change true"):
+        build_trainer(tmp_path, lr=1e-5)
     assert trainer.checkpoints.steps() == ([1] if saved else [])
     assert logged(trainer)[-1]["recon_loss"] is None
+
+
+# ------------------------------------------------------------------------------------------- lines after a resume
+
+PER_RUN = {"images_per_second", "data_wait", "memory_gb"}
+RESUMED = {"num_train_steps": 7, "log_every": 4, "save_results_every": 5, "save_model_every": 3}
+
+
+def numbers_of(trainer: Trainer) -> list[dict]:
+    """Its lines, without those of its speed, and the bytes of its charts."""
+    lines = [{name: value for name, value in line.items() if name not in PER_RUN} for line in logged(trainer)]
+    return [*lines, {path.name: path.read_bytes() for path in trainer.run_folder.glob("results/*_codes.png")}]
+
+
+@pytest.mark.parametrize("build", [build_trainer, build_dvae_trainer])
+def test_lines_and_charts_after_a_resume_are_those_of_an_undisturbed_run(tmp_path, build):
+    """A line at step 4 and a chart at step 5, which begin before the checkpoint of step 3."""
+    straight = build(tmp_path / "straight", **RESUMED)
+    straight.train()
+    train_steps(build(tmp_path / "killed", **RESUMED), 5)  # steps 4 and 5 are lost
+    resumed = build(tmp_path / "killed", **RESUMED)
+    assert resumed.step == 3
+    resumed.train()
+    assert numbers_of(resumed) == numbers_of(straight)
+    assert numbers_of(resumed)[-1].keys() == {"step_00000005_codes.png", "step_00000007_codes.png"}
+
+
+def test_a_checkpoint_from_before_numbers_were_saved_is_resumed(tmp_path):
+    train_steps(build_dvae_trainer(tmp_path, **RESUMED), 3)
+    folder = tmp_path / "checkpoints" / "step_00000003"
+    (folder / "numbers_rank_00000.pt").unlink()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["files"]["numbers_rank_00000.pt"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    resumed = build_dvae_trainer(tmp_path, **RESUMED)
+    assert resumed.step == 3 and resumed.means.means() == {}
+    assert not any(bool(counts.any()) for counts in resumed.counts_to_come().values())
+
+
+@pytest.mark.distributed
+def test_lines_and_charts_of_two_ranks_after_a_resume(tmp_path):
+    """See the worker; then one process goes on from what two saved, and counts from there."""
+    torchrun([str(ROOT / "tests" / "workers" / "numbers_worker.py"), str(tmp_path)])
+    resumed = build_dvae_trainer(tmp_path / "killed", **{**RESUMED, "num_train_steps": 12})
+    assert resumed.step == 7 and resumed.means.means() == {}
+    assert not any(bool(counts.any()) for counts in resumed.counts_to_come().values())
 
 
 # ------------------------------------------------------------------------------------------- data

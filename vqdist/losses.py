@@ -24,7 +24,7 @@ def reconstruction_loss(recon: Tensor, image: Tensor, kind: Literal["l1", "l2", 
     losses = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
     if kind not in losses:
         raise ValueError(f"reconstruction loss {kind!r} is not known; expected 'l1', 'l2' or 'smooth_l1'")
-    recon, image = _at_least_float32(recon, image)
+    recon, image = at_least_float32(recon, image)
     return losses[kind](recon, image)
 
 
@@ -38,7 +38,7 @@ def kl_to_uniform(logits: Tensor, reduction: Literal["mean", "dalle"] = "mean") 
     """
     if reduction not in ("mean", "dalle"):
         raise ValueError(f"kl reduction {reduction!r} is not known; expected 'mean' or 'dalle'")
-    (logits,) = _at_least_float32(logits)
+    (logits,) = at_least_float32(logits)
     log_q = logits.log_softmax(dim=-1)
     divergence = math.log(logits.shape[-1]) + (log_q.exp() * log_q).sum(dim=-1)
     return divergence.mean() if reduction == "mean" else divergence.sum()
@@ -46,25 +46,25 @@ def kl_to_uniform(logits: Tensor, reduction: Literal["mean", "dalle"] = "mean") 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """mean relu(1 - real) + mean relu(1 + fake) (arXiv 1705.02894)."""
-    real, fake = _at_least_float32(real_logits, fake_logits)
+    real, fake = at_least_float32(real_logits, fake_logits)
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
     """- mean fake."""
-    (fake,) = _at_least_float32(fake_logits)
+    (fake,) = at_least_float32(fake_logits)
     return -fake.mean()
 
 
 def bce_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """- mean log sigmoid(real) - mean log(1 - sigmoid(fake)) (arXiv 1406.2661), finite for every logit."""
-    real, fake = _at_least_float32(real_logits, fake_logits)
+    real, fake = at_least_float32(real_logits, fake_logits)
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def bce_generator_loss(fake_logits: Tensor) -> Tensor:
     """- mean log sigmoid(fake): the form that does not saturate, finite for every logit."""
-    (fake,) = _at_least_float32(fake_logits)
+    (fake,) = at_least_float32(fake_logits)
     return F.softplus(-fake).mean()
 
 
@@ -80,7 +80,7 @@ def gradient_penalty(
         image: (b, c, h, w), real images; gets no gradient.
         weight: of the penalty.
     """
-    (image,) = _at_least_float32(image)
+    (image,) = at_least_float32(image)
     with torch.enable_grad(), _no_autocast(image):
         image = image.detach().requires_grad_()
         return gradient_penalty_of_logits(discriminator(image), image, weight)
@@ -115,7 +115,7 @@ def adaptive_weight(
     Returns:
         |reference| / max(|adversarial|, eps), at most `max_weight`; 0-d on the device, without a gradient.
     """
-    reference, adversarial = _at_least_float32(reference_grad, adversarial_grad)
+    reference, adversarial = at_least_float32(reference_grad, adversarial_grad)
     return (reference.norm() / adversarial.norm().clamp_min(eps)).clamp(0, max_weight)
 
 
@@ -143,14 +143,14 @@ def last_layer_grads(
     Returns:
         (k, elements of the weight): one tensor, so that one exchange averages all of them over ranks.
     """
-    hidden, *output_grads = _at_least_float32(hidden, *output_grads)
+    hidden, *output_grads = at_least_float32(hidden, *output_grads)
     layer = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     with _no_autocast(hidden):
         grads = [torch.nn.grad.conv2d_weight(hidden, tuple(weight_shape), grad, **layer) for grad in output_grads]
     return torch.stack([grad.flatten() for grad in grads])
 
 
-def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
+def at_least_float32(*tensors: Tensor) -> list[Tensor]:
     """All in their common dtype, or in float32 where that is less precise."""
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return [tensor.to(dtype) for tensor in tensors]

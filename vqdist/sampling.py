@@ -33,7 +33,7 @@ class DrawOptions:
     min_p: float | None = None
     """Keep codes of at least this share of the largest probability (arXiv 2407.01082)."""
     cfg: float = 1.0
-    """Scale of classifier-free guidance: unconditional + cfg * (conditional - unconditional) logits (arXiv 2207.12598)."""
+    """Classifier-free guidance: logits are unconditional + cfg * (conditional - unconditional) (arXiv 2207.12598)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -76,7 +76,7 @@ class Tracker:
             self.wandb.log(values, step=step)
 
     def picture(self, step: int, name: str, rows: Tensor, path: Path, columns: int = 2) -> None:
-        """Save a sheet of the groups of images `rows` (n, k, c, h, w) in [0, 1], `columns` groups beside one another."""
+        """Save a sheet: `rows` (n, k, c, h, w) in [0, 1] gives n groups of k images, `columns` groups in a row."""
         save_sheet(rows, path, columns)
         if self.tensorboard is not None:
             self.tensorboard.add_image(name, make_sheet(rows, columns), step)
@@ -119,16 +119,18 @@ class Tracker:
             if self.wandb.offline:
                 kept = Path(self.wandb.dir).parent / "model"
                 folder = Path(shutil.copytree(folder, kept, dirs_exist_ok=True))
+            folder = folder.resolve()  # `wandb sync` may be started anywhere
             artifact = wandb.Artifact(f"model-{self.wandb.id}", type="model")
             artifact.add_dir(str(folder), skip_cache=True, policy="immutable")
             self.wandb.log_artifact(artifact)
 
     def close(self) -> None:
-        """Flush and close the trackers."""
+        """Flush and close the trackers; what is logged afterwards goes to the file only."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+        self.tensorboard = self.wandb = None
 
 
 def make_sheet(rows: Tensor, columns: int = 2) -> Tensor:

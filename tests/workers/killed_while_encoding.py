@@ -1,4 +1,4 @@
-"""Run by test_encode.py: the command line, in a process that is killed when it renames a file for the Nth time.
+"""Used by test_encode.py: the command line, in a process that is killed when it renames a file for the Nth time.
 
 usage: killed_while_encoding.py N ARGUMENTS
 """
@@ -8,19 +8,25 @@ import signal
 import sys
 from pathlib import Path
 
-from vqdist.cli import main
-
 calls = 0
 replace = Path.replace
 
 
-def killed_the_nth_time(path, target):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(path, target)
+def killed_at(number):
+    """In place of `Path.replace`: the call with this number, from 1, kills the process."""
+
+    def counted(path, target):
+        global calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(path, target)
+
+    return counted
 
 
-Path.replace = killed_the_nth_time
-sys.exit(main(sys.argv[2:]))
+if __name__ == "__main__":
+    from vqdist.cli import main
+
+    Path.replace = killed_at(int(sys.argv[1]))
+    sys.exit(main(sys.argv[2:]))

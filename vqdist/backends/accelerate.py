@@ -80,7 +80,7 @@ class AccelerateBackend(DistributedBackend):
             kwargs_handlers=handlers,
             **accelerate_kwargs,
         )
-        self.adopt_group(self.accelerator.device)
+        self.adopt_group(self.accelerator.device, group_timeout(dist_timeout))
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
         self.broadcast_from_main(module)

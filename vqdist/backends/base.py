@@ -126,7 +126,8 @@ class Backend(ABC):
     def largest_lately(self, number: int) -> int:
         """The largest number that any rank gave in its call before this one (at once, where there is one process).
 
-        Every rank gets the same. The exchange runs while training goes on, so nobody waits for it; called once a step.
+        Every rank gets the same. The hosts exchange it while training goes on: no device is waited for, and another
+        rank only if it is a whole call behind. Called once a step.
         """
 
     def any(self, flag: bool) -> bool:

@@ -200,7 +200,7 @@ class DeepSpeedBackend(DistributedBackend):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(device)
-        self.adopt_group(device)
+        self.adopt_group(device, group_timeout(dist_timeout))
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
         self.broadcast_from_main(module)

@@ -20,9 +20,13 @@ class DistributedBackend(Backend):
     A subclass starts the group and then calls `adopt_group`.
     """
 
-    def adopt_group(self, device: torch.device) -> None:
-        """Take rank and size from the group that was started, and make sure that it is the one asked for."""
-        self._exchange: tuple[Tensor, dist.Work] | None = None  # of `largest_lately`
+    def adopt_group(self, device: torch.device, timeout: timedelta) -> None:
+        """Take rank and size from the group that was started, and make sure that it is the one asked for.
+
+        Args:
+            device: where this rank's tensors live.
+            timeout: see `group_timeout`.
+        """
         self.device = torch.device("cpu") if device.type == "cpu" else device  # Accelerate says cpu:0
         self.in_group = dist.is_initialized()
         self.rank = dist.get_rank() if self.in_group else 0
@@ -34,6 +38,10 @@ class DistributedBackend(Backend):
                 f"the launcher started {expected} processes but the {self.name} process group has {self.world_size}: "
                 f"this would train {expected} separate models; start with `torchrun --nproc_per_node {expected} ...`"
             )
+        self._exchange: tuple[Tensor, dist.Work] | None = None  # of `largest_lately`
+        self._host_group: dist.ProcessGroup | None = None  # the default one
+        if self.world_size > 1 and self.device.type != "cpu":
+            self._host_group = dist.new_group(backend="gloo", timeout=timeout)
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -50,8 +58,10 @@ class DistributedBackend(Backend):
     def largest_lately(self, number: int) -> int:
         if self.world_size == 1:
             return number
-        before, value = self._exchange, torch.full((1,), number, device=self.device)
-        self._exchange = value, dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
+        # in the host's memory: to read a tensor of the device is to wait for all that the device has to do before
+        before, value = self._exchange, torch.full((1,), number)
+        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True)
+        self._exchange = value, work
         if before is None:
             return 0
         value, work = before

@@ -327,7 +327,7 @@ class _GeneratorRun(_Run):
 
         if self.network.num_classes:
             for index in {0, len(self.dataset) // 2, len(self.dataset) - 1}:
-                _check_label(self.dataset.label(index), self.network.num_classes)
+                self.network.check_label(self.dataset.label(index))
         if self.extractor is not None:
             self.draw_options = draw_options(self.options, self.network)
             self.num_samples = NUM_SAMPLES if self.options.num_samples is None else self.options.num_samples
@@ -351,7 +351,7 @@ class _GeneratorRun(_Run):
         known = self.network.num_classes
         for batch in self.batches("predict", labels=known > 0):
             for label in batch.label.unique().tolist() if known else ():
-                _check_label(label, known)
+                self.network.check_label(label)
             yield batch.item, batch.label if known else batch.label.new_zeros(len(batch.label))
 
     def fidelity_numbers(self, is_tokenizer: bool) -> dict[str, float]:
@@ -380,11 +380,11 @@ class _GeneratorRun(_Run):
         """(N,) classes of images that lie evenly over the data: in any order of it, each class as often as there."""
         import torch
 
-        known, images = self.network.num_classes, len(self.dataset)
-        if not known:
-            return self.network.labels(None, self.num_samples)
-        labels = [self.dataset.label(number * images // self.num_samples) for number in range(self.num_samples)]
-        return self.network.labels(torch.tensor([_check_label(label, known) for label in labels]), self.num_samples)
+        model, count = self.network, self.num_samples
+        if not model.num_classes:
+            return model.labels(None, count)
+        labels = [self.dataset.label(number * len(self.dataset) // count) for number in range(count)]
+        return model.labels(torch.tensor([model.check_label(label) for label in labels]), count)
 
 
 def _distances(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
@@ -393,15 +393,3 @@ def _distances(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
 
     numbers = fidelity(reconstructions, images)
     return {f"r{name}": numbers[name] for name in ("fid", "kid")}
-
-
-def _check_label(label: int | None, known: int) -> int:
-    """The label; `UserError` unless it is one of so many classes."""
-    if label is None or label < 0:
-        raise UserError(
-            f"the model knows {known} classes but there are images without a label; use a source with labels (a "
-            "folder with one subfolder a class, for example)"
-        )
-    if label >= known:
-        raise UserError(f"the images have the label {label} but the model knows the classes 0 to {known - 1}")
-    return label

@@ -38,6 +38,11 @@ class Alias:
             raise UserError(f"--{name} {value!r} is not known; choose one of {', '.join(self.words)}")
         return self.words[value.lower()]
 
+    @property
+    def in_a_file(self) -> str:
+        """How a configuration file says the same, by dotted option."""
+        return self.option if self.value is None else f"{self.option}: {self.value}"
+
     def __str__(self) -> str:
         return f"--{self.option}" if self.value is None else f"--{self.option} {self.value}"
 
@@ -88,17 +93,17 @@ def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIA
 
 
 def without_local_rank(arguments: Iterable[str]) -> list[str]:
-    """The arguments but `--local_rank N` and `--local_rank=N`.
+    """The arguments but `--local_rank N`, `--local_rank=N`, and the same with a hyphen.
 
     Launchers add it to what they write into the environment, where ranks are read from.
     """
     kept, rest = [], iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
-        if name != "--local_rank":
+        if name not in ("--local_rank", "--local-rank"):
             kept.append(argument)
         elif not re.fullmatch(r"-?\d+", value := value if equals else next(rest, "")):
-            raise UserError(f"--local_rank {value!r} is no number; launchers add it, leave it out")
+            raise UserError(f"{name} {value!r} is no number; launchers add it, leave it out")
     return kept
 
 
@@ -182,6 +187,6 @@ def _one_line(message: str, known: list[str], aliases: Mapping[str, Alias]) -> s
     ):
         if (unknown := re.search(pattern, message)) is not None:
             name = ".".join(filter(None, (unknown["group"], unknown["name"])))
-            hint = f"in a file it is {aliases[name].option}" if name in aliases else nearest(name, known)
-            return f"{message}; {hint}"
+            alias = aliases.get(name.rpartition(".")[2])
+            return f"{message}; {nearest(name, known) if alias is None else 'in a file it is ' + alias.in_a_file}"
     return message

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import shutil
 import textwrap
+from typing import Any
 
 from vqdist.cli.models import MODELS, TrainedModel
 from vqdist.cli.parsing import DATA_ALIASES, make_parser, nearest, parse
@@ -121,7 +123,7 @@ def _aliases_help(entry: TrainedModel) -> str | None:
     lines = [f"{entry.aliases_title}:"]
     for name, alias in entry.aliases.items():
         lines.append(f"  --{name:<22}{'the same' if name == alias.option else f'= {alias}'}")
-    lines += [f"  --{'local_rank':<22}the launcher's, without effect: ranks come from the environment"]
+    lines += [f"  --{'local_rank, --local-rank':<22}the launcher's, without effect: ranks come from the environment"]
     lines += ["", "where they mean something else than in train_vae:"]
     lines += [_indented(f"  --{name:<22}", alias.note) for name, alias in entry.aliases.items() if alias.note]
     return "\n".join([*lines, "", _indented("", entry.aliases_note)])
@@ -147,7 +149,7 @@ def _train(entry: TrainedModel, options) -> int:
     if entry.over_tokenizer:
         model_options["tokenizer"] = _open_tokenizer(options)
     seed_everything(options.seed, "weights")
-    model = model_class(**model_options)
+    model = _build(model_class, model_options)
     top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
     trainer = trainer_class(model, **options.data.as_dict(), **options.trainer.as_dict(), **top)
     try:
@@ -169,6 +171,16 @@ def _refuse_missing(entry: TrainedModel, options) -> None:
         raise UserError(
             f"--data{others} is missing; give an image folder, or digits, synthetic, torchvision:NAME, wds:, hf:"
         )
+
+
+def _build(model_class: type, options: dict[str, Any]):
+    try:
+        return model_class(**options)
+    except (MemoryError, RuntimeError, TypeError) as error:  # torch has several words for a size beyond all memory
+        reason = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not re.search("allocate|memory|overflow", reason, re.IGNORECASE):
+            raise
+        raise UserError(f"a model of this size does not fit into memory ({reason[:160]}); make it smaller") from error
 
 
 def _open_tokenizer(options):

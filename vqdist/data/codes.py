@@ -1,48 +1,281 @@
-"""Stored codes of images, memory-mapped: what `vqdist encode` writes and the second stage trains on."""
+"""Stored codes of images, memory-mapped: what `vqdist encode` writes and the second stage trains on.
+
+A folder of codes, in version 1 of the format:
+
+| file | content |
+| --- | --- |
+| `encode.json` | the plan, written before the first shard: what was encoded, by what, in which batches |
+| `codes_00000.npy`, ... | (rows, n), or (rows, n, q) with q levels, in the smallest fitting type of uint8, 16, 32 |
+| `labels_00000.npy`, ... | (rows,) int64: the classes, -1 where the source has none |
+| `manifest.json` | written last: the plan, and of every shard file its size in bytes and its SHA-256 |
+
+Row r of shard s belongs to the image s * shard_size + r, so the last shard may be shorter. With the maps of several
+scales, a row is the coarsest map first. Every file is written under a name that ends in `.partial` and renamed when it
+is whole; of a shard the codes are renamed last, so where they are, the labels are too. A folder without
+`manifest.json` is unfinished.
+
+Shapes: n codes per image, q levels.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from vqdist.data.sources.base import checked_index
+from vqdist.errors import UserError
+from vqdist.files import read_json
+
+FORMAT_VERSION = 1
+PLAN = "encode.json"
+MANIFEST = "manifest.json"
+KINDS = ("labels", "codes")
+"""The two files of a shard, in the order in which they appear."""
+
+MAX_OPEN = 256
+"""Mapped files of a kind in one process: each holds a file descriptor, of which there are often 1,024."""
+
+LABEL_DTYPE = np.dtype(np.int64)
+
+# what a manifest says of all images: its type, and the least of a number
+FACTS = {
+    "tokenizer": (str, None),
+    "data": (str, None),
+    "model_type": (str, None),
+    "image_size": (int, 1),
+    "channels": (int, 1),
+    "codebook_size": (int, 1),
+    "num_codes": (int, 1),
+    "num_levels": (int, 1),
+    "code_side": (int | None, None),
+    "scales": (list | None, None),
+    "count": (int, 1),
+    "shard_size": (int, 1),
+    "batch_size": (int, 1),
+    "classes_seen": (int, 0),
+}
 
 
 class CodeDataset(Dataset):
     """The codes in a folder that `vqdist encode` wrote.
 
+    Opening looks at the manifest and at the sizes of the files; a file is mapped when an image of it is first asked
+    for, in each process anew, and nothing but the rows that are asked for is read.
+
     Args:
         folder: with `manifest.json` and shards.
 
     Attributes:
+        folder: where the files are.
         tokenizer: fingerprint of the tokenizer that made the codes, see `Tokenizer.fingerprint`.
+        data: fingerprint of the images, see `Source.fingerprint`.
+        model_type: of the tokenizer's model.
         codebook_size: number of codes (of each level).
         num_codes: codes of an image.
         num_levels: codes per position.
+        image_size: side of the images in pixels.
+        channels: of the images.
+        scales: sides of the token maps of a multi-scale tokenizer, the finest last; None where there is one map.
+        code_side: side of that one map; None with scales.
+        classes_seen: how many different classes the images have; 0 where the source has none.
+
+    Raises:
+        UserError: there are no codes, they are unfinished or of another version, or a file is missing or of another
+            size than it was.
     """
 
-    tokenizer: str
-    codebook_size: int
-    num_codes: int
-    num_levels: int
-
     def __init__(self, folder: str | Path):
-        raise NotImplementedError
+        self.folder = Path(folder).expanduser()
+        self._manifest = manifest = read_manifest(self.folder)
+        self.tokenizer: str = manifest["tokenizer"]
+        self.data: str = manifest["data"]
+        self.model_type: str = manifest["model_type"]
+        self.codebook_size: int = manifest["codebook_size"]
+        self.num_codes: int = manifest["num_codes"]
+        self.num_levels: int = manifest["num_levels"]
+        self.image_size: int = manifest["image_size"]
+        self.channels: int = manifest["channels"]
+        self.classes_seen: int = manifest["classes_seen"]
+        self.code_side: int | None = manifest["code_side"]
+        self.scales: tuple[int, ...] | None = None if manifest["scales"] is None else tuple(manifest["scales"])
+        self._dtypes = {"codes": code_dtype(self.codebook_size), "labels": LABEL_DTYPE}
+        self._rows = {"codes": row_shape(self.num_codes, self.num_levels), "labels": ()}
+        self._check_sizes()
+        self._forget_maps()
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return self._manifest["count"]
+
+    def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
+        epoch, index = place if isinstance(place, tuple) else (0, place)
+        return self.fetch(epoch, index)[0]
 
     def fetch(
         self, epoch: int, index: int, *, among: Sequence[int] | Tensor | None = None
     ) -> tuple[Tensor, tuple[str, ...]]:
-        """The codes (n,) or (n, q) int64 of an image, the same in every epoch; and no names, as none is ever broken."""
-        raise NotImplementedError
+        """The codes (n,) or (n, q) int64 of an image, equal in every epoch; and no names, as none is ever broken."""
+        shard, row = divmod(checked_index(index, len(self)), self._manifest["shard_size"])
+        codes = self._maps["codes"](shard)[row].astype(np.int64)
+        if codes.max() >= self.codebook_size:
+            raise _damaged(
+                self._path("codes", shard), f"it holds the code {codes.max()} of a codebook of {self.codebook_size}"
+            )
+        return torch.from_numpy(codes), ()
 
     def label(self, index: int) -> int | None:
         """The class of an image, or None where the source had none."""
-        raise NotImplementedError
+        shard, row = divmod(checked_index(index, len(self)), self._manifest["shard_size"])
+        label = int(self._maps["labels"](shard)[row])
+        return None if label < 0 else label
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the manifest: equal on two nodes if they see the same codes."""
-        raise NotImplementedError
+        return sha256_of(self.folder / MANIFEST)
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise `UserError` unless the codes were made by the tokenizer with this fingerprint."""
+        if fingerprint != self.tokenizer:
+            raise UserError(
+                f"the codes in {self.folder} were made by the tokenizer {self.tokenizer[:12]}, and {fingerprint[:12]} "
+                "is given: other weights or another image size; give the tokenizer that made them, or encode again"
+            )
+
+    def verify(self) -> None:
+        """Read every file and compare its SHA-256 with the manifest's; `UserError` naming the first that differs."""
+        for shard, files in enumerate(self._manifest["shards"]):
+            for kind in KINDS:
+                path = self._path(kind, shard)
+                if sha256_of(path) != files[kind]["sha256"]:
+                    raise _damaged(path, "its SHA-256 is not the one in the manifest")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_maps"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget_maps()
+
+    def _forget_maps(self) -> None:
+        self._maps = {kind: lru_cache(MAX_OPEN)(partial(self._open, kind)) for kind in KINDS}
+
+    def _open(self, kind: str, shard: int) -> np.ndarray:
+        rows = len(shard_range(shard, len(self), self._manifest["shard_size"]))
+        return map_array(self._path(kind, shard), self._dtypes[kind], (rows, *self._rows[kind]))
+
+    def _path(self, kind: str, shard: int) -> Path:
+        return self.folder / shard_file(kind, shard)
+
+    def _check_sizes(self) -> None:
+        for shard, files in enumerate(self._manifest["shards"]):
+            for kind in KINDS:
+                path, expected = self._path(kind, shard), files[kind]["bytes"]
+                if not path.is_file():
+                    raise UserError(
+                        f"{path} is missing though {MANIFEST} lists it; run the same `vqdist encode` command again"
+                    )
+                if path.stat().st_size != expected:
+                    raise _damaged(path, f"it has {path.stat().st_size} bytes, and {MANIFEST} says {expected}")
+
+
+# --------------------------------------------------------------------------------------------- the format
+
+
+def shard_file(kind: str, shard: int) -> str:
+    """The name of a shard's file; the kind is `codes` or `labels`."""
+    return f"{kind}_{shard:05d}.npy"
+
+
+def num_shards(count: int, shard_size: int) -> int:
+    """How many shards so many images make."""
+    return -(-count // shard_size)
+
+
+def shard_range(shard: int, count: int, shard_size: int) -> range:
+    """The indices of the images of a shard; fewer than `shard_size` in the last one."""
+    return range(shard * shard_size, min(count, (shard + 1) * shard_size))
+
+
+def row_shape(num_codes: int, num_levels: int) -> tuple[int, ...]:
+    """The shape of an image's codes: (n,), or (n, q) with more than one level."""
+    return (num_codes,) if num_levels == 1 else (num_codes, num_levels)
+
+
+def code_dtype(codebook_size: int) -> np.dtype:
+    """The smallest unsigned type that holds the codes 0 .. codebook_size - 1."""
+    for bits in (8, 16, 32):
+        if codebook_size <= 2**bits:
+            return np.dtype(f"uint{bits}")
+    raise UserError(f"a codebook of {codebook_size} codes is too large to be stored; at most {2**32} can be")
+
+
+def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in a .npy file, memory-mapped; `UserError` naming the file unless it has this type and shape."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise _damaged(path, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (dtype, shape):
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
+        raise _damaged(path, f"it holds {found}, and {dtype} {shape} is expected")
+    return array.view(np.ndarray)  # numpy.memmap is a subclass whose every slice costs more
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `manifest.json` says; `UserError` if there is none, or none of this version."""
+    if not (folder / MANIFEST).is_file():
+        if (folder / PLAN).is_file():
+            raise UserError(f"the encoding of {folder} was not finished: run the same `vqdist encode` command again")
+        raise UserError(
+            f"there are no codes in {folder}: it has no {MANIFEST}; give a folder that `vqdist encode` wrote"
+        )
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{folder / MANIFEST} has the version {manifest.get('version')!r}, and this vqdist reads "
+            f"{FORMAT_VERSION}; encode the images again"
+        )
+    if (wrong := _wrong_part(manifest)) is not None:
+        raise _damaged(folder / MANIFEST, f"its {wrong!r} is missing or wrong")
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _wrong_part(manifest: dict[str, Any]) -> str | None:
+    """The first key of a manifest that cannot be right."""
+    for name, (kind, least) in FACTS.items():
+        if name not in manifest or not isinstance(manifest[name], kind):
+            return name
+        if least is not None and manifest[name] < least:
+            return name
+    shards = manifest.get("shards")
+    if not isinstance(shards, list) or len(shards) != num_shards(manifest["count"], manifest["shard_size"]):
+        return "shards"
+    for shard in shards:
+        for kind in KINDS:
+            file = shard.get(kind) if isinstance(shard, dict) else None
+            if not isinstance(file, dict) or not {"bytes", "sha256"} <= file.keys():
+                return "shards"
+    return None
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path} is damaged ({problem}); remove it and run the same `vqdist encode` command again, which makes it anew"
+    )

@@ -8,7 +8,8 @@ image is seen once per epoch by any number of ranks, and nothing depends on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -169,6 +170,29 @@ def valid_loader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
     )
+
+
+def listed_loader(
+    dataset: ImageDataset,
+    batches: Iterable[Iterable[int]],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """Exactly these batches of images, as they are in epoch 0, in this order, with labels."""
+    return _loader(
+        _Fetcher(dataset, torch.arange(len(dataset)), labels=True),
+        ([(0, index) for index in batch] for batch in batches),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=2,
+    )
+
+
+def default_workers() -> int:
+    """Loader processes of a rank where the user says nothing: up to 4, as this node's cores allow."""
+    per_rank = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(0, min(4, per_rank - 1))
 
 
 def _loader(

@@ -142,6 +142,20 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         finally:
             self.train(training)
 
+    def check_label(self, label: int | None) -> int:
+        """The label of an image; `UserError` unless it is one of the classes that the model knows."""
+        if label is None or label < 0:
+            raise UserError(
+                f"the model knows {self.num_classes} classes but there are images without a label; use a source with "
+                "labels (a folder with one subfolder a class, for example)"
+            )
+        if label >= self.num_classes:
+            raise UserError(
+                f"the images have the label {label} but the model knows the classes 0 to {self.num_classes - 1}; "
+                "num_classes must fit"
+            )
+        return label
+
     def labels(self, label: Tensor | int | None, count: int) -> Tensor:
         """(count,) int64: the class of all, or of each; `num_classes`, which stands for no class, where it is None."""
         if label is None:

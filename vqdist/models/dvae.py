@@ -7,6 +7,9 @@ decodes the mixture of code vectors that it weighs. Shapes: `b` batch, `c` chann
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,6 +192,11 @@ class DiscreteVAE(
         side = int(img_seq.shape[1] ** 0.5)
         if side * side != img_seq.shape[1]:
             raise UserError(f"{img_seq.shape[1]} codes do not make a square; give codes of shape (batch, side * side)")
+        if bool(((img_seq < 0) | (img_seq >= self.num_tokens)).any()):
+            raise UserError(
+                f"codes from {int(img_seq.min())} to {int(img_seq.max())} were given; the model has 0 to "
+                f"{self.num_tokens - 1}"
+            )
         return self._decode_map(self.codebook(rearrange(img_seq, "b (h w) -> b h w", h=side)))
 
     def _decode_map(self, features: Tensor) -> Tensor:
@@ -244,8 +252,8 @@ class DiscreteVAE(
     def draw(self, logits: Tensor, temp: float | None = None, noise: Tensor | None = None) -> Tensor:
         """Logits (b, h', w', v) -> the mixture of code vectors (b, h', w', d) that a relaxed draw weighs."""
         temp = self.temperature if temp is None else temp
-        if not temp > 0:
-            raise UserError(f"temp {temp} is not possible; it must be above 0")
+        if not 0 < temp < math.inf:
+            raise UserError(f"temp {temp} is not possible; it must be above 0 and finite")
         noise = sampling.gumbel_noise(logits.shape, logits.device) if noise is None else noise
         if self.reinmax:
             weights = sampling.reinmax(logits, noise, temp)
@@ -274,7 +282,7 @@ class DiscreteVAE(
         """The model in a `vae.pt` that DALLE-pytorch 1.6 wrote: {hparams, weights}.
 
         Nothing is unpickled but tensors and plain values. The file does not say how the model was trained, so losses
-        are the defaults, with the KL as DALLE-pytorch reduces it.
+        are the defaults; where a `kl_div_loss_weight` is given, it weighs the KL as DALLE-pytorch reduces it.
 
         Args:
             path: the file.
@@ -283,10 +291,13 @@ class DiscreteVAE(
         Returns:
             The model in eval mode.
         """
+        _refuse_unknown_arguments(cls, options)
         hparams, weights = _read_dalle_pytorch(Path(path).expanduser())
         try:
             channels = weights["encoder.0.0.weight"].shape[1] if "encoder.0.0.weight" in weights else 3
-            model = cls(**{"channels": channels, "kl_reduction": "dalle", **hparams, **options})
+            arguments = {"channels": channels, **hparams, **options}
+            reduction = "dalle" if arguments.get("kl_div_loss_weight") else "mean"
+            model = cls(**{"kl_reduction": reduction, **arguments})
             model.load_state_dict(weights)
         except (AttributeError, IndexError, TypeError, RuntimeError) as error:
             reason = shorten(str(error), 250, placeholder=" ...")
@@ -341,12 +352,12 @@ def _check_sizes(image_size, num_tokens, codebook_dim, num_layers, num_resnet_bl
 
 
 def _check_draw(temperature, straight_through, reinmax, kl_div_loss_weight, kl_reduction) -> None:
-    if not temperature > 0:
-        raise UserError(f"temperature {temperature} is not possible; it must be above 0")
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature {temperature} is not possible; it must be above 0 and finite")
     if reinmax and not straight_through:
         raise UserError("reinmax is a gradient for hard draws; set straight_through true as well")
-    if not kl_div_loss_weight >= 0:
-        raise UserError(f"kl_div_loss_weight {kl_div_loss_weight} is not possible; it must be at least 0")
+    if not 0 <= kl_div_loss_weight < math.inf:
+        raise UserError(f"kl_div_loss_weight {kl_div_loss_weight} is not possible; it must be at least 0 and finite")
     if kl_reduction not in KL_REDUCTIONS:
         raise UserError(f"kl_reduction {kl_reduction!r} is not known; choose one of {', '.join(KL_REDUCTIONS)}")
 
@@ -363,9 +374,19 @@ def _normalization(given: Sequence[Sequence[float]] | None, channels: int) -> tu
         raise UserError(
             f"normalization {given} is not possible; give {channels} means and {channels} standard deviations"
         )
-    if not all(std > 0 for std in stds):
-        raise UserError(f"normalization has the standard deviations {stds}; each must be above 0")
+    if not all(math.isfinite(mean) for mean in means):
+        raise UserError(f"normalization has the means {means}; each must be a finite number")
+    if not all(0 < std < math.inf for std in stds):
+        raise UserError(f"normalization has the standard deviations {stds}; each must be above 0 and finite")
     return torch.tensor(means).view(-1, 1, 1), torch.tensor(stds).view(-1, 1, 1)
+
+
+def _refuse_unknown_arguments(model_class: type, options: dict[str, Any]) -> None:
+    known = list(inspect.signature(model_class.__init__).parameters)[1:]
+    for name in options:
+        if name not in known:
+            nearest = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+            raise UserError(f"{model_class.__name__} has no argument {name!r}; nearest: {nearest}")
 
 
 def _read_dalle_pytorch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -374,12 +395,22 @@ def _read_dalle_pytorch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # not a file of torch, damaged, or one that would run code when unpickled
-        reason = _why_refused(str(error))
+        reason = _no_file_of_torch(path) or _why_refused(str(error))
         raise UserError(f"{path} cannot be read as tensors and plain values ({reason})") from error
     if not isinstance(content, dict) or not {"hparams", "weights"} <= content.keys():
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} holds {found}; a vae.pt of DALLE-pytorch holds hparams and weights")
     return content["hparams"], content["weights"]
+
+
+def _no_file_of_torch(path: Path) -> str | None:
+    """What a file is that torch has not written: empty, or text; None for any other."""
+    with path.open("rb") as file:
+        first = file.read(40)
+    if not first:
+        return "it is empty"
+    text = " ".join(first.decode("ascii", "replace").split())
+    return f"it is text that begins with {text!r}" if text.isascii() and text.isprintable() else None
 
 
 def _why_refused(message: str) -> str:

@@ -1,6 +1,7 @@
 """Quantizers behind one interface: the only adapter to vector-quantize-pytorch (tried with 1.32).
 
-Shapes: `b` batch, `d` feature channels, `h w` positions, `n` = h * w, `q` levels (codes per position).
+Shapes: `b` batch, `d` feature channels, `h w` positions, `n` = h * w, `q` levels (codes per position), `L` codes of
+all scales of an image.
 
 What the library leaves to its caller is done here, once: arithmetic in float32 under every precision, codebooks that
 stay equal over ranks whenever the process group was started, and a mistake in an option said in one line.
@@ -12,7 +13,7 @@ import contextlib
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +30,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import (
 )
 
 from vqdist.errors import UserError
+from vqdist.models.multiscale import V_PATCH_NUMS, MultiScaleResidual, VectorQuantizer, nearest_code
 
 _VQ_DEFAULTS = {
     "codebook_dim": 256,
@@ -48,6 +50,7 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
     "fsq": {},
     "simvq": {},
     "residual_vq": {**_VQ_DEFAULTS, "use_cosine_sim": False, "rotation_trick": False, "num_quantizers": 4},
+    "multiscale_vq": {},
 }
 
 # Levels by nominal codebook size: table 1 of arXiv 2309.15505.
@@ -127,6 +130,7 @@ _AT_LEAST = {  # integers
     "beam_size": 2,
     "eval_beam_size": 1,
     "frozen_codebook_dim": 1,
+    "num_phis": 1,
 }
 _BETWEEN = {  # numbers, both ends included
     "decay": (0, 0.999999),
@@ -139,6 +143,8 @@ _BETWEEN = {  # numbers, both ends included
     "sync_update_v": (0, 1),
     "frac_per_sample_entropy": (1e-6, 1),
     "noise_dropout": (0, 1),
+    "beta": (0, math.inf),
+    "phi_ratio": (0, 1),
 }
 
 
@@ -148,7 +154,7 @@ class Quantized(NamedTuple):
     Attributes:
         quantized: (b, d, h, w), in the dtype of the features.
         indices: codes, int64, (b, h, w), or (b, h, w, q) where a position has several; -1 for a level that
-            `quantize_dropout` left out.
+            `quantize_dropout` left out. Of several scales: (b, L), the coarsest first.
         aux_loss: commitment, codebook and entropy losses, weighted and summed; 0-d float32, 0 in eval mode.
     """
 
@@ -171,10 +177,12 @@ class Quantizer(nn.Module):
     Attributes:
         codebook_size: codes per level.
         num_levels: codes per position.
+        scales: sides of the maps of codes, growing, where there are several; None for one map of the features' size.
     """
 
     name: ClassVar[str]
     library_classes: ClassVar[tuple[type[nn.Module], ...]]
+    scales: tuple[int, ...] | None = None
 
     def __init__(self, dim: int, codebook_size: int | None, options: dict[str, Any]):
         super().__init__()
@@ -200,10 +208,7 @@ class Quantizer(nn.Module):
         """Features (b, d, h, w) -> `Quantized`; in train mode an EMA codebook moves towards them."""
         self._check_features(features)
         height, width = features.shape[-2:]
-        if self.training:
-            self._follow_process_group()
-        else:
-            self._require_codes()
+        self._prepare()
         with float32_arithmetic(features.device):
             tokens, indices, aux_loss = self._encode(rearrange(features.float(), "b d h w -> b (h w) d"))
         quantized = rearrange(tokens, "b (h w) d -> b d h w", h=height).to(features.dtype)
@@ -250,6 +255,12 @@ class Quantizer(nn.Module):
                 f"the codebook of quantizer {self.name} has no codes yet: k-means makes them from the first training "
                 f"batch; train at least one step, load weights, or build it with kmeans_init=False"
             )
+
+    def _prepare(self) -> None:
+        if self.training:
+            self._follow_process_group()
+        else:
+            self._require_codes()
 
     def _follow_process_group(self) -> None:
         # The library decides at construction and caches the answer for the process, but a group may start later. These
@@ -443,8 +454,180 @@ class ResidualVQQuantizer(VQQuantizer):
             )
 
 
+class EMACodebook(nn.Module):
+    """The library's codebook, which the averages of what it coded move: a `SharedCodebook` of several scales.
+
+    Args:
+        dim: of a code's vector.
+        codebook_size: number of codes.
+        use_cosine_sim: nearest by angle instead of by distance; the codes themselves keep their lengths.
+        **options: of the library's `Codebook`.
+    """
+
+    def __init__(self, dim: int, codebook_size: int, *, use_cosine_sim: bool, **options: Any):
+        super().__init__()
+        self.codebook_size = codebook_size
+        self.use_cosine_sim = use_cosine_sim
+        self.inner = Codebook(dim, codebook_size, **options)
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """See `SharedCodebook`."""
+        return nearest_code(vectors, self.inner.embed[0], cosine=self.use_cosine_sim)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """See `SharedCodebook`."""
+        return nn.functional.embedding(indices, self.inner.embed[0])
+
+    @property
+    def has_codes(self) -> bool:
+        """See `SharedCodebook`."""
+        return bool(self.inner.initted)
+
+    def start(self, vectors: Tensor) -> None:
+        """k-means of vectors (b, n, d), over all ranks."""
+        self.inner.init_embed_(rearrange(vectors, "b n d -> 1 (b n) d"))
+
+    @torch.no_grad()
+    def follow(self, vectors: Tensor, indices: Tensor) -> None:
+        """Move the codes towards vectors (b, n, d) that were given indices (b, n), and replace dead ones."""
+        self.inner.update_indices(vectors, indices)
+
+
+class MultiScaleVQ(MultiScaleResidual):
+    """`MultiScaleResidual` with its codebook, and with the options that `multiscale_vq` has.
+
+    Args:
+        dim: channels of the features.
+        codebook_size: number of codes.
+        v_patch_nums: sides of the scales' maps, growing; the last is the side of the feature map.
+        beta: weight of the commitment loss.
+        learnable_codebook: learn the codebook by gradient, as VAR does, instead of by averages (EMA).
+        use_cosine_sim: the nearest code by angle instead of by distance.
+        decay: of the averages.
+        kmeans_init: make the first codes from the first training batch.
+        kmeans_iters: iterations of that.
+        threshold_ema_dead_code: replace codes whose average number of uses in a batch is below this; 0 replaces none.
+        num_phis: convolutions that repair what enlarging lost; by default 4, or as many as there are scales.
+        phi_ratio: share of the convolution in what becomes of the codes; 0 leaves it out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        v_patch_nums: Sequence[int] = V_PATCH_NUMS,
+        beta: float = 0.25,
+        learnable_codebook: bool = False,
+        use_cosine_sim: bool = False,
+        decay: float = 0.9,
+        kmeans_init: bool = True,
+        kmeans_iters: int = 10,
+        threshold_ema_dead_code: float = 2,
+        num_phis: int | None = None,
+        phi_ratio: float = 0.5,
+    ):
+        if learnable_codebook:
+            codebook = VectorQuantizer(codebook_size, dim, beta, use_cosine_sim=use_cosine_sim)
+        else:
+            codebook = EMACodebook(
+                dim,
+                codebook_size,
+                use_cosine_sim=use_cosine_sim,
+                decay=decay,
+                kmeans_init=kmeans_init,
+                kmeans_iters=kmeans_iters,
+                threshold_ema_dead_code=threshold_ema_dead_code,
+                sync_kmeans=False,  # until `_follow_process_group` knows
+            )
+        super().__init__(codebook, dim, v_patch_nums=v_patch_nums, beta=beta, num_phis=num_phis, phi_ratio=phi_ratio)
+
+
+class MultiScaleQuantizer(Quantizer):
+    """A map of codes for each of several scales, each coding what the coarser left over (VAR, arXiv 2404.02905)."""
+
+    name = "multiscale_vq"
+    library_classes = (MultiScaleVQ,)
+
+    def __init__(self, dim: int, codebook_size: int | None, options: dict[str, Any]):
+        super().__init__(dim, codebook_size, options)
+        self.scales = self.inner.scales
+        self._codebooks_need_init = True  # by default, unlike in the library
+
+    def forward(self, features: Tensor) -> Quantized:
+        """Features (b, d, h, w) -> `Quantized` with codes (b, L); in train mode an EMA codebook moves."""
+        self._check_features(features)
+        self._prepare()
+        with float32_arithmetic(features.device):
+            quantized, indices, loss = self.inner(features.float())
+        aux_loss = loss if self.training else torch.zeros((), device=features.device)
+        return Quantized(quantized.to(features.dtype), indices, aux_loss)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Codes (b, L), or of the first scales only, -> (b, d, h, w) float32: what `forward` gives in eval mode."""
+        self._require_codes()
+        with float32_arithmetic(indices.device):
+            return self.inner.decode(indices.long())
+
+    def next_scale_inputs(self, indices: Tensor) -> Tensor:
+        """Codes (b, L), or of the first scales only, -> what they say of the next ones, (b, n, d) float32.
+
+        For each scale from the second to the one after the last that is given: the features so far, at its size.
+        """
+        self._require_codes()
+        with float32_arithmetic(indices.device):
+            return self.inner.next_scale_inputs(indices.long())
+
+    def _check_features(self, features: Tensor) -> None:
+        super()._check_features(features)
+        side = self.scales[-1]
+        _require(
+            features.shape[-2:] == (side, side),
+            self.name,
+            f"v_patch_nums {list(self.scales)} ends at {side} but the feature map is {features.shape[-2]} by "
+            f"{features.shape[-1]}; its side must be the last of v_patch_nums",
+        )
+
+    @classmethod
+    def check_options(cls, dim: int, codebook_size: int | None, given: Mapping[str, Any], options: Mapping[str, Any]):
+        cls._check_scales(options["v_patch_nums"])
+        scales, phis = len(options["v_patch_nums"]), options["num_phis"]
+        _require(
+            phis is None or phis <= scales,
+            cls.name,
+            f"num_phis {phis} is more than the {scales} scales of v_patch_nums; use at most {scales}",
+        )
+        _require(
+            phis is None or options["phi_ratio"],
+            cls.name,
+            "num_phis is given but phi_ratio 0 leaves the convolutions out; leave one of the two out",
+        )
+        for option in ("decay", "kmeans_init", "kmeans_iters", "threshold_ema_dead_code"):
+            _require(
+                not (options["learnable_codebook"] and given.get(option)),
+                cls.name,
+                f"{option} does nothing with learnable_codebook, which learns by gradient; leave one of the two out",
+            )
+
+    @classmethod
+    def _check_scales(cls, sides: Any) -> None:
+        valid = isinstance(sides, (list, tuple)) and len(sides) > 0 and all(_is_integer(side) for side in sides)
+        _require(
+            valid and sides[0] > 0 and all(small < large for small, large in zip(sides, sides[1:])),
+            cls.name,
+            f"v_patch_nums {sides} is not a list of growing integers of at least 1; try [1, 2, 4, 8]",
+        )
+
+
 QUANTIZERS: dict[str, type[Quantizer]] = {
-    cls.name: cls for cls in (VQQuantizer, LFQQuantizer, FSQQuantizer, SimVQQuantizer, ResidualVQQuantizer)
+    cls.name: cls
+    for cls in (
+        VQQuantizer,
+        LFQQuantizer,
+        FSQQuantizer,
+        SimVQQuantizer,
+        ResidualVQQuantizer,
+        MultiScaleQuantizer,
+    )
 }
 
 
@@ -684,3 +867,40 @@ def _check_projection(name: str, dim: int, inner: int, given: Mapping[str, Any],
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+# --------------------------------------------------------------------------------------- the rotation trick alone
+
+
+def rotated_onto(source: Tensor, target: Tensor) -> Tensor:
+    """`target` in value, with the gradient of `source` turned and scaled as `source` is onto it (arXiv 2410.06424).
+
+    Args:
+        source: (..., d).
+        target: (..., d); gets no gradient.
+
+    Returns:
+        (..., d) float32: lambda * R source, where the rotation R in the plane of both and lambda = |target| / |source|
+        are held fixed.
+    """
+    with float32_arithmetic(source.device):
+        return _RotatedOnto.apply(source.float(), target.detach().float())
+
+
+class _RotatedOnto(torch.autograd.Function):
+    """The library computes lambda * R source to get `target`; only its gradient needs the arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(source, target)
+        return target.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """lambda * R^T gradient, with R = 1 - 2 r r^T + 2 q e^T for unit vectors: e source, q target, r between."""
+        source, target = ctx.saved_tensors
+        length, aim = (vector.norm(dim=-1, keepdim=True).clamp(min=1e-6) for vector in (source, target))
+        e, q = source / length, target / aim
+        r = nn.functional.normalize(e + q, dim=-1, eps=1e-6)
+        along_r, along_q = ((gradient * axis).sum(dim=-1, keepdim=True) for axis in (r, q))
+        return (gradient - 2 * along_r * r + 2 * along_q * e) * (aim / length), None

@@ -62,8 +62,8 @@ class TokenizerNetwork(nn.Module, ABC):
         """Codes of the scales, or of the first ones, -> what predicts each scale but the first.
 
         Returns:
-            (b, n, d) float32: for each scale from the second to the one after the last that is given, the features that
-            the codes before it add up to, at its size; n is the sum of p * p over these, L - L_1 for all scales.
+            (b, n, d) float32: for each scale from the second to the one after the last that is given, the features
+            that the codes before it add up to, at its size; n is the sum of p * p over these, L - L_1 for all scales.
         """
         self._require_scales()
         return self.quantizer.next_scale_inputs(torch.cat(list(idxBl), dim=1))
@@ -209,8 +209,9 @@ def check_scales(size: int, layers: int, option: str, scales: Sequence[int]) -> 
     side = size >> layers
     if scales[-1] != side:
         raise UserError(
-            f"v_patch_nums {list(scales)} ends at {scales[-1]} but image_size {size} with {option} {layers} makes a "
-            f"feature map of {side} by {side}; end v_patch_nums at {side}, or use image_size {scales[-1] << layers}"
+            f"v_patch_nums {list(scales)} ends at {scales[-1]} but image_size {size} makes a feature map of "
+            f"{side} by {side} (2 ** {layers} {option}); end v_patch_nums at {side}, or use image_size "
+            f"{scales[-1] << layers}"
         )
 
 

@@ -20,7 +20,7 @@ from vqdist.models.discriminator import PatchDiscriminator
 from vqdist.models.perceptual import MIN_IMAGE_SIZE, PerceptualLoss
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import Quantizer, build_quantizer
-from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images
+from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images, check_scales
 
 
 class Reconstruction(NamedTuple):
@@ -28,7 +28,7 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         recon: (b, c, h, w), in [0, 1] but for overshoot.
-        indices: codes, (b, h', w') or (b, h', w', q) with q residual levels.
+        indices: codes, (b, h', w') or (b, h', w', q) with q residual levels; (b, L) of several scales.
         aux_loss: the quantizer's commitment or entropy loss, weighted; 0-d float32.
         hidden: input of the last layer, (b, d, h, w), without a gradient: the adaptive weight is computed from it.
     """
@@ -146,6 +146,11 @@ class VQAutoencoder(TokenizerNetwork):
         """Codes per position."""
         return self.quantizer.num_levels
 
+    @property
+    def scales(self) -> tuple[int, ...] | None:
+        """Sides of the maps of codes of a `multiscale_vq`, growing; None of any other quantizer."""
+        return self.quantizer.scales
+
     def tokenize(self, image: Tensor) -> Tensor:
         return self.quantizer(self.encoder(image)).indices
 
@@ -175,14 +180,15 @@ class VQGanVAE(
         layers: halvings of the resolution; image sides must be multiples of 2 ** layers.
         l2_recon_loss: mean squared error for the reconstruction instead of the mean absolute error.
         use_hinge_loss: hinge adversarial losses; false takes binary cross-entropy.
-        quantizer: `vq` (EMA codebook), `lfq` (lookup-free), `fsq` (finite scalar), `simvq` or `residual_vq`; by
-            default what `lookup_free_quantization` says.
+        quantizer: `vq` (EMA codebook), `lfq` (lookup-free), `fsq` (finite scalar), `simvq`, `residual_vq` or
+            `multiscale_vq` (VAR's, a map of codes for each scale); by default what `lookup_free_quantization` says.
         lookup_free_quantization: `lfq` if true, `vq` if false; only where `quantizer` is not given.
         codebook_size: number of codes (of each level, for `residual_vq`).
         vq_kwargs: options of `vq` and `residual_vq` in vector-quantize-pytorch, over the defaults codebook_dim 256,
             decay 0.8, commitment_weight 1, kmeans_init and use_cosine_sim true.
         lfq_kwargs: options of `lfq` in vector-quantize-pytorch, over the default diversity_gamma 4.
-        quantizer_kwargs: options of any other quantizer in vector-quantize-pytorch, `levels` of `fsq` for example.
+        quantizer_kwargs: options of any other quantizer in vector-quantize-pytorch, `levels` of `fsq` for example;
+            of `multiscale_vq`, those of `vqdist.models.quantizers.MultiScaleVQ`: `v_patch_nums`, ...
         use_vgg_and_gan: false turns perceptual and adversarial loss off, whatever `perceptual` and `use_gan` say.
         use_gan: train against a discriminator.
         perceptual: perceptual loss: `vgg16` (torchvision's weights), a file with VGG16 weights (.pth, .safetensors),
@@ -284,6 +290,8 @@ class VQGanVAE(
     def check_image_size(self, size: int) -> None:
         """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
         check_image_size(size, self.layers, "layers")
+        if self.quantizer.scales is not None:
+            check_scales(size, self.layers, "layers", self.quantizer.scales)
 
     def check_training_size(self, size: int) -> None:
         """As `check_image_size`, and for the networks that are needed for training only."""
@@ -313,7 +321,10 @@ class VQGanVAE(
         return None if loss is None else loss.to(self.device)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (b, c, h, w) in [0, 1] -> quantized features (b, d, h', w'), codes (b, h', w'), quantizer's loss."""
+        """Images (b, c, h, w) in [0, 1] -> quantized features (b, d, h', w'), codes (b, h', w'), quantizer's loss.
+
+        Codes of several scales are (b, L).
+        """
         self._check_image(image)
         return tuple(self.quantizer(self.autoencoder.encoder(image)))
 
@@ -324,9 +335,10 @@ class VQGanVAE(
     def decode_from_ids(self, ids: Tensor) -> Tensor:
         """Codes (b, h', w'), or (b, n) of a square image, -> images (b, c, h, w), not clamped.
 
-        Where a position has several codes they are the last axis: (b, h', w', q) or (b, n, q).
+        Where a position has several codes they are the last axis: (b, h', w', q) or (b, n, q). Codes of several scales
+        are (b, L), or those of the first scales.
         """
-        if ids.ndim == (3 if self.quantizer.num_levels > 1 else 2):
+        if self.quantizer.scales is None and ids.ndim == (3 if self.quantizer.num_levels > 1 else 2):
             side = int(ids.shape[1] ** 0.5)
             if side * side != ids.shape[1]:
                 raise UserError(

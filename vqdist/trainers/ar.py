@@ -136,15 +136,8 @@ class ARTrainer(Trainer):
         codes.check_tokenizer(self.model.tokenizer.fingerprint())
 
     def _check_labels(self, dataset: ImageDataset | CodeDataset) -> None:
-        known = self.model.num_classes
         for index in {0, len(dataset) // 2, len(dataset) - 1}:
-            label = dataset.label(index)
-            if label is None:
-                raise UserError(
-                    f"the model knows {known} classes but the images have no labels; use a source with labels (a "
-                    "folder with one subfolder a class, for example), or num_classes 0"
-                )
-            _check_label(label, known)
+            self.model.check_label(dataset.label(index))
 
     def build_engines(self) -> dict[str, Engine]:
         if self.config.compile:
@@ -163,8 +156,8 @@ class ARTrainer(Trainer):
         """Images (b, c, h, w) or codes (b, n), and their classes (b,), on this rank's device."""
         known = self.model.num_classes
         if known:
-            _check_label(int(batch.label.min()), known)
-            _check_label(int(batch.label.max()), known)
+            self.model.check_label(int(batch.label.min()))
+            self.model.check_label(int(batch.label.max()))
         label = batch.label if known else torch.zeros_like(batch.label)
         return self.to_device(batch.item), label.to(self.device, non_blocking=True)
 
@@ -233,12 +226,11 @@ class ARTrainer(Trainer):
         options = DrawOptions(**{**model.draw_defaults, **self.config.sample_options})
         return draw_numbers(model, range(count), model.labels(label, count), options, seed=self.config.seed)
 
+    def counts_to_come(self) -> dict[str, Tensor]:
+        """What the next line of numbers counts, besides the means."""
+        counts = {"predicted": self.predicted.sums, "images": self.predicted.images}
+        return counts if self.codes is None else {**counts, "codes": self.codes.counts}
+
     @contextmanager
     def averaged_model(self) -> Iterator[AutoregressiveModel]:
         yield self.network
-
-
-def _check_label(label: int, known: int) -> None:
-    if not 0 <= label < known:
-        what = "an image without a label" if label < 0 else f"the label {label}"
-        raise UserError(f"{what} was found but the model knows the classes 0 to {known - 1}; set num_classes to fit")

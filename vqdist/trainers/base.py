@@ -83,6 +83,7 @@ class Trainer(RunFolder):
 
     Attributes:
         model_argument: what the constructor calls the model.
+        picture_name: what the pictures show.
         with_labels: whether batches come with the classes of their images.
         step: finished optimizer steps.
         position: images of the data order that were used, over all ranks.
@@ -92,6 +93,7 @@ class Trainer(RunFolder):
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
     model_argument: ClassVar[str] = "vae"
+    picture_name: ClassVar[str] = "reconstructions"
     with_labels: bool = False
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -148,6 +150,9 @@ class Trainer(RunFolder):
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Measure the averaged (or live) weights on the validation split."""
+
+    def before_pictures(self) -> None:
+        """Gather over ranks what `save_pictures` is about to draw; every rank calls this."""
 
     @abstractmethod
     def save_pictures(self, images: Tensor, path: Path) -> None:
@@ -287,14 +292,15 @@ class Trainer(RunFolder):
         self._restart_clock()
         if self.is_main:
             self._log(numbers)
-        broken = [name for name, value in numbers.items() if name.endswith("loss") and value != value]
+        broken = [name for name, value in numbers.items() if name.endswith("loss") and not math.isfinite(value)]
         if broken:
             newest = self.checkpoints.latest()
             kept = (
                 "there is no checkpoint yet: start" if newest is None else f"the newest checkpoint is {newest}: resume"
             )
             raise UserError(
-                f"{', '.join(broken)} is not a number at step {self.step}; {kept} with a lower lr or max_grad_norm"
+                f"{', '.join(f'{name} is {numbers[name]}' for name in broken)} at step {self.step}; {kept} with a "
+                "lower lr or max_grad_norm, and --trainer.allow_config_change true to do so in the same run folder"
             )
 
     def _log(self, numbers: dict[str, float]) -> None:
@@ -356,6 +362,7 @@ class Trainer(RunFolder):
 
     def _draw(self) -> None:
         paused = time.perf_counter()
+        self.before_pictures()
         if self.is_main:
             self.save_pictures(self.to_device(self._picture_images()), self.picture_path)
         self._pictured = self.step

@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vqdist.data.config import DataConfig
 from vqdist.errors import UserError
@@ -99,8 +101,10 @@ class TrainerConfig(DataConfig):
             self.at_least(name, 0)
         for name in ("lr", "ema_update_after_step", "num_workers"):
             self.at_least(name, 0)
-        for name in ("max_grad_norm", "dist_timeout", "epochs", "lr_decay_rate"):
-            self.above_zero(name)
+        self.above_zero("max_grad_norm")
+        self.above_zero("dist_timeout", at_most=525_600)  # a year
+        self.above_zero("epochs", at_most=1e9)
+        self.above_zero("lr_decay_rate", at_most=1)
         self.one_of("lr_schedule", LR_SCHEDULES)
         if self.lr_schedule != "exponential":
             self.refuse_set("lr_decay_rate", because=f"lr_schedule is {self.lr_schedule}")
@@ -109,8 +113,8 @@ class TrainerConfig(DataConfig):
             raise UserError(f"ema_beta {self.ema_beta} is not possible; give a decay in [0, 1]")
         if self.precision == "fp16":
             raise UserError(
-                "precision 'fp16' is not supported: two networks under one loss scale have not been shown to be "
-                "right; use bf16 (same speed, no scaling) or fp32"
+                "precision 'fp16' is not supported: its gradients vanish unless losses are scaled, which no trainer "
+                "does; use bf16 (same speed, no scaling) or fp32"
             )
         self.one_of("precision", PRECISIONS)
         if not self.use_ema:
@@ -134,24 +138,26 @@ class TrainerConfig(DataConfig):
                 raise UserError(f"{name} {getattr(self, name)} does nothing, because {because}; leave it out")
 
     def at_least(self, name: str, lowest: float) -> None:
-        """Raise `UserError` if this option is below `lowest`; null passes where its type allows it."""
+        """Raise `UserError` if this option is below `lowest` or infinite; null passes."""
         value = getattr(self, name)
-        if not (self._may_be_null(name) if value is None else lowest <= value < math.inf):
-            raise UserError(f"{name} {value} is not possible; it must be at least {lowest:g}")
+        if value is not None and not lowest <= value < math.inf:
+            raise UserError(f"{name} {value} is not possible; it must be at least {lowest:g}{_and_finite(value)}")
 
-    def above_zero(self, name: str) -> None:
-        """Raise `UserError` if this option is 0 or below; null passes where its type allows it."""
+    def above_zero(self, name: str, at_most: float = math.inf) -> None:
+        """Raise `UserError` if this option is 0 or below, infinite, or above `at_most`; null passes."""
         value = getattr(self, name)
-        if not (self._may_be_null(name) if value is None else value > 0):
-            raise UserError(f"{name} {value} is not possible; it must be above 0")
-
-    def _may_be_null(self, name: str) -> bool:
-        return any(f.name == name and "None" in str(f.type) for f in dataclasses.fields(self))
+        if value is not None and not (0 < value <= at_most and value < math.inf):
+            limit = f" and at most {at_most:g}" if at_most < math.inf else _and_finite(value)
+            raise UserError(f"{name} {value} is not possible; it must be above 0{limit}")
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> None:
         """Raise `UserError` if this option is none of the choices."""
         if getattr(self, name) not in choices:
             raise UserError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(choices)}")
+
+
+def _and_finite(value: float) -> str:
+    return " and finite" if value == math.inf else ""
 
 
 # What may differ between the first start of a run and its resume without changing what is learnt from here on.
@@ -167,7 +173,10 @@ FREE_TO_CHANGE = frozenset(
 
 
 def build_config(config_class: type[C], options: dict[str, Any]) -> C:
-    """Make and check a configuration; an unknown or missing option is an error that helps."""
+    """Make and check a configuration; an option that is unknown, missing or of another type is an error that helps.
+
+    A path may stand where a string is expected.
+    """
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     for name in options:
         if name not in fields:
@@ -177,9 +186,38 @@ def build_config(config_class: type[C], options: dict[str, Any]) -> C:
     missing = [name for name in required if name not in options]
     if missing:
         raise UserError(f"these options have no default and were not given: {', '.join(missing)}")
+    options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
+    kinds = get_type_hints(config_class)
+    for name, value in options.items():
+        if not _is_of(value, kinds[name]):
+            raise UserError(f"{name} {value!r} is not possible; give {_in_words(kinds[name])}")
     config = config_class(**options)
     config.check()
     return config
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says; whole numbers are numbers, but true and false are none."""
+    if kind is Any:
+        return True
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if get_origin(kind) is list:
+        return isinstance(value, (list, tuple)) and all(_is_of(item, parts[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _in_words(kind: Any) -> str:
+    """An annotation as people say it: `int | None` is "a whole number or null"."""
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"a list, each item {_in_words(get_args(kind)[0])}"
+    return words.get(kind, "a dictionary")
 
 
 def signature_of(config_class: type[TrainerConfig], first: str) -> inspect.Signature:

@@ -94,6 +94,11 @@ class DiscreteVAETrainer(TokenizerTrainer):
             )
         if self.model.kl_div_loss_weight == 0:
             self.config.refuse_set("kl_warmup_steps", because="the model's kl_div_loss_weight is 0")
+            if self.model.kl_reduction != "mean":
+                raise UserError(
+                    f"kl_reduction {self.model.kl_reduction} does nothing, because the model's kl_div_loss_weight is "
+                    "0; leave it out, or give a weight"
+                )
 
     def build_engines(self) -> dict[str, Engine]:
         if self.config.compile:

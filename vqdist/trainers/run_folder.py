@@ -6,22 +6,26 @@ import dataclasses
 import json
 import shutil
 import time
+import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from ema_pytorch import EMA
-from torch import nn
+from torch import Tensor, nn
 
 from vqdist import seeding
 from vqdist.backends import Backend, Engine
 from vqdist.backends.state import load_tensors, save_tensors
 from vqdist.checkpoint import MANIFEST, CheckpointStore, verify, write_atomically
 from vqdist.data.dataset import ImageDataset
+from vqdist.data.loader import Split
 from vqdist.errors import UserError
 from vqdist.files import read_json, write_json
+from vqdist.metrics import RunningMeans
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
 
@@ -29,7 +33,9 @@ from vqdist.trainers.config import TrainerConfig, default_options, differing_key
 class RunFolder(ABC):
     """The part of `Trainer` that writes and reads the run folder; see there for the attributes.
 
-    All state that outlives a step is listed in `_write_state` and restored by `load`.
+    `_write_state` lists all that weights, lines of numbers and charts of later steps depend on; `load` restores it.
+    What belongs to one rank (random state, `means`, `counts_to_come`) is of no use to another number of ranks: then
+    noise is drawn anew, and the first line and chart are of the resumed steps only. Speed is always measured anew.
     """
 
     config: TrainerConfig
@@ -38,13 +44,20 @@ class RunFolder(ABC):
     engines: dict[str, Engine]
     ema: EMA | None
     dataset: ImageDataset
+    split: Split
+    means: RunningMeans
     step: int
     position: int
     num_train_steps: int
+    global_batch: int
 
     @abstractmethod
     def averaged_model(self) -> AbstractContextManager[PretrainedModel]:
         """Within this context the model has the averaged weights, or the live ones without an average."""
+
+    def counts_to_come(self) -> dict[str, Tensor]:
+        """What this rank has counted for the next line of numbers and the next chart; `load` sets it in place."""
+        return {}
 
     def export(self, folder: Path) -> None:
         """Write the averaged model with `save_pretrained`, whole or not at all; rank 0 only."""
@@ -76,7 +89,7 @@ class RunFolder(ABC):
         self.step, self.position = info["step"], info["position"]
         self._batches = None
         self._saved = self.step
-        self._load_random_state(path, info)
+        self._load_rank_state(path, info)
         self._restart_clock()
 
     def _verified(self, path: Path) -> dict[str, Any]:
@@ -111,6 +124,8 @@ class RunFolder(ABC):
         for name, engine in self.engines.items():
             engine.save(folder / name)
         torch.save(seeding.generator_states(), folder / f"random_rank_{self.backend.rank:05d}.pt")
+        numbers = {"means": self.means.state(), "counts": self.counts_to_come()}
+        torch.save(numbers, folder / f"numbers_rank_{self.backend.rank:05d}.pt")
         if self.is_main and self.ema is not None:
             counters = {"ema_step": self.ema.step, "ema_initted": self.ema.initted}
             save_tensors(folder / "ema.safetensors", {**self.ema.ema_model.state_dict(), **counters})
@@ -126,11 +141,13 @@ class RunFolder(ABC):
         except RuntimeError as error:
             raise UserError(f"{path} holds the average of another network than this configuration builds") from error
 
-    def _load_random_state(self, path: Path, info: dict[str, Any]) -> None:
+    def _load_rank_state(self, path: Path, info: dict[str, Any]) -> None:
         if info["world_size"] == self.backend.world_size:
             states = torch.load(path / f"random_rank_{self.backend.rank:05d}.pt", weights_only=True)
             seeding.restore_generator_states(states)
+            self._load_numbers(path / f"numbers_rank_{self.backend.rank:05d}.pt")
             return
+        self._load_numbers(None)
         seeding.seed_everything(self.config.seed, "resume", self.step, self.backend.rank)
         self.print(
             f"{path} was saved by {info['world_size']} processes ({info['backend']}) and is resumed by "
@@ -138,7 +155,20 @@ class RunFolder(ABC):
             f"as saved; training noise is drawn anew, and one step now takes {self.global_batch} images"
         )
 
+    def _load_numbers(self, path: Path | None) -> None:
+        """Of the next line and chart; they begin anew without a file, as checkpoints had none at first."""
+        found = path is not None and path.is_file()
+        loaded = torch.load(path, self.device, weights_only=True) if found else {"means": None, "counts": {}}
+        self.means.restore(loaded["means"])
+        for name, counts in self.counts_to_come().items():
+            counts.copy_(loaded["counts"].get(name, torch.zeros_like(counts)))
+
     def _resume(self) -> None:
+        """Go on from the newest checkpoint that is whole, if there is one; from then on the folder is this run's."""
+        self._load_newest()
+        self._write_on_main(lambda: write_json(self.run_folder / "config.json", self._resolved_configuration()))
+
+    def _load_newest(self) -> None:
         self.checkpoints = CheckpointStore(
             self.run_folder / "checkpoints", self.backend, keep=self.config.keep_checkpoints
         )
@@ -155,13 +185,20 @@ class RunFolder(ABC):
                 self.print(f"warning: {error}")
                 continue
             self.print(f"resumed {self.checkpoints.path(step)}: step {self.step} of {self.num_train_steps}")
-            if self.step > self.num_train_steps:
-                self.print(f"warning: this run is past num_train_steps {self.num_train_steps}; nothing is trained")
+            self._warn_if_past_the_end()
             return
         if damaged:
             raise UserError(f"no checkpoint of {self.run_folder} can be loaded; {damaged[0]}")
         if (self.run_folder / "metrics.jsonl").exists():
             self.print(f"warning: {self.run_folder} holds a run without a complete checkpoint; it starts at step 0")
+
+    def _warn_if_past_the_end(self) -> None:
+        epochs, trained = self.config.epochs, self.position / len(self.split.train)
+        if epochs is None and self.step > self.num_train_steps:
+            self.print(f"warning: this run is past num_train_steps {self.num_train_steps}; nothing is trained")
+        # the last batch of a finished run may have gone past its end
+        if epochs is not None and self.position - round(epochs * len(self.split.train)) >= self.global_batch:
+            self.print(f"warning: this run is past epochs {epochs:g}, at {trained:.4g} of them; nothing is trained")
 
     # ------------------------------------------------------------------------------------- whose folder it is
 
@@ -179,15 +216,32 @@ class RunFolder(ABC):
     def _resolved_configuration(self) -> dict[str, Any]:
         model = getattr(self.model, "_hub_mixin_config", None) or {}
         images = self.dataset.fingerprint()  # in place of their path, which may differ between machines
-        return {"trainer": dataclasses.asdict(self.config), "model": model, "data": {"images": images}}
+        return {
+            "model_type": self._model_type,
+            "trainer": dataclasses.asdict(self.config),
+            "model": model,
+            "data": {"images": images},
+        }
+
+    @property
+    def _model_type(self) -> str | None:
+        return getattr(self.model, "model_type", None)
 
     def _refuse_other_configuration(self) -> None:
         path = self.run_folder / "config.json"
-        if not path.is_file() or self.config.allow_config_change:
+        if not path.is_file():
             return
         before = read_json(path)
-        if not {"trainer", "model", "data"} <= before.keys():
+        if not all(isinstance(before.get(part), dict) for part in ("trainer", "model", "data")):
             raise UserError(f"{path} is not of a run of vqdist; give another run folder")
+        # runs from before it was written do not say it: their options and networks are compared all the same
+        if before.setdefault("model_type", self._model_type) != self._model_type:
+            raise UserError(
+                f"{self.run_folder} holds a run of a model of type {before['model_type']!r} and this one is "
+                f"{self._model_type!r}; give another run folder"
+            )
+        if self.config.allow_config_change:
+            return
         # an option that did not exist when the run began has had its default's meaning
         before["trainer"] = {**default_options(type(self.config)), **before["trainer"]}
         lines = differing_keys(before, json.loads(json.dumps(self._resolved_configuration())))
@@ -199,17 +253,30 @@ class RunFolder(ABC):
 
     def _check_shared_folder(self) -> None:
         """Rank 0 makes the run folder; every rank must see it, with the same data."""
-        problem = None
+        # a name that nobody has used: what an earlier start left on a node's own disk would be seen there
+        token = self.backend.sum(torch.tensor([uuid.uuid4().int >> 66 if self.is_main else 0], device=self.device))
+        probe = self.run_folder / f".seen_by_every_process_{int(token):x}"
+        self._write_on_main(lambda: self._make_run_folder(probe))
+        unseen = self.backend.any(not probe.is_file())
         if self.is_main:
-            try:
-                self.run_folder.mkdir(parents=True, exist_ok=True)
-                write_json(self.run_folder / "config.json", self._resolved_configuration())
-            except OSError as error:
-                problem = UserError(f"the run folder {self.run_folder} cannot be written: {error.strerror}")
-        if self.backend.any(problem is not None):
-            raise problem or UserError(f"rank 0 cannot write the run folder {self.run_folder}")
-        if self.backend.any(not (self.run_folder / "config.json").is_file()):
+            probe.unlink()
+        if unseen:
             raise UserError(f"{self.run_folder} is not visible to every process; use a folder on a shared file system")
         fingerprint = torch.tensor([int(self.dataset.fingerprint()[:15], 16)], device=self.device)
         if bool((self.backend.gather(fingerprint) != fingerprint).any()):
             raise UserError(f"the images of {self.config.folder or 'the dataset'} differ between processes or nodes")
+
+    def _make_run_folder(self, probe: Path) -> None:
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+
+    def _write_on_main(self, write: Callable[[], None]) -> None:
+        """Let rank 0 write into the run folder; every rank calls this and fails if rank 0 does."""
+        problem = None
+        if self.is_main:
+            try:
+                write()
+            except OSError as error:
+                problem = UserError(f"the run folder {self.run_folder} cannot be written: {error.strerror}")
+        if self.backend.any(problem is not None):
+            raise problem or UserError(f"rank 0 cannot write the run folder {self.run_folder}")

@@ -1,0 +1,135 @@
+"""`vqdist encode RUN`: the codes of a set of images by a run's tokenizer, stored for the second stage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from vqdist.cli.parsing import make_parser, parse
+from vqdist.errors import UserError
+
+# a rank that has written its last shard waits in a collective for those that have one more
+DIST_TIMEOUT = 12 * 60.0  # minutes
+
+
+def encode(arguments: list[str]) -> int:
+    """Store the codes of images: `vqdist encode RUN --data DIR --out codes/`; again to go on."""
+    options = parse(_parser(), arguments)
+    _check(options)
+    from vqdist.backends import create_backend
+    from vqdist.encoding import CodeWriter
+    from vqdist.trainers.base import keep_freed_memory
+
+    tokenizer, dataset = _open(options)
+    writer = CodeWriter(tokenizer, dataset, options.out, batch_size=options.batch_size, shard_size=options.shard_size)
+    backend = create_backend(options.backend, dist_timeout=DIST_TIMEOUT)
+    keep_freed_memory(backend.device)
+    with _progress_bar(backend) as progress:
+        numbers = writer.write(backend, num_workers=options.num_workers, progress=progress)
+    if backend.is_main:
+        _report(options.out, numbers)
+    backend.close()
+    return 0
+
+
+def _parser():
+    parser = make_parser("vqdist encode", "Store the codes of all images of --data by a run's tokenizer.")
+    parser.add_argument("run", type=str, help="Run folder of a tokenizer, or a folder that save_pretrained wrote.")
+    parser.add_argument("--data.folder", type=str, required=True, help="Images, as for train (short: --data).")
+    parser.add_argument(
+        "--out", type=str, required=True, help="Folder for the codes; one begun by this command goes on."
+    )
+    parser.add_argument(
+        "--data.image_size",
+        type=int | None,
+        default=None,
+        help="Side in pixels (short: --image_size); by default the run's.",
+    )
+    parser.add_argument(
+        "--data.on_bad_image",
+        type=str,
+        default="raise",
+        help="What to do with a file that cannot be decoded (short: --on_bad_image): `raise`, or `skip`, which puts "
+        "the next good image in its place.",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="Images per batch of one process.")
+    parser.add_argument("--shard_size", type=int, default=8192, help="Images per file of codes.")
+    parser.add_argument(
+        "--num_workers",
+        type=int | None,
+        default=None,
+        help="Loader processes of each rank; by default up to 4, as the cores allow. 0 loads in the process itself.",
+    )
+    parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
+    return parser
+
+
+def _check(options) -> None:
+    from vqdist.encoding import check_folder
+
+    for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
+        number = getattr(options, name)
+        if number is not None and number < least:
+            raise UserError(f"{name} {number} is not possible; it must be at least {least}")
+    if not options.out:
+        raise UserError("--out is empty; give the folder for the codes")
+    if options.data.folder.startswith("codes:"):
+        raise UserError(f"--data {options.data.folder} are codes already; give the images that they were made of")
+    check_folder(Path(options.out).expanduser(), options.data.folder)
+
+
+def _open(options):
+    """The tokenizer of a run, and its view of the images."""
+    from vqdist.data.dataset import ImageDataset
+    from vqdist.models.tokenizer import Tokenizer
+
+    run = Path(options.run).expanduser()
+    if not run.is_dir():
+        raise UserError(f"no such run folder: {run}")
+    folder = run / "export" if (run / "export").is_dir() else run
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{run} has no export/ with config.json and model.safetensors; train it to its first checkpoint"
+        )
+    tokenizer = Tokenizer.from_pretrained(folder, options.data.image_size)
+    dataset = ImageDataset(
+        options.data.folder,
+        tokenizer.image_size,
+        channels=tokenizer.channels,
+        augment=False,
+        on_bad_image=options.data.on_bad_image,
+    )
+    return tokenizer, dataset
+
+
+@contextmanager
+def _progress_bar(backend):
+    """A function to call after every batch; it draws a bar of rank 0's images, and names those that are replaced."""
+    from tqdm import tqdm
+
+    with tqdm(desc="encode", unit="image", disable=not (backend.is_main and sys.stderr.isatty())) as bar:
+
+        def progress(images: int, *, of: int, replaced: list[str]) -> None:
+            for name in replaced:
+                bar.write(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
+            bar.total = of
+            bar.update(images)
+
+        yield progress
+
+
+def _report(out: str, numbers: dict) -> None:
+    if not numbers["encoded"]:
+        print(
+            f"{out} is finished: {numbers['count']} images in {numbers['shards']} shards; nothing to do",
+            file=sys.stderr,
+        )
+    if numbers["replaced"]:
+        print(
+            f"{numbers['replaced']} images could not be decoded; each has the codes of the next good image and its "
+            "own label",
+            file=sys.stderr,
+        )
+    print(json.dumps(numbers))

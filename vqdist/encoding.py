@@ -1,0 +1,346 @@
+"""Writing the codes of a set of images, by all ranks, so that a killed run goes on where it was.
+
+The work is cut into shards of a fixed number of images, and a shard into batches that begin with it. Neither depends
+on the number of ranks, so neither does a byte of what is written. `vqdist.data.codes` says what the files are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqdist.backends.base import Backend
+from vqdist.data.codes import (
+    FORMAT_VERSION,
+    KINDS,
+    LABEL_DTYPE,
+    MANIFEST,
+    PLAN,
+    code_dtype,
+    map_array,
+    num_shards,
+    row_shape,
+    sha256_of,
+    shard_file,
+    shard_range,
+)
+from vqdist.data.dataset import ImageDataset
+from vqdist.data.loader import Batch, default_workers, listed_loader
+from vqdist.errors import UserError
+from vqdist.files import read_json, write_json
+from vqdist.metrics import code_histogram, codebook_usage
+from vqdist.models.tokenizer import Tokenizer
+
+
+class Progress(Protocol):
+    """Is told of every batch of a rank."""
+
+    def __call__(self, images: int, *, of: int, replaced: list[str]) -> None:
+        """So many images are done, of so many that are this rank's; these names could not be decoded."""
+
+
+def say_nothing(images: int, *, of: int, replaced: list[str]) -> None:
+    """A `Progress` for nobody."""
+
+
+class CodeWriter:
+    """Encodes a dataset into a folder that `CodeDataset` reads.
+
+    Args:
+        tokenizer: makes the codes; `write` moves it to the backend's device.
+        dataset: images of the tokenizer's size and channels, not augmented.
+        folder: new, empty, or begun by a writer with the same arguments.
+        batch_size: images that are encoded at once; a shard's last batch may be smaller.
+        shard_size: images of a shard.
+
+    Attributes:
+        plan: what is encoded, by what and how; written to `encode.json` before the first shard.
+
+    Raises:
+        UserError: a wrong argument, or a folder that holds something else or codes of another plan.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, dataset: ImageDataset, folder: str | Path, *, batch_size: int, shard_size: int
+    ):
+        if batch_size < 1 or shard_size < 1:
+            raise UserError(
+                f"batch_size {batch_size} and shard_size {shard_size} are not possible; both must be at least 1"
+            )
+        if dataset.augment:
+            raise UserError(
+                "the images are augmented; open them with augment=False, so that an image has one row of codes"
+            )
+        self.folder = Path(folder).expanduser()
+        check_folder(self.folder)
+        self.tokenizer = tokenizer
+        self.dataset = dataset
+        self.plan = make_plan(tokenizer, dataset, batch_size=batch_size, shard_size=shard_size)
+        self._refuse_other_plan()
+
+    @torch.no_grad()
+    def write(
+        self, backend: Backend, *, num_workers: int | None = None, progress: Progress = say_nothing
+    ) -> dict[str, Any]:
+        """Encode what is missing and finish the folder; every rank calls this.
+
+        Args:
+            backend: its ranks share the shards.
+            num_workers: loader processes of each rank; by default as the cores allow.
+            progress: called after every batch of this rank.
+
+        Returns:
+            `count` and `shards` of the folder, `encoded` (images of this call, over all ranks), `images_per_second`
+            (None if there was nothing to encode), `replaced` (images that could not be decoded, over all ranks),
+            `codebook_usage` and `codebook_perplexity` over all codes; the same on every rank.
+        """
+        self._begin(backend)
+        missing = self._missing(backend)
+        if not missing and not backend.any(not (self.folder / MANIFEST).is_file()):
+            return self._summary(read_json(self.folder / MANIFEST), encoded=0, seconds=0.0, replaced=0)
+        began = time.perf_counter()
+        workers = default_workers() if num_workers is None else num_workers
+        replaced = self._encode(missing[backend.rank :: backend.world_size], backend, workers, progress)
+        total = backend.sum(torch.tensor([replaced], device=backend.device))  # waits for every rank's last shard
+        seconds = time.perf_counter() - began
+        return self._summary(self._finish(backend), self._count(missing), seconds, int(total))
+
+    # ------------------------------------------------------------------------------------- whose folder it is
+
+    def _refuse_other_plan(self) -> None:
+        path = self.folder / PLAN
+        if not path.is_file():
+            return
+        before = read_json(path)
+        keys = [key for key in self.plan if before.get(key) != self.plan[key]]
+        if keys:
+            lines = "; ".join(f"{key}: {_brief(before.get(key))} -> {_brief(self.plan[key])}" for key in keys)
+            raise UserError(
+                f"{self.folder} holds codes of another encoding ({lines}); give another --out, or the same options"
+            )
+
+    def _begin(self, backend: Backend) -> None:
+        """Rank 0 writes the plan; every rank must see it, and have made the same one."""
+        problem = None
+        if backend.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not (self.folder / PLAN).is_file():
+                    write_json(self.folder / PLAN, self.plan)
+            except OSError as error:
+                problem = UserError(f"the folder of codes {self.folder} cannot be written: {error.strerror}")
+        if backend.any(problem is not None):
+            raise problem or UserError(f"rank 0 cannot write the folder of codes {self.folder}")
+        if backend.any(not (self.folder / PLAN).is_file()):
+            raise UserError(f"{self.folder} is not visible to every process; use a folder on a shared file system")
+        for name in ("tokenizer", "data"):
+            number = torch.tensor([_number_of(self.plan[name])], device=backend.device)
+            if bool((backend.gather(number) != number).any()):
+                raise UserError(f"the {name} differs between processes or nodes; give all of them the same files")
+
+    # ------------------------------------------------------------------------------------- shards
+
+    def _shards(self) -> range:
+        return range(num_shards(self.plan["count"], self.plan["shard_size"]))
+
+    def _rows(self, shard: int) -> range:
+        return shard_range(shard, self.plan["count"], self.plan["shard_size"])
+
+    def _count(self, shards: list[int]) -> int:
+        return sum(len(self._rows(shard)) for shard in shards)
+
+    def _array(self, kind: str, shard: int) -> np.ndarray:
+        """A file of a shard, memory-mapped; `UserError` unless it is whole."""
+        dtype, row = LABEL_DTYPE, ()
+        if kind == "codes":
+            dtype, row = code_dtype(self.plan["codebook_size"]), self._row_shape
+        return map_array(self.folder / shard_file(kind, shard), dtype, (len(self._rows(shard)), *row))
+
+    @property
+    def _row_shape(self) -> tuple[int, ...]:
+        return row_shape(self.plan["num_codes"], self.plan["num_levels"])
+
+    def _is_complete(self, shard: int) -> bool:
+        try:
+            for kind in KINDS:
+                self._array(kind, shard)
+        except UserError:
+            return False
+        return True
+
+    def _missing(self, backend: Backend) -> list[int]:
+        """Shards that have to be encoded, as rank 0 sees it: file systems tell other nodes late."""
+        there = torch.zeros(len(self._shards()), dtype=torch.int64, device=backend.device)
+        if backend.is_main:
+            there = torch.tensor([int(self._is_complete(shard)) for shard in self._shards()], device=backend.device)
+        return (backend.sum(there) == 0).nonzero().flatten().tolist()
+
+    def _encode(self, shards: list[int], backend: Backend, num_workers: int, progress: Progress) -> int:
+        """Encode and write these shards; returns how many of their images could not be decoded."""
+        self.tokenizer.to(backend.device)
+        batches = listed_loader(
+            self.dataset,
+            (batch for shard in shards for batch in self._batches(shard)),
+            num_workers=num_workers,
+            pin_memory=backend.device.type == "cuda",
+        )
+        told = partial(progress, of=self._count(shards))
+        return sum(self._encode_shard(shard, batches, backend.device, told) for shard in shards)
+
+    def _encode_shard(self, shard: int, batches: Iterator[Batch], device: torch.device, progress: Callable) -> int:
+        images = self._rows(shard)
+        codes = torch.empty(len(images), *self._row_shape, dtype=torch.int64, device=device)  # waits for no batch
+        labels = torch.empty(len(images), dtype=torch.int64)
+        replaced = 0
+        for indices in self._batches(shard):
+            batch = next(batches)
+            rows = slice(indices.start - images.start, indices.stop - images.start)
+            codes[rows] = self.tokenizer.encode(batch.item.to(device, non_blocking=True))
+            labels[rows] = batch.label
+            names = self._replaced(batch, indices)
+            replaced += len(names)
+            progress(len(indices), replaced=names)
+        self._write_shard(shard, codes.cpu(), labels)
+        return replaced
+
+    def _batches(self, shard: int) -> Iterator[range]:
+        rows, size = self._rows(shard), self.plan["batch_size"]
+        for start in range(rows.start, rows.stop, size):
+            yield range(start, min(rows.stop, start + size))
+
+    def _replaced(self, batch: Batch, indices: range) -> list[str]:
+        """Names of the images of a batch that could not be decoded; the loader also names others on the way."""
+        bad = set(batch.bad)
+        return [self.dataset.name(index) for index in indices if self.dataset.name(index) in bad] if bad else []
+
+    def _write_shard(self, shard: int, codes: Tensor, labels: Tensor) -> None:
+        """Both files, each whole or absent; the codes appear last."""
+        assert 0 <= int(codes.min()) and int(codes.max()) < self.plan["codebook_size"]
+        arrays = {"labels": labels.numpy(), "codes": codes.numpy().astype(code_dtype(self.plan["codebook_size"]))}
+        paths = {kind: self.folder / shard_file(kind, shard) for kind in KINDS}
+        partial = {kind: path.with_name(path.name + ".partial") for kind, path in paths.items()}
+        for kind in KINDS:
+            _write_array(partial[kind], arrays[kind])
+        for kind in KINDS:
+            partial[kind].replace(paths[kind])
+
+    # ------------------------------------------------------------------------------------- the manifest
+
+    def _finish(self, backend: Backend) -> dict[str, float]:
+        """Every rank reads its part of the shards once more; rank 0 writes the manifest. Gives the numbers in it."""
+        digests = torch.zeros(len(self._shards()), len(KINDS), 32, dtype=torch.int64, device=backend.device)
+        histogram = torch.zeros(
+            self.plan["num_levels"] * self.plan["codebook_size"], dtype=torch.int64, device=backend.device
+        )
+        for shard in self._shards()[backend.rank :: backend.world_size]:
+            for number, kind in enumerate(KINDS):
+                digest = bytes.fromhex(sha256_of(self.folder / shard_file(kind, shard)))
+                digests[shard, number] = torch.tensor(list(digest))
+            histogram += self._histogram(shard).to(backend.device)
+        digests, histogram = backend.sum(digests).cpu(), backend.sum(histogram)
+        usage, perplexity = codebook_usage(histogram, self.plan["num_levels"])
+        numbers = {"codebook_usage": usage, "codebook_perplexity": perplexity}
+        if backend.is_main:
+            shards = [self._shard_entry(shard, digests[shard]) for shard in self._shards()]
+            found = {"classes_seen": self._classes_seen(), **numbers, "shards": shards}
+            write_json(self.folder / MANIFEST, {**self.plan, **found})
+        backend.barrier()
+        return numbers
+
+    def _shard_entry(self, shard: int, digests: Tensor) -> dict[str, Any]:
+        entry = {}
+        for kind, digest in zip(KINDS, digests.tolist(), strict=True):
+            path = self.folder / shard_file(kind, shard)
+            entry[kind] = {"file": path.name, "bytes": path.stat().st_size, "sha256": bytes(digest).hex()}
+        return entry
+
+    def _histogram(self, shard: int) -> Tensor:
+        codes = torch.from_numpy(self._array("codes", shard).astype(np.int64))
+        return code_histogram(codes, codebook_size=self.plan["codebook_size"], num_levels=self.plan["num_levels"])
+
+    def _classes_seen(self) -> int:
+        seen = [np.unique(self._array("labels", shard)) for shard in self._shards()]
+        return int((np.unique(np.concatenate(seen)) >= 0).sum())
+
+    def _summary(self, numbers: dict[str, Any], encoded: int, seconds: float, replaced: int) -> dict[str, Any]:
+        return {
+            "count": self.plan["count"],
+            "shards": len(self._shards()),
+            "encoded": encoded,
+            "images_per_second": encoded / seconds if encoded else None,
+            "replaced": replaced,
+            "codebook_usage": numbers["codebook_usage"],
+            "codebook_perplexity": numbers["codebook_perplexity"],
+        }
+
+
+def make_plan(tokenizer: Tokenizer, dataset: ImageDataset, *, batch_size: int, shard_size: int) -> dict[str, Any]:
+    """What decides over every byte of a folder of codes, as JSON.
+
+    The batch size is a part of it: how a convolution adds up may depend on the size of the batch, and a code on the
+    last bit. What is done with broken images is not: a run that met one may go on with `on_bad_image="skip"`.
+    """
+    scales = tokenizer.network.scales
+    return {
+        "version": FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint(),
+        "model_type": tokenizer.model_type,
+        "image_size": tokenizer.image_size,
+        "channels": tokenizer.channels,
+        "codebook_size": tokenizer.codebook_size,
+        "num_codes": tokenizer.num_codes,
+        "num_levels": tokenizer.num_levels,
+        "code_side": tokenizer.code_side if scales is None else None,
+        "scales": None if scales is None else list(scales),
+        "data": dataset.fingerprint(),
+        "count": len(dataset),
+        "shard_size": shard_size,
+        "batch_size": batch_size,
+    }
+
+
+def check_folder(folder: Path, images: str | None = None) -> None:
+    """Raise `UserError` if codes cannot go into this folder.
+
+    Args:
+        folder: for the codes.
+        images: the spec of the images.
+    """
+    source = Path(images).expanduser() if images else None
+    if source is not None and source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"the folder of codes {folder} lies in the folder of the images, {source}; give another --out")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and a folder for the codes is expected; give another --out")
+    if folder.is_dir() and not (folder / PLAN).is_file():
+        # a process that was killed while it wrote the plan leaves only that
+        others = sorted(path.name for path in folder.iterdir() if path.name != f"{PLAN}.partial")
+        if others:
+            raise UserError(
+                f"{folder} holds {others[0]} and no {PLAN}: it is no folder of codes; give a new or empty one as --out"
+            )
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _number_of(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else f"{text[:13]}..."

@@ -1,0 +1,263 @@
+"""Multi-scale residual quantization, the codes of VAR (arXiv 2404.02905, algorithms 1 and 2).
+
+A feature map is coded at growing resolutions: each scale codes, at its own, what the scales before it left over. One
+codebook serves all of them.
+
+Shapes: `b` batch, `d` feature channels, `h w` positions, `v` codebook size, `K` scales, `p` the side of a scale's map,
+`L` the sum of p * p over the scales. The codes of an image are one row, the coarsest scale first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vqdist.errors import UserError
+
+V_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of VAR, for 256x256 pixels at a stride of 16
+MOST_PHIS = 4  # as VAR has for its ten scales
+
+
+class SharedCodebook(Protocol):
+    """What `MultiScaleResidual` asks of a codebook.
+
+    Attributes:
+        codebook_size: number of codes.
+        has_codes: whether the codes have values; if not, `start` gives them some.
+    """
+
+    codebook_size: int
+    has_codes: bool
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Vectors (..., d) -> the nearest codes (...) int64."""
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes (...) -> their vectors (..., d)."""
+
+    def start(self, vectors: Tensor) -> None:
+        """Make the first codes from vectors (b, n, d)."""
+
+    def follow(self, vectors: Tensor, indices: Tensor) -> None:
+        """After a training step: vectors (b, n, d) and the codes (b, n) that they were given."""
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest of v vectors that are learned by gradient (VQ-VAE, arXiv 1711.00937).
+
+    Args:
+        num_embeddings: number of codes, v.
+        embedding_dim: dimension of a code's vector, d.
+        beta: weight of the commitment loss.
+        use_cosine_sim: nearest by angle instead of by distance; the codes themselves keep their lengths.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, *, use_cosine_sim: bool = False):
+        super().__init__()
+        self.codebook_size = num_embeddings
+        self.has_codes = True
+        self.beta = beta
+        self.use_cosine_sim = use_cosine_sim
+        self.embedding = nn.Embedding(num_embeddings, embedding_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / num_embeddings, 1 / num_embeddings)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (b, d, h, w) -> (quantized, loss, indices).
+
+        Returns:
+            The codes' vectors (b, d, h, w) with the gradient passed straight through, `codebook_loss` (0-d) and the
+            codes (b, h, w) int64.
+        """
+        indices = self.nearest(rearrange(z, "b d h w -> b h w d"))
+        quantized = rearrange(self.lookup(indices), "b h w d -> b d h w")
+        return straight_through(quantized, z), codebook_loss(quantized, z, self.beta), indices
+
+    def get_codebook(self) -> Tensor:
+        """The codes' vectors, (v, d)."""
+        return self.embedding.weight
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """See `SharedCodebook`."""
+        return nearest_code(vectors, self.get_codebook(), cosine=self.use_cosine_sim)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """See `SharedCodebook`."""
+        return self.embedding(indices)
+
+    def follow(self, vectors: Tensor, indices: Tensor) -> None:
+        """Nothing: the optimizer moves the codes."""
+
+
+class MultiScaleResidual(nn.Module):
+    """Codes of every scale, and what they add up to.
+
+    The codes of a scale are enlarged (bicubic) to the whole map, go through a small convolution that repairs what
+    enlarging lost, and add to what the scales before them gave.
+
+    Args:
+        codebook: one for all scales.
+        dim: channels of the features, d.
+        v_patch_nums: sides of the scales' maps, growing; the last is the side of the feature map.
+        beta: weight of the commitment loss.
+        num_phis: convolutions, which neighbouring scales share; by default at most 4.
+        phi_ratio: share of the convolution in what becomes of the codes; 0 leaves it out.
+
+    Attributes:
+        scales: `v_patch_nums`, as a tuple.
+    """
+
+    def __init__(
+        self,
+        codebook: SharedCodebook,
+        dim: int,
+        *,
+        v_patch_nums: Sequence[int] = V_PATCH_NUMS,
+        beta: float = 0.25,
+        num_phis: int | None = None,
+        phi_ratio: float = 0.5,
+    ):
+        super().__init__()
+        self.scales = tuple(v_patch_nums)
+        self.beta = beta
+        self.phi_ratio = phi_ratio
+        self.codebook = codebook
+        number = min(MOST_PHIS, len(self.scales)) if num_phis is None else num_phis
+        # without a share they would have no gradient, which DDP takes for a mistake
+        self.phis = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(number if phi_ratio else 0))
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return self.codebook.codebook_size
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (b, d, h, w) -> quantized (b, d, h, w), codes (b, L), the mean of the scales' losses (0-d).
+
+        In train mode the gradient passes straight through, and the codebook follows what it coded.
+        """
+        target = features.detach()
+        if self.training and not self.codebook.has_codes:
+            self.codebook.start(self.pyramid(target))
+        total, loss, coded, indices = torch.zeros_like(target), 0.0, [], []
+        for scale, side in enumerate(self.scales):
+            coded.append(to_rows(shrink(target - total.detach(), side)))
+            indices.append(self.codebook.nearest(coded[-1]))
+            total = total + self.contribution(scale, indices[-1])
+            loss = loss + codebook_loss(total, features, self.beta) / len(self.scales)
+        row = torch.cat(indices, dim=1)
+        if not self.training:
+            return total, row, loss
+        self.codebook.follow(torch.cat(coded, dim=1), row)
+        return straight_through(total, features), row, loss
+
+    def contribution(self, scale: int, indices: Tensor) -> Tensor:
+        """What the codes (b, p * p) of a scale add to the features, (b, d, h, w)."""
+        side = self.scales[scale]
+        vectors = rearrange(self.codebook.lookup(indices), "b (h w) d -> b d h w", h=side)
+        enlarged = enlarge(vectors, self.scales[-1])
+        if not self.phis:
+            return enlarged
+        phi = self.phis[scale * len(self.phis) // len(self.scales)]
+        return (1 - self.phi_ratio) * enlarged + self.phi_ratio * phi(enlarged)
+
+    def totals(self, indices: Tensor) -> Iterator[Tensor]:
+        """Features (b, d, h, w) after each scale of codes (b, L), or of the first scales only."""
+        total = 0
+        for scale, part in enumerate(split_scales(indices, self.scales)):
+            total = total + self.contribution(scale, part)
+            yield total
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes (b, L), or of the first scales only, -> features (b, d, h, w)."""
+        *_, last = self.totals(indices)
+        return last
+
+    def next_scale_inputs(self, indices: Tensor) -> Tensor:
+        """Codes (b, L), or of the first scales only, -> for each scale but the first that what they give, at its size.
+
+        Returns:
+            (b, n, d), n the sum of p * p over the second scale to the one after the last that is given.
+        """
+        parts = [to_rows(shrink(total, side)) for total, side in zip(self.totals(indices), self.scales[1:])]
+        return torch.cat(parts, dim=1) if parts else self.codebook.lookup(indices[:, :0])
+
+    def pyramid(self, features: Tensor) -> Tensor:
+        """What each scale of (b, d, h, w) would have to code, were the scales before it exact; (b, L, d)."""
+        rows, total = [], torch.zeros_like(features)
+        for side in self.scales:
+            left = shrink(features - total, side)
+            rows.append(to_rows(left))
+            total = total + enlarge(left, self.scales[-1])
+        return torch.cat(rows, dim=1)
+
+
+def codebook_loss(quantized: Tensor, features: Tensor, beta: float) -> Tensor:
+    """MSE(quantized, sg(features)) + beta * MSE(sg(quantized), features), 0-d (arXiv 1711.00937, equation 3)."""
+    return F.mse_loss(quantized, features.detach()) + beta * F.mse_loss(features, quantized.detach())
+
+
+def straight_through(quantized: Tensor, features: Tensor) -> Tensor:
+    """The value of `quantized` with the gradient of `features`."""
+    return features + (quantized - features).detach()
+
+
+@torch.no_grad()
+def nearest_code(vectors: Tensor, codebook: Tensor, *, cosine: bool = False) -> Tensor:
+    """The nearest rows (...) int64 of a codebook (v, d) to vectors (..., d): by distance, or by angle."""
+    rows = vectors.flatten(0, -2)
+    if cosine:
+        nearest = (rows @ F.normalize(codebook, dim=-1).T).argmax(dim=-1)
+    else:
+        nearest = (rows @ codebook.T - codebook.square().sum(dim=-1) / 2).argmax(dim=-1)
+    return nearest.view(vectors.shape[:-1])
+
+
+def shrink(features: Tensor, side: int) -> Tensor:
+    """Means over areas: (b, d, h, w) -> (b, d, side, side)."""
+    return features if features.shape[-1] == side else F.interpolate(features, size=(side, side), mode="area")
+
+
+def enlarge(features: Tensor, side: int) -> Tensor:
+    """Bicubic: (b, d, p, p) -> (b, d, side, side)."""
+    return features if features.shape[-1] == side else F.interpolate(features, size=(side, side), mode="bicubic")
+
+
+def to_rows(features: Tensor) -> Tensor:
+    """(b, d, p, p) -> (b, p * p, d)."""
+    return rearrange(features, "b d h w -> b (h w) d")
+
+
+def scale_lengths(scales: Sequence[int]) -> list[int]:
+    """Codes of each scale: p * p."""
+    return [side * side for side in scales]
+
+
+def split_scales(indices: Tensor, scales: Sequence[int]) -> list[Tensor]:
+    """Codes (b, L), or of the first scales only, -> one (b, p * p) for each scale that is there."""
+    lengths = scale_lengths(scales)
+    ends = list(accumulate(lengths))
+    if indices.ndim != 2 or indices.shape[1] not in ends:
+        raise UserError(
+            f"codes of shape {tuple(indices.shape)} were given; (batch, n) is expected, n one of "
+            f"{', '.join(map(str, ends))}: the first scales of v_patch_nums {list(scales)}"
+        )
+    return list(indices.split(lengths[: ends.index(indices.shape[1]) + 1], dim=1))
+
+
+def hits_per_scale(indices: Tensor, scales: Sequence[int], codebook_size: int) -> Tensor:
+    """How often each scale of codes (b, L) uses each code.
+
+    Returns:
+        (K, v) int64 on the device of the codes; adding is all it takes to join batches, or ranks.
+    """
+    parts = split_scales(indices, scales)
+    counts = torch.zeros(len(scales), codebook_size, dtype=torch.int64, device=indices.device)
+    for scale, part in enumerate(parts):
+        counts[scale].scatter_add_(0, part.flatten(), torch.ones_like(part.flatten()))
+    return counts
