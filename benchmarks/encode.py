@@ -20,13 +20,13 @@ from torch import Tensor
 from benchmarks.common import IMAGE_SIZE, Row, Timing, build_vae, ratio, take_turns
 from benchmarks.worker import timed
 from vqdist import Tokenizer
+from vqdist.allocator import keep_freed_memory
 from vqdist.backends import create_backend
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.images import tensor_to_image
 from vqdist.data.sources import SyntheticSource
 from vqdist.encoding import CodeWriter
-from vqdist.trainers.base import keep_freed_memory
 
 BATCH_SIZE = 64
 SHARD_SIZE = 1024

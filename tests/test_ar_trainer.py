@@ -123,7 +123,9 @@ def test_labels_that_do_not_fit_are_one_line(tmp_path):
     for number in range(4):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"{number}.png")
-    with pytest.raises(UserError, match="the model knows 10 classes but there are images without a label; use a source with"):
+    with pytest.raises(
+        UserError, match="the model knows 10 classes but there are images without a label; use a source with"
+    ):
         build_ar_trainer(tmp_path / "run", folder=str(tmp_path / "images"), batch_size=1)
     assert not (tmp_path / "run").exists()
 
@@ -251,7 +253,7 @@ def test_signature_shows_every_option():
 
 def test_every_option_says_what_it_is():
     lines = [line.strip() for line in inspect.getsource(ARTrainerConfig).splitlines()]
-    own = {name for name in ARTrainerConfig.__annotations__}
+    own = set(ARTrainerConfig.__annotations__)
     assert own == {line.partition(":")[0] for line, after in zip(lines, lines[1:]) if after.startswith('"""')} & own
 
 

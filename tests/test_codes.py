@@ -16,10 +16,11 @@ from test_tokenizer import build
 from vqdist import Tokenizer, UserError
 from vqdist.backends import create_backend
 from vqdist.data import codes as codes_module
-from vqdist.data.codes import CodeDataset, code_dtype, num_shards, row_shape, sha256_of, shard_range
+from vqdist.data.codes import CodeDataset, code_dtype, num_shards, row_shape, shard_range
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import train_loader, valid_loader
 from vqdist.encoding import CodeWriter
+from vqdist.files import sha256_of
 
 COUNT, SHARD = 70, 32
 

@@ -536,10 +536,10 @@ def test_two_ranks_count_a_broken_image_once(exports, broken, tmp_path):
 
 
 def test_freed_memory_is_kept(exports, tmp_path, quiet, monkeypatch):
-    from vqdist.trainers import base
+    from vqdist import allocator
 
     devices = []
-    monkeypatch.setattr(base, "keep_freed_memory", devices.append)
+    monkeypatch.setattr(allocator, "keep_freed_memory", devices.append)
     quiet(exports / "dvae", "--data", "synthetic:9", "--out", tmp_path / "codes")
     assert devices == [create_backend("local").device]
 

@@ -26,6 +26,7 @@ PARTS = {
     "vqdist.files": {"vqdist.errors"},
     "vqdist.version": set(),
     "vqdist.seeding": LEAVES,
+    "vqdist.allocator": set(),
     "vqdist.stopping": set(),
     "vqdist.schedules": LEAVES,
     "vqdist.losses": LEAVES,

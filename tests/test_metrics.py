@@ -7,12 +7,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from scenarios import build_dvae, build_vae
+from scenarios import MULTISCALE, build_dvae, build_tokenizer, build_vae
 from torch import Tensor
 
 from vqdist.backends.local import LocalBackend
 from vqdist.evaluation import evaluate_reconstruction, reconstruct
-from vqdist.metrics import CodeHistogram, ReconstructionMetrics, RunningMeans, code_histogram, codebook_usage
+from vqdist.metrics import (
+    CodeHistogram,
+    CodePredictionMetrics,
+    ReconstructionMetrics,
+    RunningMeans,
+    code_histogram,
+    codebook_usage,
+)
 from vqdist.models.quantizers import build_quantizer
 
 
@@ -206,14 +213,31 @@ def test_a_code_histogram_adds_up_and_forgets():
     histogram = CodeHistogram(network, torch.device("cpu"))
     for ids in (codes(0, 0, 1), codes(2, -1, 0)):
         histogram.add(ids)
-    assert histogram.over_ranks(LocalBackend(device="cpu")).tolist() == [3, 1, 1, 0]
+    assert histogram.counts.tolist() == [3, 1, 1, 0]
     for _ in range(2):  # asking changes nothing
-        assert histogram.over_ranks(Doubling(device="cpu")).tolist() == [6, 2, 2, 0]
-    numbers = histogram.usage(Doubling(device="cpu"))
+        numbers = histogram.usage(Doubling(device="cpu"))
+    assert histogram.counts.tolist() == [3, 1, 1, 0]
     assert numbers["codebook_usage"] == 0.75
     assert numbers["codebook_perplexity"] == pytest.approx(math.exp(-0.6 * math.log(0.6) - 0.4 * math.log(0.2)))
     histogram.reset()
-    assert histogram.over_ranks(LocalBackend(device="cpu")).tolist() == [0, 0, 0, 0]
+    assert histogram.counts.tolist() == [0, 0, 0, 0]
+
+
+def test_scales_are_counted_apart_and_share_a_codebook():
+    """Without a process group, and over two ranks that saw the same."""
+    network = build_tokenizer(quantizer="multiscale_vq", vq_kwargs=None, quantizer_kwargs=MULTISCALE).network
+    histogram = CodeHistogram(network, torch.device("cpu"))
+    ids = torch.tensor([[7, *[0, 0, 1, 1], *[5] * 12, 7, 0, 9, 9]])
+    for backend, ranks in ((LocalBackend(device="cpu"), 1), (Doubling(device="cpu"), 2)):
+        histogram.reset()
+        histogram.add(ids)
+        numbers = histogram.usage(backend)
+        size = network.codebook_size
+        assert numbers["codebook_usage"] == 5 / size
+        shares = torch.tensor([3, 2, 12, 2, 2]) / 21
+        assert numbers["codebook_perplexity"] == pytest.approx(float((-shares * shares.log()).sum().exp()))
+        assert [numbers[f"codebook_usage_scale_{scale}"] for scale in (1, 2, 3)] == [1 / size, 2 / size, 4 / size]
+        assert int(histogram.counts.sum()) == 21, ranks
 
 
 def test_a_code_histogram_has_the_codes_of_its_network():
@@ -222,6 +246,35 @@ def test_a_code_histogram_has_the_codes_of_its_network():
     levels = {"codebook_size": 4, "vq_kwargs": {"codebook_dim": 4, "num_quantizers": 3, "kmeans_init": False}}
     histogram = CodeHistogram(build_vae(quantizer="residual_vq", **levels).network, torch.device("cpu"))
     assert (histogram.codebook_size, histogram.num_levels, len(histogram.counts)) == (4, 3, 12)
+
+
+# ------------------------------------------------------------------------------------------- prediction of codes
+
+
+def test_prediction_numbers_are_means_over_codes_and_images():
+    logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    indices = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(1))
+    metrics = CodePredictionMetrics(5, (1, 4), torch.device("cpu"))
+    metrics.update(logits[:1], indices[:1])
+    metrics.update(logits[1:].bfloat16().float(), indices[1:])
+    metrics.reset()
+    for part in (slice(0, 2), slice(2, 3)):
+        metrics.update(logits[part], indices[part])
+    nll = -logits.log_softmax(dim=-1).gather(-1, indices[..., None])[..., 0]
+    hits = (logits.argmax(dim=-1) == indices).float()
+    for backend, images in ((LocalBackend(device="cpu"), 3), (Doubling(device="cpu"), 6)):
+        numbers = metrics.compute(backend)
+        expected = {"nll": nll.mean(), "bits_per_dim": nll.mean() / math.log(2), "perplexity": nll.mean().exp()}
+        expected |= {"accuracy": hits.mean(), "images": images}
+        expected |= {"nll_scale_1": nll[:, 0].mean(), "nll_scale_2": nll[:, 1:].mean()}
+        expected |= {"accuracy_scale_1": hits[:, 0].mean(), "accuracy_scale_2": hits[:, 1:].mean()}
+        assert numbers == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
+
+
+def test_prediction_without_images_or_scales():
+    metrics = CodePredictionMetrics(5, None, torch.device("cpu"))
+    numbers = metrics.compute(LocalBackend(device="cpu"))
+    assert numbers == {"nll": 0, "bits_per_dim": 0, "perplexity": 1, "accuracy": 0, "images": 0}
 
 
 # ------------------------------------------------------------------------------------------- evaluation

@@ -1,4 +1,7 @@
-"""vqdist: distributed training of image tokenizers and autoregressive image models. Names are imported when they are first used."""
+"""vqdist: distributed training of image tokenizers and autoregressive image models.
+
+Names are imported when they are first used.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ suffix is complete. Whatever a killed process left is found by its suffix and re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any
 
 from vqdist.backends.base import Backend
 from vqdist.errors import UserError
-from vqdist.files import read_json
+from vqdist.files import read_json, sha256_of
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -106,7 +105,7 @@ def write_manifest(folder: Path, info: dict[str, Any]) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _flush(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     (folder / MANIFEST).write_text(json.dumps({**info, "files": files}, indent=2))
     _flush(folder / MANIFEST)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
@@ -130,19 +129,11 @@ def verify(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} is missing though the manifest lists it; remove {folder} to resume from an older one"
             )
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
             raise UserError(
                 f"{path} is damaged (size or checksum differs); remove {folder} to resume from an older one"
             )
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -30,14 +30,13 @@ from vqdist.data.codes import (
     map_array,
     num_shards,
     row_shape,
-    sha256_of,
     shard_file,
     shard_range,
 )
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, default_workers, listed_loader
 from vqdist.errors import UserError
-from vqdist.files import read_json, write_json
+from vqdist.files import read_json, sha256_of, write_json
 from vqdist.metrics import code_histogram, codebook_usage
 from vqdist.models.tokenizer import Tokenizer
 

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from vqdist.backends.base import Backend
+from vqdist.models.multiscale import hits_per_scale
 from vqdist.models.tokenizer import TokenizerNetwork
 
 
@@ -51,27 +52,39 @@ class RunningMeans:
 class CodeHistogram:
     """How often each code occurred, counted on the device without waiting for it.
 
+    Levels of a position, each with a codebook of its own, are counted apart; so are scales, which share one.
+
     Args:
         network: whose codes are counted.
         device: of the codes.
     """
 
     def __init__(self, network: TokenizerNetwork, device: torch.device):
-        self.codebook_size, self.num_levels = network.codebook_size, network.num_levels
-        self.counts = torch.zeros(self.num_levels * self.codebook_size, dtype=torch.int64, device=device)
+        self.codebook_size, self.num_levels, self.scales = network.codebook_size, network.num_levels, network.scales
+        parts = self.num_levels if self.scales is None else len(self.scales)
+        self.counts = torch.zeros(parts * self.codebook_size, dtype=torch.int64, device=device)
 
     def add(self, ids: Tensor) -> None:
-        """Count codes (b, h, w) or (b, h, w, q); -1 is not counted."""
-        self.counts += code_histogram(ids, codebook_size=self.codebook_size, num_levels=self.num_levels)
-
-    def over_ranks(self, backend: Backend) -> Tensor:
-        """The counts of all ranks, (num_levels * codebook_size,); every rank calls this."""
-        return backend.sum(self.counts.clone())
+        """Count codes (b, h, w) or (b, h, w, q), or (b, L) of scales; -1 is not counted."""
+        if self.scales is not None:
+            self.counts += hits_per_scale(ids, self.scales, self.codebook_size).flatten()
+        else:
+            self.counts += code_histogram(ids, codebook_size=self.codebook_size, num_levels=self.num_levels)
 
     def usage(self, backend: Backend) -> dict[str, float]:
-        """Usage and perplexity of the codebook over all ranks, see `codebook_usage`; every rank calls this."""
-        usage, perplexity = codebook_usage(self.over_ranks(backend), self.num_levels)
-        return {"codebook_usage": usage, "codebook_perplexity": perplexity}
+        """Usage and perplexity of the codebook over all ranks, see `codebook_usage`; every rank calls this.
+
+        With scales also `codebook_usage_scale_I`, I from 1: the share of the codebook that each scale uses.
+        """
+        counts = backend.sum(self.counts.clone())
+        if self.scales is None:
+            usage, perplexity = codebook_usage(counts, self.num_levels)
+            return {"codebook_usage": usage, "codebook_perplexity": perplexity}
+        by_scale = counts.view(len(self.scales), -1)
+        usage, perplexity = codebook_usage(by_scale.sum(dim=0))
+        shares = enumerate((by_scale > 0).double().mean(dim=1).tolist(), start=1)
+        parts = {f"codebook_usage_scale_{number}": share for number, share in shares}
+        return {"codebook_usage": usage, "codebook_perplexity": perplexity, **parts}
 
     def reset(self) -> None:
         """Forget everything."""
@@ -171,9 +184,8 @@ class CodePredictionMetrics:
             `accuracy_scale_I`, I from 1.
         """
         totals = backend.sum(torch.cat([self.sums.flatten(), self.images[None]])).tolist()
-        images = max(1.0, totals.pop())
-        nlls, hits = totals[0::2], totals[1::2]
-        codes = images * sum(self.scale_lengths)
+        images, nlls, hits = int(totals.pop()), totals[0::2], totals[1::2]
+        codes = max(1, images) * sum(self.scale_lengths)
         nll = sum(nlls) / codes
         numbers = {
             "nll": nll,
@@ -183,9 +195,9 @@ class CodePredictionMetrics:
         }
         if len(self.scale_lengths) > 1:
             for number, length in enumerate(self.scale_lengths):
-                numbers[f"nll_scale_{number + 1}"] = nlls[number] / (images * length)
-                numbers[f"accuracy_scale_{number + 1}"] = hits[number] / (images * length)
-        return {**numbers, "images": int(images)}
+                numbers[f"nll_scale_{number + 1}"] = nlls[number] / (max(1, images) * length)
+                numbers[f"accuracy_scale_{number + 1}"] = hits[number] / (max(1, images) * length)
+        return {**numbers, "images": images}
 
 
 def codebook_usage(histogram: Tensor, num_levels: int = 1) -> tuple[float, float]:

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         print(
-            "vqdist: interrupted; the same command resumes from the newest checkpoint, if there is one",
+            "vqdist: interrupted; the same command goes on from what was saved, if it saves anything",
             file=sys.stderr,
         )
         return 130

@@ -18,9 +18,9 @@ def encode(arguments: list[str]) -> int:
     """Store the codes of images: `vqdist encode RUN --data DIR --out codes/`; again to go on."""
     options = parse(_parser(), arguments)
     _check(options)
+    from vqdist.allocator import keep_freed_memory
     from vqdist.backends import create_backend
     from vqdist.encoding import CodeWriter
-    from vqdist.trainers.base import keep_freed_memory
 
     tokenizer, dataset = _open(options)
     writer = CodeWriter(tokenizer, dataset, options.out, batch_size=options.batch_size, shard_size=options.shard_size)

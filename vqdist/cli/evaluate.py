@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.cli.sample import add_draw_options, draw_options
+from vqdist.data.config import CODES
 from vqdist.errors import UserError
 from vqdist.files import read_json
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from vqdist.models.autoregressive import AutoregressiveModel
     from vqdist.models.tokenizer import Tokenizer, TokenizerNetwork
 
-CODES = "codes:"
 NUM_SAMPLES = 1000
 BATCH_SIZE = 64
 EPILOG = """\

@@ -19,7 +19,6 @@ Shapes: n codes per image, q levels.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -33,7 +32,7 @@ from torch.utils.data import Dataset
 
 from vqdist.data.sources.base import checked_index
 from vqdist.errors import UserError
-from vqdist.files import read_json
+from vqdist.files import read_json, sha256_of
 
 FORMAT_VERSION = 1
 PLAN = "encode.json"
@@ -246,15 +245,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if (wrong := _wrong_part(manifest)) is not None:
         raise _damaged(folder / MANIFEST, f"its {wrong!r} is missing or wrong")
     return manifest
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _wrong_part(manifest: dict[str, Any]) -> str | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CODES = "codes:"
+"""What the name of a folder of stored codes begins with, where images could be given, too."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:

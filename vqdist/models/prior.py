@@ -70,8 +70,8 @@ class Prior(
         _check_options(dim=dim, depth=depth, heads=heads, dim_head=dim_head, num_classes=num_classes, dropout=dropout)
         if tokenizer.network.scales is not None:
             raise UserError(
-                f"the tokenizer has {len(tokenizer.network.scales)} scales, which a prior cannot predict code by code; "
-                "train var over it, or a prior over a tokenizer with one scale"
+                f"the tokenizer has {len(tokenizer.network.scales)} scales, which a prior cannot predict code by "
+                "code; train var over it, or a prior over a tokenizer with one scale"
             )
         self.num_classes = num_classes
         self.num_levels = tokenizer.num_levels

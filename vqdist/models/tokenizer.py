@@ -103,8 +103,8 @@ class Tokenizer(nn.Module):
         model = load_model_of_any_type(name_or_path, **kwargs)
         if not isinstance(getattr(model, "network", None), TokenizerNetwork):
             raise UserError(
-                f"{name_or_path} holds a {type(model).__name__}, which is no image tokenizer; give a run of one, as of "
-                "vqgan or dvae"
+                f"{name_or_path} holds a {type(model).__name__}, which is no image tokenizer; give a run of one, as "
+                "of vqgan or dvae"
             )
         return cls(model, image_size)
 

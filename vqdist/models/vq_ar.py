@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from x_transformers import Decoder
 
 from vqdist import losses
 from vqdist.errors import UserError
+from vqdist.models.attention import Decoder
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.dvae import ResBlock
 from vqdist.models.quantizers import build_quantizer, float32_arithmetic, rotated_onto

@@ -14,20 +14,19 @@ from torch.utils.data import Dataset
 
 from vqdist.backends import Engine
 from vqdist.data.codes import CodeDataset
+from vqdist.data.config import CODES
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch
 from vqdist.drawing import draw_numbers
 from vqdist.errors import UserError
 from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reconstruct
-from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans, codebook_usage
+from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.tokenizer import TokenizerNetwork
 from vqdist.sampling import DrawOptions, uniform_per_image
 from vqdist.seeding import derive_seed
 from vqdist.trainers.base import Trainer, mark_last
 from vqdist.trainers.config import TrainerConfig
-
-CODES = "codes:"
 
 
 @dataclass(kw_only=True)
@@ -193,9 +192,8 @@ class ARTrainer(Trainer):
         self.predicted.reset()
         numbers = {name: value for name, value in predicted.items() if name.startswith(("accuracy", "nll_scale"))}
         if self.codes is not None:
-            usage, perplexity = codebook_usage(self.codes.over_ranks(self.backend))
+            numbers |= self.codes.usage(self.backend)
             self.codes.reset()
-            numbers |= {"codebook_usage": usage, "codebook_perplexity": perplexity}
         return numbers
 
     def evaluate(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import time
@@ -19,10 +18,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vqdist import seeding
+from vqdist.allocator import keep_freed_memory
 from vqdist.backends import Engine, create_backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.data.dataset import ImageDataset
-from vqdist.data.loader import Batch, Split, split_indices, train_loader, valid_loader
+from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.ranks import check_ranks_agree
@@ -50,23 +50,6 @@ def allow_tf32(device: torch.device, allowed: bool) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.allow_tf32 = allowed  # torch allows it from the start: false must be said, too
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU with glibc: keep freed memory for the next step instead of giving it back, up to 2 GiB.
-
-    By default every large tensor is a mapping of its own, whose pages the system clears anew each time. Whoever set
-    glibc's own variables is left alone.
-    """
-    told = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if device.type != "cpu" or told or mallopt is None:
-        return
-    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
-    for largest in (2**30, 2**25):  # newer and older versions
-        if mallopt(mmap_threshold, largest):
-            mallopt(trim_threshold, 2**31 - 1)
-            return
 
 
 class Trainer(RunFolder):
@@ -532,8 +515,7 @@ class Trainer(RunFolder):
         """Loader processes of this rank."""
         if self.config.num_workers is not None:
             return self.config.num_workers
-        per_rank = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        return max(0, min(4, per_rank - 1))
+        return default_workers()
 
     @property
     def pin_memory(self) -> bool:
