@@ -3,11 +3,13 @@
 #   make install PYTHON=python3.12                          another interpreter for a new .venv
 #   make install EXTRAS=tracking,data                       fewer extras, here without DeepSpeed
 #   make test TESTS=tests/test_cli.py ARGS="-k help -x"     some tests, arguments for pytest
+#   make test JOBS=1                                        one test at a time; by default two
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= deepspeed,tracking,data,dev
 TESTS ?= tests
+JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -40,8 +42,8 @@ demo: install ## handwritten digits: a tokenizer, its codes, a prior over them, 
 	@echo; $(BIN)/vqdist report $(DEMO)/tokenizer $(DEMO)/prior
 	@echo; echo "digits drawn by the prior, a column each from 0 to 9: $(DEMO)/samples.png"
 
-# One thread each, since spawned ranks share the cores.
-PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest $(TESTS)
+# Files of tests side by side (a file's tests share what they set up), one thread each: much of a test is start-up.
+PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 test: install ## run every test
 	$(PYTEST) $(ARGS)

@@ -52,6 +52,7 @@ EXTRAS["dev"] = [
     *(requirement for extra in EXTRAS.values() for requirement in extra),
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff==0.17.5",
     "build>=1.2",
     "wheel>=0.43",

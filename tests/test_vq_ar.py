@@ -174,6 +174,14 @@ for weight_name in ("recon_loss_weight", "vq_commit_loss_weight", "ar_commit_los
 
 
 @model_case
+def model_logit_scale():
+    """It is an inverse temperature."""
+    plain, scaled = build(), build(logit_scale=3.0)
+    assert torch.allclose(scaled(pixels()).logits, 3 * plain(pixels()).logits)
+    assert torch.equal(drawn(scaled, DrawOptions(temperature=3.0)), drawn(plain, DrawOptions()))
+
+
+@model_case
 def model_channels():
     for channels in (1, 3, 4):
         model = build(channels=channels)
@@ -233,6 +241,7 @@ def test_the_defaults_are_those_of_the_ancestor():
         "ar_commit_loss_weight": 1.0,
         "channels": 1,
         "num_resnet_blocks": 0,
+        "logit_scale": 1.0,
         "vq_kwargs": None,
     }
     codebook = build(decay=0.95).quantizer.inner._codebook
@@ -549,6 +558,7 @@ CHANGED = {
     "ar_commit_loss_weight": 0.75,
     "channels": 4,
     "num_resnet_blocks": 2,
+    "logit_scale": 3.0,
     "vq_kwargs": {"codebook_dim": 6, "use_cosine_sim": True, "threshold_ema_dead_code": 2},
 }
 
@@ -607,6 +617,7 @@ WRONG_ARGUMENTS = [
         for name in LOSS_WEIGHTS
         for weight in (-1.0, math.nan, math.inf)
     ),
+    *(({"logit_scale": scale}, r"^logit_scale .* must be above 0") for scale in (0.0, -1.0, math.inf, math.nan)),
     ({"vq_kwargs": {"decay": 0.5}}, r"^vq_kwargs has decay 0.5, which is an argument of the model; set it there$"),
     ({"vq_kwargs": {"dim": 8}}, r"^vq_kwargs has dim 8, which is an argument of the model; set it there$"),
     ({"vq_kwargs": {"codebook_size": 8}}, r"^vq_kwargs has codebook_size 8, which is an argument of the model; set"),

@@ -142,9 +142,15 @@ def autoregressive(backend: dict, folder: Path, results: dict) -> None:
 
 def codebooks_stay_equal(backend: dict, folder: Path) -> None:
     """20 steps with k-means start and dead codes replaced, on different images: no rank drifts."""
-    for quantizer in ("vq", "residual_vq", "simvq"):
-        options = {"kmeans_init": True, "threshold_ema_dead_code": 2, "codebook_dim": 8}
-        model = {"codebook_size": 32, "vq_kwargs": None if quantizer == "simvq" else options}
+    random = {"kmeans_init": True, "threshold_ema_dead_code": 2}
+    options = {
+        "vq": {"vq_kwargs": {**random, "codebook_dim": 8}},
+        "residual_vq": {"vq_kwargs": {**random, "codebook_dim": 8}},
+        "simvq": {"vq_kwargs": None},
+        "multiscale_vq": {"vq_kwargs": None, "quantizer_kwargs": {**random, "v_patch_nums": [1, 2, 4]}},
+    }
+    for quantizer, kwargs in options.items():
+        model = {"codebook_size": 32, **kwargs}
         trainer = build_trainer(folder / f"equal_{quantizer}", quantizer=quantizer, model=model, **backend)
         train_steps(trainer, 20)
         check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)

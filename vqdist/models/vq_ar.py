@@ -35,7 +35,7 @@ class CodesAndImage(NamedTuple):
     """What `VQImageAutoregressiveAutoencoder.forward` gives.
 
     Attributes:
-        logits: (b, n, v) float32, minus the distance of each predicted vector to every code.
+        logits: (b, n, v) float32, minus logit_scale times the distance of each predicted vector to every code.
         indices: (b, n) int64, the image's codes.
         recon: (b, c, h, w), the reconstruction, in [0, 1] but for overshoot.
         vq_commit_loss: what the quantizer adds to the loss (commitment, diversity), 0-d float32; 0 in eval mode.
@@ -109,6 +109,9 @@ class VQImageAutoregressiveAutoencoder(
         channels: channels of the images: 1 grey, which is all that the ancestor knows, 3 colour, 4 colour and alpha.
         num_resnet_blocks: residual blocks over the map of patches, in encoder and decoder each. With 0, as in the
             ancestor, a code depends on its own patch alone, so that all blank patches share one code.
+        logit_scale: factor of the distances in the logits. With 1, as in the ancestor, a codebook of many codes near one
+            another cannot be predicted with confidence, however good the prediction: samples become noise unless the
+            temperature is as much lower.
         vq_kwargs: options of vector-quantize-pytorch's VectorQuantize over those of the ancestor: Euclidean codebook
             as wide as dim, commitment_weight 1, rotation trick, no k-means start, no replacement of unused codes.
     """
@@ -133,6 +136,7 @@ class VQImageAutoregressiveAutoencoder(
         ar_commit_loss_weight: float = 1.0,
         channels: int = 1,
         num_resnet_blocks: int = 0,
+        logit_scale: float = 1.0,
         vq_kwargs: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -145,6 +149,9 @@ class VQImageAutoregressiveAutoencoder(
         self.recon_loss_weight = recon_loss_weight
         self.vq_commit_loss_weight = vq_commit_loss_weight
         self.ar_commit_loss_weight = ar_commit_loss_weight
+        if not 0 < logit_scale < math.inf:
+            raise UserError(f"logit_scale {logit_scale} is not possible; it must be above 0 and finite")
+        self.logit_scale = logit_scale
         self.check_image_size(image_size)
         options = _quantizer_options(dim, decay, vq_kwargs or {})
         self.quantizer = build_quantizer("vq", dim=dim, codebook_size=codebook_size, **options)
@@ -225,7 +232,7 @@ class VQImageAutoregressiveAutoencoder(
         predicted = self.predict(quantized[:, :-1])
         with float32_arithmetic(image.device):
             # the codebook as the quantizer left it: with a k-means start there is none before the first batch
-            logits = distance_logits(predicted, self.codebook())
+            logits = self.logit_scale * distance_logits(predicted, self.codebook())
             ar_commit_loss = F.mse_loss(predicted.float(), quantized.float())
         mixed = rearrange(self._mix(predicted, quantized), "b (h w) d -> b d h w", h=features.shape[2])
         indices = rearrange(indices, "b h w -> b (h w)")
@@ -280,7 +287,8 @@ class VQImageAutoregressiveAutoencoder(
         codes, cache = [], None
         for chance in uniform.unbind(dim=1):
             hidden, kept = self.transformer(tokens, cache=cache, return_hiddens=True, input_not_include_cache=True)
-            codes.append(draw(distance_logits(self.to_code(hidden[:, -1]), codebook), chance, options))
+            logits = self.logit_scale * distance_logits(self.to_code(hidden[:, -1]), codebook)
+            codes.append(draw(logits, chance, options))
             newest = vectors[codes[-1]][:, None]
             tokens, cache = (newest, kept) if use_cache else (torch.cat([tokens, newest], dim=1), None)
         return torch.stack(codes, dim=1)
