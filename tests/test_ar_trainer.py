@@ -266,7 +266,7 @@ def test_every_option_says_what_it_is():
         ("prior", {"sample_cfg": 2.0, "label_dropout": 0.0}, "sample_cfg 2 needs a model that can do without a class"),
         ("vq_ar", {"sample_cfg": 2.0}, r"sample_cfg 2.0 does nothing, because the model knows no classes"),
         ("vq_ar", {"label_dropout": 0.5}, r"label_dropout 0.5 does nothing, because the model knows no classes"),
-        ("vq_ar", {"folder": "codes:somewhere"}, "codes"),
+        ("vq_ar", {"folder": "codes:somewhere"}, "Autoencoder makes its codes itself and trains on images; codes: is"),
         (
             "prior",
             {"folder": "codes:ABSENT", "augment": False},

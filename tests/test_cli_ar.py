@@ -133,8 +133,21 @@ def test_every_option_of_a_draw_changes_the_picture(prior, tmp_path):
     for option in [*options, "--columns 3"]:
         assert call("sample", prior, "--num", 6, *option.split(), "--out", tmp_path / "changed.png") == 0
         assert pixels(tmp_path / "changed.png") != pixels(plain), option
-    assert call("sample", prior, "--num", 6, "--batch_size", 2, "--out", tmp_path / "again.png") == 0
-    assert Image.open(tmp_path / "again.png").size == Image.open(plain).size
+
+
+def test_batches_are_of_the_size_that_is_asked_for(prior, tmp_path, monkeypatch):
+    sizes = []
+    draw_codes = Prior.draw_codes
+    monkeypatch.setattr(
+        Prior,
+        "draw_codes",
+        lambda model, uniform, *rest, **named: (
+            sizes.append(len(uniform)),
+            draw_codes(model, uniform, *rest, **named),
+        )[1],
+    )
+    assert call("sample", prior, "--num", 5, "--batch_size", 2, "--out", tmp_path / "a.png") == 0
+    assert sizes == [2, 2, 1]
 
 
 def test_the_command_draws_what_the_library_draws(prior, tmp_path):
@@ -153,7 +166,10 @@ def test_mistakes_of_sampling_are_one_line(prior, tokenizer, tmp_path, capsys):
     build_tokenizer(vq_kwargs={"codebook_dim": 4}).save_pretrained(other)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "metrics.jsonl").touch()
+    (tmp_path / "old.png").touch()
     cases = {
+        "holds PNG files, which would be taken for samples": [prior, "--out", tmp_path],
+        "takes 715 GiB of memory, over 2; give --out FOLDER": [prior, "--num", 250_000_000],
         "class 3 is asked for; the model knows 0 to 2": [prior, "--class", 3],
         "class 1 is asked for but the model knows no classes": [vq_ar, "--class", 1],
         "cfg 2 is given but the model knows no classes": [vq_ar, "--cfg", 2],

@@ -198,7 +198,7 @@ class CodeWriter:
 
     def _encode_shard(self, shard: int, batches: Iterator[Batch], device: torch.device, progress: Callable) -> int:
         images = self._rows(shard)
-        codes = torch.empty(len(images), *self._row_shape, dtype=torch.int64, device=device)  # waits for no batch
+        codes = torch.empty(len(images), *self._row_shape, dtype=torch.int64, device=device)
         labels = torch.empty(len(images), dtype=torch.int64)
         replaced = 0
         for indices in self._batches(shard):

@@ -194,11 +194,12 @@ class FeatureSet:
 # --------------------------------------------------------------------------------------------- numbers
 
 
-def fidelity(generated: Tensor, real: Tensor) -> dict[str, float]:
+def fidelity(generated: Tensor, real: Tensor, *, coverage: bool = True) -> dict[str, float]:
     """FID, KID, precision and recall of generated images, by torch-fidelity in float64; the same on every rank.
 
     Args:
         generated, real: features (N, f) and (M, f); at least `MIN_IMAGES` rows each.
+        coverage: also precision and recall, which take N * M distances.
 
     Returns:
         `fid`: Frechet distance of the Gaussians fitted to the two sets (arXiv 1706.08500); as few rows as features, or
@@ -209,7 +210,6 @@ def fidelity(generated: Tensor, real: Tensor) -> dict[str, float]:
         share of the real ones within the generated (arXiv 1904.06991).
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     check_count(len(generated), "samples")
     check_count(len(real), "images")
@@ -217,17 +217,22 @@ def fidelity(generated: Tensor, real: Tensor) -> dict[str, float]:
     size = min(KID_SUBSET_SIZE, len(generated), len(real))
     subsets = 1 if len(generated) == len(real) == size else KID_SUBSETS  # there is one subset: the whole
     kid = kid_features_to_metric(generated, real, kid_subsets=subsets, kid_subset_size=size, verbose=False)
-    # in parts: all distances at once are 20 GB for 50,000 images
-    prc = prc_features_to_metric(
-        generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=512, save_cpu_ram=True, verbose=False
-    )
     return {
         "fid": frechet_distance(generated, real),
         "kid": kid[KEY_METRIC_KID_MEAN],
         "kid_std": kid[KEY_METRIC_KID_STD],
-        "precision": prc[KEY_METRIC_PRECISION],
-        "recall": prc[KEY_METRIC_RECALL],
+        **(_precision_and_recall(generated, real) if coverage else {}),
     }
+
+
+def _precision_and_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    # in parts: all distances at once are 20 GB for 50,000 images
+    prc = prc_features_to_metric(
+        generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=512, save_cpu_ram=True, verbose=False
+    )
+    return {"precision": prc[KEY_METRIC_PRECISION], "recall": prc[KEY_METRIC_RECALL]}
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:

@@ -150,13 +150,17 @@ class CodePredictionMetrics:
     """How well codes are predicted, over all codes of a set of images that is spread over ranks.
 
     Args:
+        num_codes: codes of an image.
         scale_lengths: numbers of codes of the scales of an image, whose numbers are also given one by one; None for a
             model without scales.
-        num_codes: codes of an image.
         device: of the logits.
+        likelihood: also what depends on the likelihood; without it there is the accuracy alone, which costs less.
     """
 
-    def __init__(self, num_codes: int, scale_lengths: Sequence[int] | None, device: torch.device):
+    def __init__(
+        self, num_codes: int, scale_lengths: Sequence[int] | None, device: torch.device, *, likelihood: bool = True
+    ):
+        self.likelihood = likelihood
         self.scale_lengths = [num_codes] if scale_lengths is None else list(scale_lengths)
         self.sums = torch.zeros(len(self.scale_lengths), 2, dtype=torch.float64, device=device)
         self.images = torch.zeros((), dtype=torch.float64, device=device)
@@ -164,9 +168,11 @@ class CodePredictionMetrics:
     @torch.no_grad()
     def update(self, logits: Tensor, indices: Tensor) -> None:
         """Count a batch: logits (b, n, v) of codes (b, n). Waits for no device."""
-        nll = cross_entropy(logits.float().transpose(1, 2), indices, reduction="none")
         hits = logits.argmax(dim=-1) == indices
-        for number, part in enumerate(torch.stack([nll, hits.float()]).double().split(self.scale_lengths, dim=2)):
+        nll = torch.zeros_like(hits)
+        if self.likelihood:
+            nll = cross_entropy(logits.float().transpose(1, 2), indices, reduction="none")
+        for number, part in enumerate(torch.stack([nll.double(), hits.double()]).split(self.scale_lengths, dim=2)):
             self.sums[number] += part.sum(dim=(1, 2))
         self.images += len(indices)
 

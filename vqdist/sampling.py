@@ -15,6 +15,9 @@ from torch import Tensor
 from vqdist.errors import UserError
 from vqdist.losses import at_least_float32
 
+DRAWN_AT_ONCE = 2**23
+"""Numbers that a draw looks at together: it holds several copies of them in float64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
@@ -64,6 +67,14 @@ def draw(logits: Tensor, uniform: Tensor, options: DrawOptions) -> Tensor:
     """
     if options.temperature == 0:
         return logits.argmax(dim=-1)
+    rows, codes = logits.flatten(0, -2), uniform.flatten()
+    at_once = max(1, DRAWN_AT_ONCE // logits.shape[-1])
+    parts = zip(rows.split(at_once), codes.split(at_once), strict=True)
+    return torch.cat([_draw(part, chance, options) for part, chance in parts]).view(uniform.shape)
+
+
+def _draw(logits: Tensor, uniform: Tensor, options: DrawOptions) -> Tensor:
+    """As `draw` of (m, v), all at once."""
     kept = keep_likely(logits, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p)
     probabilities = (kept.double() / options.temperature).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)

@@ -391,5 +391,5 @@ def _distances(images: Tensor, reconstructions: Tensor) -> dict[str, float]:
     """`rfid` and `rkid`: how far the reconstructions are from the images."""
     from vqdist.fidelity import fidelity
 
-    numbers = fidelity(reconstructions, images)
+    numbers = fidelity(reconstructions, images, coverage=False)
     return {f"r{name}": numbers[name] for name in ("fid", "kid")}

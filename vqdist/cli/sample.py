@@ -11,6 +11,8 @@ from typing import Any
 from vqdist.cli.parsing import Alias, make_parser, parse
 from vqdist.errors import UserError
 
+LARGEST_SHEET = 2  # GiB of pixels
+
 
 def sample(arguments: list[str]) -> int:
     """Draw images: `vqdist sample RUN --num 64 --class 3 --cfg 2 --out samples.png`."""
@@ -51,6 +53,7 @@ def sample(arguments: list[str]) -> int:
     model = open_generator(options.run)
     if options.tokenizer is not None:
         _check_tokenizer(model, options.tokenizer)
+    _check_sheet(model, options)
     drawn = draw_options(options, model)
     labels = _labels(model, options)
     backend = create_backend(options.backend)
@@ -144,7 +147,21 @@ def _check(options) -> None:
             raise UserError(f"--out {options.out} is neither the name of a PNG file nor of a folder; give one of both")
         if options.columns is not None:
             raise UserError(f"--columns {options.columns} is of a sheet, but --out {options.out} is a folder")
+        if any(options.out.glob("*.png")):
+            raise UserError(
+                f"--out {options.out} holds PNG files, which would be taken for samples; give an empty folder"
+            )
         options.out.mkdir(parents=True, exist_ok=True)
+
+
+def _check_sheet(model, options) -> None:
+    """A sheet is put together in the memory of one process."""
+    gigabytes = 4 * options.num * model.channels * model.image_size**2 / 2**30
+    if options.out.suffix.lower() == ".png" and gigabytes > LARGEST_SHEET:
+        raise UserError(
+            f"a sheet of {options.num} images of {model.image_size} pixels takes {gigabytes:.0f} GiB of memory, over "
+            f"{LARGEST_SHEET}; give --out FOLDER for a file an image"
+        )
 
 
 def _check_tokenizer(model, name_or_path: str) -> None:

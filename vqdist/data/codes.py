@@ -130,6 +130,13 @@ class CodeDataset(Dataset):
             )
         return torch.from_numpy(codes), ()
 
+    def fetch_labelled(
+        self, epoch: int, index: int, *, among: Sequence[int] | Tensor | None = None
+    ) -> tuple[Tensor, int | None, tuple[str, ...]]:
+        """As `fetch`, with the class of the image."""
+        codes, bad = self.fetch(epoch, index)
+        return codes, self.label(index), bad
+
     def label(self, index: int) -> int | None:
         """The class of an image, or None where the source had none."""
         shard, row = divmod(checked_index(index, len(self)), self._manifest["shard_size"])

@@ -97,12 +97,26 @@ class ImageDataset(Dataset):
             BadImageError: the image cannot be decoded and `on_bad_image` is `raise`.
             UserError: not one image can be decoded.
         """
+        item, _, bad = self._first_good(epoch, index, among)
+        return item, bad
+
+    def fetch_labelled(
+        self, epoch: int, index: int, *, among: Sequence[int] | Tensor | None = None
+    ) -> tuple[Tensor, int | None, tuple[str, ...]]:
+        """As `fetch`, with the class of the image that is given, which may be the next good one's, or None."""
+        item, candidate, bad = self._first_good(epoch, index, among)
+        return item, self.source.label(candidate), bad
+
+    def _first_good(
+        self, epoch: int, index: int, among: Sequence[int] | Tensor | None
+    ) -> tuple[Tensor, int, tuple[str, ...]]:
+        """The image, its own index, and the names of those passed over."""
         index = checked_index(index, len(self))
         bad: list[str] = []
         first: BadImageError | None = None
         for candidate in self._candidates(index, among):
             try:
-                return self._view(epoch, index, candidate), tuple(bad)
+                return self._view(epoch, index, candidate), candidate, tuple(bad)
             except BadImageError as error:
                 if self.on_bad_image == "raise":
                     raise

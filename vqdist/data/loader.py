@@ -105,8 +105,10 @@ class _Fetcher(torch.utils.data.Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, tuple[str, ...]] | UserError:
         try:
-            item, bad = self.dataset.fetch(*place, among=self.indices)
-            label = self.dataset.label(place[1]) if self.labels else None
+            if not self.labels:
+                item, bad = self.dataset.fetch(*place, among=self.indices)
+                return item, -1, bad
+            item, label, bad = self.dataset.fetch_labelled(*place, among=self.indices)
             return item, -1 if label is None else label, bad
         except UserError as error:  # raised in a worker it would arrive wrapped in the worker's traceback
             return error

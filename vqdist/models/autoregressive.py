@@ -160,7 +160,12 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         """(count,) int64: the class of all, or of each; `num_classes`, which stands for no class, where it is None."""
         if label is None:
             return torch.full((count,), self.num_classes, device=self.device)
-        labels = torch.as_tensor(label, device=self.device).expand(count)
+        labels = torch.as_tensor(label, device=self.device)
+        if labels.shape not in ((), (count,)):
+            raise UserError(
+                f"labels of shape {tuple(labels.shape)} are given for {count} images; give one, or one each"
+            )
+        labels = labels.expand(count)
         if not self.num_classes:
             raise UserError(f"class {label} is asked for but the model knows no classes; leave it out")
         if bool(((labels < 0) | (labels >= self.num_classes)).any()):
@@ -172,7 +177,7 @@ class SecondStage(AutoregressiveModel):
     """A model of the codes of a frozen tokenizer, which is saved beside it, in `tokenizer/`.
 
     Args:
-        tokenizer: makes the codes; used without gradients, in eval mode and in float32.
+        tokenizer: makes the codes; used without gradients, in eval mode and in float32. Its weights are frozen.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -192,7 +197,7 @@ class SecondStage(AutoregressiveModel):
     @torch.no_grad()
     def codes_of(self, item: Tensor) -> Tensor:
         """Images (b, c, h, w), or codes as `Tokenizer.encode` gives them -> those codes."""
-        if not item.is_floating_point():
+        if item.ndim != 4:  # stored codes
             return item
         with torch.autocast(item.device.type, enabled=False):
             return self.tokenizer.encode(item)

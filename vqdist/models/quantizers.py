@@ -250,7 +250,10 @@ class Quantizer(nn.Module):
 
     def _require_codes(self) -> None:
         # The library would run k-means on whatever batch comes first, on one rank alone if only that one evaluates.
-        if self._codebooks_need_init and not all(bool(codebook.initted) for codebook in self._codebooks()):
+        if not self._codebooks_need_init:
+            return
+        self._codebooks_need_init = not all(bool(codebook.initted) for codebook in self._codebooks())
+        if self._codebooks_need_init:
             raise UserError(
                 f"the codebook of quantizer {self.name} has no codes yet: k-means makes them from the first training "
                 f"batch; train at least one step, load weights, or build it with kmeans_init=False"

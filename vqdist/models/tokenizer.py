@@ -82,7 +82,7 @@ class Tokenizer(nn.Module):
     """Images of one size to codes and back, through the averaged weights of any model of vqdist.
 
     Args:
-        model: a `VQGanVAE` or `DiscreteVAE`.
+        model: a `VQGanVAE`, `DiscreteVAE`, or any other whose `network` is a `TokenizerNetwork`.
         image_size: side of the images in pixels; by default the one that the model was trained on.
     """
 
@@ -116,7 +116,7 @@ class Tokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the weights and the image size: equal if two tokenizers make the same codes of images."""
-        digest = hashlib.sha256(str(self.image_size).encode())
+        digest = hashlib.sha256(f"{self.image_size} {self.network.scales}".encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -149,7 +149,7 @@ class VAR(
         """
         tokens = repeat(self.classes(label), "b d -> b n d", n=self.scale_lengths[0])
         if var_input is not None:
-            tokens = torch.cat([tokens, self.embed(var_input)], dim=1)
+            tokens = torch.cat([tokens, self.embed(var_input.to(self.embed.weight.dtype))], dim=1)
         number = tokens.shape[1]
         return tokens + self.positions[:number] + self.levels(self.level_of[:number])
 

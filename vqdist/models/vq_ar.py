@@ -109,9 +109,9 @@ class VQImageAutoregressiveAutoencoder(
         channels: channels of the images: 1 grey, which is all that the ancestor knows, 3 colour, 4 colour and alpha.
         num_resnet_blocks: residual blocks over the map of patches, in encoder and decoder each. With 0, as in the
             ancestor, a code depends on its own patch alone, so that all blank patches share one code.
-        logit_scale: factor of the distances in the logits. With 1, as in the ancestor, a codebook of many codes near one
-            another cannot be predicted with confidence, however good the prediction: samples become noise unless the
-            temperature is as much lower.
+        logit_scale: factor of the distances in the logits. With 1, as in the ancestor, a codebook of many codes near
+            one another cannot be predicted with confidence, however good the prediction: samples become noise unless
+            the temperature is as much lower.
         vq_kwargs: options of vector-quantize-pytorch's VectorQuantize over those of the ancestor: Euclidean codebook
             as wide as dim, commitment_weight 1, rotation trick, no k-means start, no replacement of unused codes.
     """
@@ -315,7 +315,8 @@ def distance_logits(predicted: Tensor, codebook: Tensor) -> Tensor:
     """Minus the Euclidean distance of predicted vectors (..., d) to all codes (v, d): (..., v), float32."""
     predicted = predicted.float()
     with float32_arithmetic(predicted.device):
-        return -torch.cdist(predicted, codebook)
+        # in one row: of a batch, cdist would copy the codebook for every image
+        return -torch.cdist(predicted.flatten(0, -2), codebook).unflatten(0, predicted.shape[:-1])
 
 
 def _quantizer_options(dim: int, decay: float, vq_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from vqdist.seeding import derive_seed
 from vqdist.trainers.base import Trainer, mark_last
 from vqdist.trainers.config import TrainerConfig
 
+IMAGE_OPTIONS = ("augment", "exts", "on_bad_image")
+
 
 @dataclass(kw_only=True)
 class ARTrainerConfig(TrainerConfig):
@@ -69,7 +71,7 @@ class ARTrainerConfig(TrainerConfig):
             raise UserError(f"label_dropout {self.label_dropout} is not possible; give a share in [0, 1]")
         DrawOptions(**self.sample_options)
         if self.codes_folder is not None:
-            self.refuse_set("augment", "exts", "on_bad_image", because="codes are stored, not images")
+            self.refuse_set(*IMAGE_OPTIONS, because="codes are stored, not images")
 
 
 class ARTrainer(Trainer):
@@ -117,9 +119,13 @@ class ARTrainer(Trainer):
     def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset | CodeDataset, ImageDataset | CodeDataset]:
         folder = self.config.codes_folder
         if folder is not None and dataset is None:
+            self._check_makes_no_codes()
             dataset = CodeDataset(folder)
+        elif isinstance(dataset, CodeDataset):
+            self._check_makes_no_codes()
+            self.config.refuse_set("folder", *IMAGE_OPTIONS, because="codes are given as the dataset")
         if isinstance(dataset, CodeDataset):
-            self._check_codes(dataset)
+            dataset.check_tokenizer(self.model.tokenizer.fingerprint())
             opened = dataset, dataset
         else:
             opened = super()._open_data(dataset)
@@ -127,12 +133,11 @@ class ARTrainer(Trainer):
             self._check_labels(opened[0])
         return opened
 
-    def _check_codes(self, codes: CodeDataset) -> None:
+    def _check_makes_no_codes(self) -> None:
         if self.model.tokenizer is None:
             raise UserError(
                 f"a {type(self.model).__name__} makes its codes itself and trains on images; {CODES} is for prior, var"
             )
-        codes.check_tokenizer(self.model.tokenizer.fingerprint())
 
     def _check_labels(self, dataset: ImageDataset | CodeDataset) -> None:
         for index in {0, len(dataset) // 2, len(dataset) - 1}:
@@ -149,7 +154,10 @@ class ARTrainer(Trainer):
         super()._set_up_networks()
         # of a tokenizer that is trained along: its codebook may die, one that is frozen cannot
         self.codes = CodeHistogram(self.network, self.device) if isinstance(self.network, TokenizerNetwork) else None
-        self.predicted = CodePredictionMetrics(self.model.num_codes, self.model.scale_lengths, self.device)
+        scales = self.model.scale_lengths  # the likelihood of all codes is the loss already, that of each scale is not
+        self.predicted = CodePredictionMetrics(
+            self.model.num_codes, scales, self.device, likelihood=scales is not None
+        )
 
     def take(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images (b, c, h, w) or codes (b, n), and their classes (b,), on this rank's device."""
