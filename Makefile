@@ -19,8 +19,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist lint quality style bench dalle-checkpoint digit-classifier doctor \
-  build clean
+.PHONY: help install demo test test-fast test-dist lint quality style bench dalle-checkpoint digit-classifier doctor build clean
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile

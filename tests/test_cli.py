@@ -126,7 +126,7 @@ def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
     names: dict = {"images": torch.rand(2, 1, 32, 32)}
     exec(code, names)
     assert names["codes"].shape == (2, 64)
-    assert names["images"].shape == (2, 1, 32, 32)
+    assert names["images"].shape == (16, 1, 32, 32)
     assert "'recon_loss'" in capsys.readouterr().out
 
 

@@ -77,11 +77,24 @@ def test_a_run_over_a_tokenizer_can_be_sampled_from_and_reported(run, tmp_path, 
     assert ["valid/nll", *[f"{last['valid/nll']:.4g}"] * 2] in table
 
 
-def test_mistakes_of_training_are_one_line(tokenizer, prior, tmp_path, capsys):
+def test_mistakes_of_training_are_one_line(tokenizer, prior, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "metrics.jsonl").touch()
     train = ["train", "prior", "--data", "synthetic:64", "--out", tmp_path / "run", *SMALL, *SHORT]
     cases = {
         "--tokenizer is missing; give the run of a tokenizer": train,
         "no such folder: ": [*train, "--tokenizer", "ABSENT"],
+        "nowhere; expected one with config.json": [*train, "--tokenizer", tmp_path.name + "/nowhere"],
+        "has no export/ yet; train it to its first": [*train, "--tokenizer", begun],
+        "num_images_save 5000 is not possible; it must be at most 4096": [
+            *train,
+            "--tokenizer",
+            tokenizer,
+            "--trainer.num_images_save",
+            5000,
+        ],
         "holds a Prior, which is no image tokenizer": [*train, "--tokenizer", prior],
         "there is no option --image_size": [*train, "--tokenizer", tokenizer, "--image_size", 16],
         "dim 0 is not possible": [*train, "--tokenizer", tokenizer, "--model.dim", 0],
@@ -100,7 +113,13 @@ def test_codes_of_another_tokenizer_are_refused(tokenizer, tmp_path, capsys):
     train = ["train", "prior", "--data", f"codes:{tmp_path / 'codes'}", *SMALL, *SHORT]
     assert call(*train, "--tokenizer", tokenizer, "--out", tmp_path / "run") == 2
     assert "were made by the tokenizer" in one_line(capsys) and not (tmp_path / "run").exists()
+    assert call(*train, "--tokenizer", other, "--out", tmp_path / "codes") == 2
+    assert "holds codes that `vqdist encode` wrote" in one_line(capsys)
     assert call(*train, "--tokenizer", other, "--out", tmp_path / "run") == 0
+    shard = tmp_path / "codes" / "codes_00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")  # of the same size
+    assert call(*train, "--tokenizer", other, "--out", tmp_path / "again") == 2
+    assert "codes_00000.npy" in one_line(capsys)
 
 
 # --------------------------------------------------------------------------------------------- sample
@@ -168,7 +187,8 @@ def test_mistakes_of_sampling_are_one_line(prior, tokenizer, tmp_path, capsys):
     (tmp_path / "begun" / "metrics.jsonl").touch()
     (tmp_path / "old.png").touch()
     cases = {
-        "holds PNG files, which would be taken for samples": [prior, "--out", tmp_path],
+        "is not empty: samples would mix with what is there": [prior, "--out", tmp_path],
+        "old.png cannot be written": [prior, "--out", tmp_path / "old.png" / "a.png"],
         "takes 715 GiB of memory, over 2; give --out FOLDER": [prior, "--num", 250_000_000],
         "class 3 is asked for; the model knows 0 to 2": [prior, "--class", 3],
         "class 1 is asked for but the model knows no classes": [vq_ar, "--class", 1],
@@ -197,3 +217,7 @@ def test_mistakes_of_a_report_are_one_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("{broken\n")
     assert call("report", tmp_path) == 2
     assert "has a line that is not of a run: '{broken'; it is damaged" in one_line(capsys)
+    for content, message in (("[1, 2]\n", "has a line that is not of a run"), ("", "has not logged a step yet")):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        assert call("report", tmp_path) == 2
+        assert message in one_line(capsys)

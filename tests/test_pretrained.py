@@ -11,16 +11,46 @@ import pytest
 import torch
 from huggingface_hub import hub_mixin
 from huggingface_hub.errors import LocalEntryNotFoundError
-from scenarios import build_dvae, build_vae
+from scenarios import build_dvae, build_prior, build_vae, build_var, build_vq_ar
 from torch import Tensor
 
-from vqdist import DiscreteVAE, Tokenizer, UserError, VQGanVAE
+from vqdist import (
+    VAR,
+    DiscreteVAE,
+    Prior,
+    SimpleVQVAE,
+    Tokenizer,
+    UserError,
+    VQGanVAE,
+    VQImageAutoregressiveAutoencoder,
+)
 from vqdist.models import pretrained
+from vqdist.models.autoregressive import SecondStage
 from vqdist.models.pretrained import MODEL_TYPES, PretrainedModel, load_model_of_any_type
 
-BUILD = {"vqgan": build_vae, "dvae": build_dvae}
-CLASSES = {"vqgan": VQGanVAE, "dvae": DiscreteVAE}
-OTHER = {"vqgan": "dvae", "dvae": "vqgan"}
+
+def build_simple_vqvae() -> SimpleVQVAE:
+    torch.manual_seed(16)
+    return SimpleVQVAE(v_patch_nums=(1, 2, 4))
+
+
+BUILD = {
+    "vqgan": build_vae,
+    "dvae": build_dvae,
+    "vq_ar": build_vq_ar,
+    "simple_vqvae": build_simple_vqvae,
+    "prior": build_prior,
+    "var": build_var,
+}
+CLASSES = {
+    "vqgan": VQGanVAE,
+    "dvae": DiscreteVAE,
+    "vq_ar": VQImageAutoregressiveAutoencoder,
+    "simple_vqvae": SimpleVQVAE,
+    "prior": Prior,
+    "var": VAR,
+}
+OTHER = dict(zip(CLASSES, [*list(CLASSES)[1:], "vqgan"], strict=True))
 every_type = pytest.mark.parametrize("model_type", MODEL_TYPES)
 
 
@@ -41,8 +71,17 @@ def pixels() -> Tensor:
 
 
 def reconstructs_as(model: PretrainedModel, other: PretrainedModel) -> bool:
+    """Whether two models make the same of the same images or, where they draw images, of the same randomness."""
     with torch.no_grad():
+        if isinstance(model, SecondStage):
+            return torch.equal(*(it.sample(2, generator=torch.Generator().manual_seed(4)) for it in (model, other)))
         return torch.equal(*(it.network.eval().reconstruct(pixels())[0] for it in (model, other)))
+
+
+def classes_below(parent: type) -> list[type]:
+    """All subclasses of subclasses that can be saved themselves: abstract ones name no type."""
+    below = [*parent.__subclasses__(), *(cls for child in parent.__subclasses__() for cls in classes_below(child))]
+    return [cls for cls in dict.fromkeys(below) if "model_type" in cls.__dict__]
 
 
 # --------------------------------------------------------------------------------------------- types
@@ -52,7 +91,7 @@ def test_every_type_is_that_of_its_class():
     for model_type, (module, name) in MODEL_TYPES.items():
         model_class = getattr(importlib.import_module(module), name)
         assert model_class is CLASSES[model_type] and model_class.model_type == model_type
-    assert {cls.model_type for cls in PretrainedModel.__subclasses__()} == MODEL_TYPES.keys()
+    assert {cls.__dict__["model_type"] for cls in classes_below(PretrainedModel)} == MODEL_TYPES.keys()
 
 
 @every_type
@@ -97,12 +136,14 @@ def test_an_export_from_before_there_were_types_is_no_discrete_vae(tmp_path):
         DiscreteVAE.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("unknown", ["var", 3, ["vqgan"]])
+@pytest.mark.parametrize("unknown", ["vae", 3, ["vqgan"]])
 def test_an_unknown_type_is_one_line(unknown, tmp_path):
     save("vqgan", tmp_path, model_type=unknown)
     shown = repr(unknown).replace("[", r"\[").replace("]", r"\]")
     for load in (load_model_of_any_type, Tokenizer.from_pretrained):
-        with pytest.raises(UserError, match=rf"^{tmp_path} holds a model of type {shown}; vqdist has vqgan, dvae$"):
+        with pytest.raises(
+            UserError, match=rf"^{tmp_path} holds a model of type {shown}; vqdist has vqgan, dvae, vq_"
+        ):
             load(tmp_path)
     with pytest.raises(UserError, match=rf"holds a model of type {shown}; VQGanVAE loads 'vqgan'$"):
         VQGanVAE.from_pretrained(tmp_path)
@@ -111,7 +152,7 @@ def test_an_unknown_type_is_one_line(unknown, tmp_path):
 # --------------------------------------------------------------------------------------------- image size
 
 
-@every_type
+@pytest.mark.parametrize("model_type", ["vqgan", "dvae", "vq_ar"])  # the others are of the size of their tokenizer
 def test_the_image_size_that_is_given_replaces_the_saved_one(model_type, tmp_path):
     save(model_type, tmp_path / "first")
     loaded = CLASSES[model_type].from_pretrained(tmp_path / "first", image_size=32)
@@ -141,7 +182,7 @@ def damage_weights(folder: Path) -> None:
 
 def other_weights(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    wider = {"dim": 32} if config["model_type"] == "vqgan" else {"hidden_dim": 32}
+    wider = {"hidden_dim": 32} if config["model_type"] in ("dvae", "simple_vqvae") else {"dim": 64}
     (folder / "config.json").write_text(json.dumps({**config, **wider}))
 
 
@@ -215,7 +256,8 @@ def test_a_repository_says_of_which_class_it_is(model_type, hub, tmp_path):
     save(model_type, tmp_path / "main")
     save(OTHER[model_type], tmp_path / "v1")
     assert type(load_model_of_any_type("someone/tokenizer")) is CLASSES[model_type]
-    assert Tokenizer.from_pretrained("someone/tokenizer").image_size == 16
+    if not issubclass(CLASSES[model_type], SecondStage):
+        assert Tokenizer.from_pretrained("someone/tokenizer").image_size == 16
     assert {(repo, revision) for repo, _, revision, _ in hub} == {("someone/tokenizer", None)}
     hub.clear()
     other = load_model_of_any_type("someone/tokenizer", revision="v1", token="secret")

@@ -149,6 +149,8 @@ def test_dropout_acts_in_training_only():
         ({"dim": 0}, "dim 0 is not possible; it must be at least 1"),
         ({"depth": -1}, "depth -1 is not possible"),
         ({"dim_head": 16}, "dim_head 16 is not possible; rotary positions need an even number of at least 32"),
+        ({"dim": 64, "heads": 1}, "dim 64 does not go with heads 1 and dim_head 32; a single head must be as wide as"),
+        ({"dim": 1}, "dim 1 does not go with heads 2"),
         ({"num_classes": -1}, "num_classes -1 is not possible"),
         ({"dropout": 1.0}, "dropout 1.0 is not possible"),
         ({"tokenizer": "runs/a"}, "the tokenizer is a str; give a vqdist.Tokenizer"),

@@ -190,6 +190,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     """A tensor of 40 MB, made and freed over and over, takes its pages from the system once."""
     script = (
         "import resource, torch\n"
+        "import vqdist.trainers.base\n"
         "from vqdist.allocator import keep_freed_memory\n"
         "keep_freed_memory(torch.device('cpu'))\n"
         "torch.ones(10_000_000)\n"

@@ -28,16 +28,18 @@ def _numbers_of(run: Path) -> dict[str, str]:
     if not file.is_file():
         raise UserError(f"{run} has no metrics.jsonl; give the folder of a run, as in runs/a")
     validated, trained = {}, {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             numbers = json.loads(line)
             step = numbers.pop("step")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{file} has a line that is not of a run: {line[:60]!r}; it is damaged") from error
         if any(name.startswith(VALID) for name in numbers):
             validated = {"validated at step": step, **numbers}
         else:
             trained = {"step": step, **numbers}
+    if not trained and not validated:
+        raise UserError(f"{file} is empty: the run has not logged a step yet")
     model = read_json(run / "config.json").get("model_type", "")
     return {name: _shown(value) for name, value in {"model": model, **trained, **validated}.items()}
 

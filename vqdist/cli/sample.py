@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from vqdist.backends.environment import rank_of_launcher
 from vqdist.cli.parsing import Alias, make_parser, parse
 from vqdist.errors import UserError
 
 LARGEST_SHEET = 2  # GiB of pixels
+MOST = 10**9
 
 
 def sample(arguments: list[str]) -> int:
@@ -140,18 +143,29 @@ def with_progress(batches: Iterator, options, backend) -> Iterator:
 def _check(options) -> None:
     for name in ("num", "batch_size", "columns"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} {value} is not possible; it must be at least 1")
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"{name} {value} is not possible; it must be at least 1 and at most {MOST}")
     if options.out.suffix.lower() != ".png":
         if options.out.suffix:
             raise UserError(f"--out {options.out} is neither the name of a PNG file nor of a folder; give one of both")
         if options.columns is not None:
             raise UserError(f"--columns {options.columns} is of a sheet, but --out {options.out} is a folder")
-        if any(options.out.glob("*.png")):
+        if options.out.is_dir() and any(options.out.iterdir()) and rank_of_launcher() == 0:
             raise UserError(
-                f"--out {options.out} holds PNG files, which would be taken for samples; give an empty folder"
+                f"--out {options.out} is not empty: samples would mix with what is there; give another one"
             )
-        options.out.mkdir(parents=True, exist_ok=True)
+        _make_writable(options.out)
+    else:
+        _make_writable(options.out.parent)
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be written ({error.strerror}); give another place") from error
 
 
 def _check_sheet(model, options) -> None:

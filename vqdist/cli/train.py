@@ -66,8 +66,9 @@ def train_parser(name: str):
 
 
 def _description(entry: TrainedModel) -> str:
+    stored = "\n--data also takes codes:FOLDER, what `vqdist encode` wrote." if entry.over_tokenizer else ""
     more = f"\nThe {entry.aliases_title}, work too; the end of this text lists them." if entry.aliases else ""
-    return f"Train a {entry.title}. A run that is in the folder `--out` is resumed.{more}"
+    return f"Train a {entry.title}. A run that is in the folder `--out` is resumed.{stored}{more}"
 
 
 def _add_top_level(parser, config_class: type) -> None:
@@ -123,7 +124,7 @@ def _aliases_help(entry: TrainedModel) -> str | None:
     lines = [f"{entry.aliases_title}:"]
     for name, alias in entry.aliases.items():
         lines.append(f"  --{name:<22}{'the same' if name == alias.option else f'= {alias}'}")
-    lines += [f"  --{'local_rank, --local-rank':<22}the launcher's, without effect: ranks come from the environment"]
+    lines += [f"  --{'local_rank':<22}the launcher's, without effect: ranks come from the environment"]
     lines += ["", "where they mean something else than in train_vae:"]
     lines += [_indented(f"  --{name:<22}", alias.note) for name, alias in entry.aliases.items() if alias.note]
     return "\n".join([*lines, "", _indented("", entry.aliases_note)])
@@ -176,9 +177,11 @@ def _refuse_missing(entry: TrainedModel, options) -> None:
 def _build(model_class: type, options: dict[str, Any]):
     try:
         return model_class(**options)
-    except (MemoryError, RuntimeError, TypeError) as error:  # torch has several words for a size beyond all memory
-        reason = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not re.search("allocate|memory|overflow", reason, re.IGNORECASE):
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())  # torch has several words for a size beyond all memory
+        if not isinstance(error, MemoryError | OverflowError) and not re.search(
+            "allocate|memory|overflow", reason, re.IGNORECASE
+        ):
             raise
         raise UserError(f"a model of this size does not fit into memory ({reason[:160]}); make it smaller") from error
 
@@ -186,7 +189,7 @@ def _build(model_class: type, options: dict[str, Any]):
 def _open_tokenizer(options):
     from vqdist.models.tokenizer import Tokenizer
 
-    if options.tokenizer is None:
+    if not options.tokenizer:
         raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
     return Tokenizer.from_pretrained(options.tokenizer)
 

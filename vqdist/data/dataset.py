@@ -16,6 +16,8 @@ from vqdist.data.sources.base import checked_index
 from vqdist.errors import UserError
 from vqdist.seeding import derive_seed
 
+LARGEST_SIDE = 2**16  # in pixels
+
 
 class ImageDataset(Dataset):
     """The images of a source as tensors of one size; what comes out depends on (seed, epoch, index) only.
@@ -53,9 +55,10 @@ class ImageDataset(Dataset):
         seed: int = 0,
         on_bad_image: str = "raise",
     ):
-        if not isinstance(image_size, int) or image_size < 1:
+        if not isinstance(image_size, int) or not 1 <= image_size <= LARGEST_SIDE:
             raise UserError(
-                f"image_size {image_size!r} is not possible; give the side in pixels, a whole number from 1"
+                f"image_size {image_size!r} is not possible; give the side in pixels, a whole number from 1 to "
+                f"{LARGEST_SIDE}"
             )
         check_channels(channels)
         if on_bad_image not in self.ON_BAD_IMAGE:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.models.pretrained import PretrainedModel
+from vqdist.models.pretrained import PretrainedModel, saved_beside
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.sampling import DrawOptions
 
@@ -208,7 +208,8 @@ class SecondStage(AutoregressiveModel):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
-        kwargs["tokenizer"] = Tokenizer.from_pretrained(_beside(model_id, kwargs))
+        cls._config_of_this_type(model_id, kwargs)
+        kwargs["tokenizer"] = Tokenizer.from_pretrained(saved_beside(model_id, "tokenizer", kwargs))
         return super()._from_pretrained(model_id=model_id, **kwargs)
 
 
@@ -220,13 +221,3 @@ class _Held:
 
     def __deepcopy__(self, memo: dict) -> _Held:
         return self
-
-
-def _beside(model_id: str, kwargs: Mapping[str, Any]) -> Path:
-    """The folder `tokenizer/` of a model's folder, or of its repository on the Hub."""
-    if Path(model_id).is_dir():
-        return Path(model_id) / "tokenizer"
-    from huggingface_hub import snapshot_download
-
-    options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    return Path(snapshot_download(model_id, allow_patterns="tokenizer/*", **options)) / "tokenizer"

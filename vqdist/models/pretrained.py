@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -30,6 +31,7 @@ MODEL_TYPES = {
     "prior": ("vqdist.models.prior", "Prior"),
     "var": ("vqdist.models.var", "VAR"),
 }
+FILES = ("config.json", "model.safetensors")
 FIRST_TYPE = "vqgan"  # of a config.json that names none: they were written before there were others
 
 
@@ -85,16 +87,22 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
-        written = _config_of(model_id, kwargs)
-        found = written.get("model_type", FIRST_TYPE) if written else cls.model_type
-        if found != cls.model_type:
-            raise UserError(f"{model_id} holds a model of type {found!r}; {cls.__name__} loads {cls.model_type!r}")
+        written = cls._config_of_this_type(model_id, kwargs)
         image_size = kwargs.get("image_size", written.get("image_size"))
         for name in {"model_type", "image_size"} - cls._hub_mixin_init_parameters.keys():
             kwargs.pop(name, None)  # facts about the model, not arguments of it
         model = super()._from_pretrained(model_id=model_id, **kwargs)
         model.image_size = model.image_size if image_size is None else image_size
         return model
+
+    @classmethod
+    def _config_of_this_type(cls, model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json, empty where it cannot be reached; `UserError` if it is of a model of another type."""
+        written = _config_of(model_id, kwargs)
+        found = written.get("model_type", FIRST_TYPE) if written else cls.model_type
+        if found != cls.model_type:
+            raise UserError(f"{model_id} holds a model of type {found!r}; {cls.__name__} loads {cls.model_type!r}")
+        return written
 
     @classmethod
     def _load_as_safetensor(cls, model: M, model_file: str, map_location: str, strict: bool) -> M:
@@ -121,7 +129,10 @@ def load_model_of_any_type(name_or_path: str | Path, **kwargs: Any) -> Pretraine
 
 
 def _check_location(given: str | Path, path: Path) -> None:
-    if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given)):
+    if path.is_dir() and (path / "metrics.jsonl").exists():
+        raise UserError(f"{path} has no export/ yet; train it to its first checkpoint")
+    # owner/name on the Hub, unless there is a folder here that it would lie in
+    if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given))):
         raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -129,15 +140,26 @@ def _check_location(given: str | Path, path: Path) -> None:
         _config_of(str(path), {})  # says what is wrong with a damaged one, which the hub's mixin does not
 
 
-def _config_of(model_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def saved_beside(model_id: str, name: str, kwargs: Mapping[str, Any]) -> Path:
+    """The folder of a second model within that of the first; of a repository on the Hub its two files are fetched."""
+    if Path(model_id).is_dir():
+        return Path(model_id) / name
+    files = [hf_hub_download(model_id, f"{name}/{file}", **_hub_options(kwargs)) for file in FILES]
+    return Path(files[0]).parent
+
+
+def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+
+
+def _config_of(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a folder or repository; empty where a repository cannot be reached: loading it says so."""
     if Path(model_id).is_dir():
         try:
             return read_json(Path(model_id) / "config.json")
         except UserError as error:
             raise UserError(f"{model_id} holds no model that can be loaded ({error})") from error
-    options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
     try:
-        return read_json(Path(hf_hub_download(model_id, "config.json", **options)))
+        return read_json(Path(hf_hub_download(model_id, "config.json", **_hub_options(kwargs))))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vqdist.errors import UserError
-from vqdist.models.attention import Decoder
+from vqdist.models.attention import Decoder, check_heads
 from vqdist.models.autoregressive import SecondStage
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.sampling import DrawOptions, draw, guide
@@ -68,6 +68,7 @@ class Prior(
     ):
         super().__init__(tokenizer)
         _check_options(dim=dim, depth=depth, heads=heads, dim_head=dim_head, num_classes=num_classes, dropout=dropout)
+        check_heads(dim, heads, dim_head)
         if tokenizer.network.scales is not None:
             raise UserError(
                 f"the tokenizer has {len(tokenizer.network.scales)} scales, which a prior cannot predict code by "

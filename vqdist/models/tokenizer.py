@@ -116,7 +116,9 @@ class Tokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the weights and the image size: equal if two tokenizers make the same codes of images."""
-        digest = hashlib.sha256(f"{self.image_size} {self.network.scales}".encode())
+        digest = hashlib.sha256(str(self.image_size).encode())
+        if self.network.scales is not None:
+            digest.update(str(self.network.scales).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vqdist import losses
 from vqdist.errors import UserError
-from vqdist.models.attention import Decoder
+from vqdist.models.attention import Decoder, check_heads
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.dvae import ResBlock
 from vqdist.models.quantizers import build_quantizer, float32_arithmetic, rotated_onto
@@ -141,6 +141,7 @@ class VQImageAutoregressiveAutoencoder(
     ):
         super().__init__()
         _check_sizes(image_size, patch_size, dim, depth, dim_head, heads, channels, num_resnet_blocks)
+        check_heads(dim, heads, dim_head)
         _check_weights(recon_from_pred_codes_weight, recon_loss_weight, vq_commit_loss_weight, ar_commit_loss_weight)
         self.image_size = image_size
         self.patch_size = patch_size

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqdist.backends import Engine
+from vqdist.backends.environment import rank_of_launcher
 from vqdist.data.codes import CodeDataset
 from vqdist.data.config import CODES
 from vqdist.data.dataset import ImageDataset
@@ -28,6 +29,7 @@ from vqdist.seeding import derive_seed
 from vqdist.trainers.base import Trainer, mark_last
 from vqdist.trainers.config import TrainerConfig
 
+MOST_SAMPLES = 4096  # of a picture: they are drawn at once
 IMAGE_OPTIONS = ("augment", "exts", "on_bad_image")
 
 
@@ -70,6 +72,10 @@ class ARTrainerConfig(TrainerConfig):
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"label_dropout {self.label_dropout} is not possible; give a share in [0, 1]")
         DrawOptions(**self.sample_options)
+        if self.num_images_save > MOST_SAMPLES:
+            raise UserError(
+                f"num_images_save {self.num_images_save} is not possible; it must be at most {MOST_SAMPLES}"
+            )
         if self.codes_folder is not None:
             self.refuse_set(*IMAGE_OPTIONS, because="codes are stored, not images")
 
@@ -126,6 +132,8 @@ class ARTrainer(Trainer):
             self.config.refuse_set("folder", *IMAGE_OPTIONS, because="codes are given as the dataset")
         if isinstance(dataset, CodeDataset):
             dataset.check_tokenizer(self.model.tokenizer.fingerprint())
+            if rank_of_launcher() == 0:  # one reader is enough to find damaged files
+                dataset.verify()
             opened = dataset, dataset
         else:
             opened = super()._open_data(dataset)

@@ -211,6 +211,8 @@ class RunFolder(ABC):
                 f"the run folder {folder} lies in the folder of the images, {images}: its pictures would be trained "
                 "on; give another one"
             )
+        if (folder / "encode.json").exists():
+            raise UserError(f"the run folder {folder} holds codes that `vqdist encode` wrote; give another one")
         return folder
 
     def _resolved_configuration(self) -> dict[str, Any]:
@@ -223,13 +225,18 @@ class RunFolder(ABC):
             "data": {"images": images},
         }
 
+    def _has_begun(self) -> bool:
+        """Whether there is anything of a run: one that ended before its first step leaves its configuration only."""
+        lines = self.run_folder / "metrics.jsonl"
+        return any(self.run_folder.glob("checkpoints/step_*")) or (lines.is_file() and lines.stat().st_size > 0)
+
     @property
     def _model_type(self) -> str | None:
         return getattr(self.model, "model_type", None)
 
     def _refuse_other_configuration(self) -> None:
         path = self.run_folder / "config.json"
-        if not path.is_file():
+        if not path.is_file() or not self._has_begun():
             return
         before = read_json(path)
         if not all(isinstance(before.get(part), dict) for part in ("trainer", "model", "data")):
