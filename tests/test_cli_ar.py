@@ -118,6 +118,7 @@ def test_codes_of_another_tokenizer_are_refused(tokenizer, tmp_path, capsys):
     assert call(*train, "--tokenizer", other, "--out", tmp_path / "run") == 0
     shard = tmp_path / "codes" / "codes_00000.npy"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")  # of the same size
+    capsys.readouterr()
     assert call(*train, "--tokenizer", other, "--out", tmp_path / "again") == 2
     assert "codes_00000.npy" in one_line(capsys)
 

@@ -164,7 +164,7 @@ def test_workers_see_what_the_process_sees(halves, tmp_path, spec):
 
 def test_image_dataset_errors(tmp_path):
     assert message_of(ImageDataset, "digits", 0) == (
-        "image_size 0 is not possible; give the side in pixels, a whole number from 1"
+        "image_size 0 is not possible; give the side in pixels, a whole number from 1 to 65536"
     )
     assert "image_size 2.5 is not possible" in message_of(ImageDataset, "digits", 2.5)
     assert "channels 2 is not possible for images; choose 1" in message_of(ImageDataset, "digits", 8, channels=2)

@@ -139,7 +139,7 @@ def model_dim_head():
 
 @model_case
 def model_heads():
-    assert [projection_widths(build(heads=number, dim_head=8)) for number in (1, 3)] == [{8}, {24}]
+    assert [projection_widths(build(heads=number, dim_head=8)) for number in (2, 3)] == [{16}, {24}]
 
 
 def projection_widths(model: VQImageAutoregressiveAutoencoder) -> set[int]:

@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vqdist.backends.environment import rank_of_launcher
 from vqdist.cli.parsing import Alias, make_parser, parse
 from vqdist.errors import UserError
 
@@ -141,6 +140,8 @@ def with_progress(batches: Iterator, options, backend) -> Iterator:
 
 
 def _check(options) -> None:
+    from vqdist.backends.environment import rank_of_launcher
+
     for name in ("num", "batch_size", "columns"):
         value = getattr(options, name)
         if value is not None and not 1 <= value <= MOST:
