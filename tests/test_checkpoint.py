@@ -129,8 +129,9 @@ def test_another_configuration_is_refused_with_keys_and_flag(tmp_path):
     assert trainer.config.lr == 0.5
 
 
-def test_another_model_is_refused(tmp_path):
-    build_trainer(tmp_path)
+def test_another_model_is_refused_once_the_run_has_begun(tmp_path):
+    build_trainer(tmp_path, model={"codebook_size": 16})  # ended before its first step
+    build_trainer(tmp_path).train_step()
     with pytest.raises(UserError, match=r"model\.codebook_size: 32 -> 64"):
         build_trainer(tmp_path, model={"codebook_size": 64})
 

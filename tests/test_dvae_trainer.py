@@ -259,7 +259,7 @@ def test_another_kind_of_model_is_refused(tmp_path):
 
 
 def test_a_run_of_another_kind_of_model_is_not_resumed(tmp_path):
-    build_trainer(tmp_path)
+    build_trainer(tmp_path).train_step()
     with pytest.raises(UserError, match="holds a run of a model of type 'vqgan' and this one is 'dvae'; give another"):
         build_dvae_trainer(tmp_path)
 

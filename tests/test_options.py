@@ -377,7 +377,7 @@ def results_folder(tmp_path):
 
 @case
 def allow_config_change(tmp_path):
-    build_trainer(tmp_path)
+    build_trainer(tmp_path).train_step()
     with pytest.raises(UserError, match="lr: 0.0003 -> 0.1"):
         build_trainer(tmp_path, lr=0.1)
     assert build_trainer(tmp_path, lr=0.1, allow_config_change=True).config.lr == 0.1
@@ -389,7 +389,7 @@ def test_a_run_from_before_an_option_existed_is_resumed(tmp_path):
     config = json.loads(path.read_text())
     del config["trainer"]["lr_decay_rate"], config["trainer"]["epochs"]
     path.write_text(json.dumps(config))
-    build_trainer(tmp_path)
+    build_trainer(tmp_path).train_step()
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="lr_decay_rate: 0.98 -> 0.5"):
         build_trainer(tmp_path, lr_decay_rate=0.5, lr_schedule="exponential")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vqdist import losses, sampling
 from vqdist.errors import UserError
+from vqdist.models.arguments import check_channels, check_whole_numbers
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images
 
@@ -334,21 +335,15 @@ def build_decoder(
 
 
 def _check_sizes(image_size, num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels) -> None:
-    given = {
-        "image_size": (image_size, 1),
-        "num_tokens": (num_tokens, 2),
-        "codebook_dim": (codebook_dim, 1),
-        "num_layers": (num_layers, 1),
-        "num_resnet_blocks": (num_resnet_blocks, 0),
-        "hidden_dim": (hidden_dim, 1),
-    }
-    for name, (value, least) in given.items():
-        if not isinstance(value, int):
-            raise UserError(f"{name} {value!r} is not possible; give a whole number")
-        if value < least:
-            raise UserError(f"{name} {value} is not possible; it must be at least {least}")
-    if channels not in (1, 3, 4):
-        raise UserError(f"channels {channels} is not possible; use 1 (grey), 3 (colour) or 4 (colour and alpha)")
+    check_whole_numbers(
+        image_size=(image_size, 1),
+        num_tokens=(num_tokens, 2),
+        codebook_dim=(codebook_dim, 1),
+        num_layers=(num_layers, 1),
+        num_resnet_blocks=(num_resnet_blocks, 0),
+        hidden_dim=(hidden_dim, 1),
+    )
+    check_channels(channels)
 
 
 def _check_draw(temperature, straight_through, reinmax, kl_div_loss_weight, kl_reduction) -> None:

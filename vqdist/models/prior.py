@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vqdist.errors import UserError
+from vqdist.models.arguments import check_generator, check_whole_numbers
 from vqdist.models.attention import Decoder, check_heads
 from vqdist.models.autoregressive import SecondStage
 from vqdist.models.tokenizer import Tokenizer
@@ -150,12 +151,7 @@ class Prior(
 
 
 def _check_options(*, num_classes: int, dropout: float, dim_head: int, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{name} {value} is not possible; it must be at least 1")
+    check_whole_numbers(**{name: (value, 1) for name, value in sizes.items()})
     if dim_head < 32 or dim_head % 2:
         raise UserError(f"dim_head {dim_head} is not possible; rotary positions need an even number of at least 32")
-    if num_classes < 0:
-        raise UserError(f"num_classes {num_classes} is not possible; give the number of classes, 0 for none")
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout {dropout} is not possible; it must be at least 0 and below 1")
+    check_generator(num_classes, dropout)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vqdist.errors import UserError
+from vqdist.models.arguments import check_generator, check_whole_numbers
 from vqdist.models.attention import AttentionLayers
 from vqdist.models.autoregressive import SecondStage
 from vqdist.models.multiscale import scale_lengths, split_scales
@@ -212,12 +213,7 @@ def _scales_of(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _check_options(*, depth: int, dim: int, heads: int, num_classes: int, dropout: float) -> None:
-    for name, value in {"depth": depth, "dim": dim, "heads": heads}.items():
-        if value < 1:
-            raise UserError(f"{name} {value} is not possible; it must be at least 1")
+    check_whole_numbers(depth=(depth, 1), dim=(dim, 1), heads=(heads, 1))
     if dim % heads:
         raise UserError(f"dim {dim} is not a multiple of heads {heads}; try {max(heads, dim - dim % heads)}")
-    if num_classes < 0:
-        raise UserError(f"num_classes {num_classes} is not possible; give the number of classes, 0 for none")
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout {dropout} is not possible; it must be at least 0 and below 1")
+    check_generator(num_classes, dropout)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vqdist import losses
 from vqdist.errors import UserError
+from vqdist.models.arguments import check_channels, check_whole_numbers
 from vqdist.models.attention import Decoder, check_heads
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.dvae import ResBlock
@@ -346,22 +347,16 @@ def _check_side(what: str, side: int, patch_size: int) -> None:
 
 
 def _check_sizes(image_size, patch_size, dim, depth, dim_head, heads, channels, num_resnet_blocks) -> None:
-    given = {
-        "image_size": (image_size, 1),
-        "patch_size": (patch_size, 1),
-        "dim": (dim, 1),
-        "depth": (depth, 1),
-        "dim_head": (dim_head, 6),  # half of it is rotated, and the library cannot rotate 2
-        "heads": (heads, 1),
-        "num_resnet_blocks": (num_resnet_blocks, 0),
-    }
-    for name, (value, least) in given.items():
-        if not isinstance(value, int):
-            raise UserError(f"{name} {value!r} is not possible; give a whole number")
-        if value < least:
-            raise UserError(f"{name} {value} is not possible; it must be at least {least}")
-    if channels not in (1, 3, 4):
-        raise UserError(f"channels {channels} is not possible; use 1 (grey), 3 (colour) or 4 (colour and alpha)")
+    check_whole_numbers(
+        image_size=(image_size, 1),
+        patch_size=(patch_size, 1),
+        dim=(dim, 1),
+        depth=(depth, 1),
+        dim_head=(dim_head, 6),  # half of it is rotated, and the library cannot rotate 2
+        heads=(heads, 1),
+        num_resnet_blocks=(num_resnet_blocks, 0),
+    )
+    check_channels(channels)
 
 
 def _check_weights(recon_from_pred_codes, recon_loss, vq_commit_loss, ar_commit_loss) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vqdist import losses
 from vqdist.errors import UserError
+from vqdist.models.arguments import check_channels
 from vqdist.models.discriminator import PatchDiscriminator
 from vqdist.models.perceptual import MIN_IMAGE_SIZE, PerceptualLoss
 from vqdist.models.pretrained import PretrainedModel
@@ -437,8 +438,7 @@ def _vq_prefixed(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_shape_options(dim: int, channels: int, layers: int, groups: int, first_kernel_size: int) -> None:
-    if channels not in (1, 3, 4):
-        raise UserError(f"channels {channels} is not possible; use 1 (grey), 3 (colour) or 4 (colour and alpha)")
+    check_channels(channels)
     if layers < 1:
         raise UserError(f"layers {layers} is not possible; at least one halving of the resolution is needed")
     if groups < 1:

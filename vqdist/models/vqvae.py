@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from vqdist.errors import UserError
+from vqdist.models.arguments import check_channels, check_whole_numbers
 from vqdist.models.multiscale import V_PATCH_NUMS, VectorQuantizer
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import build_quantizer
@@ -58,12 +58,8 @@ class SimpleVQVAE(
         beta: float = 0.25,
     ):
         super().__init__()
-        if channels not in (1, 3, 4):
-            raise UserError(f"channels {channels} is not possible; use 1 (grey), 3 (colour) or 4 (colour and alpha)")
-        given = {"vocab_size": (vocab_size, 2), "embedding_dim": (embedding_dim, 1), "hidden_dim": (hidden_dim, 1)}
-        for name, (value, smallest) in given.items():
-            if value < smallest:
-                raise UserError(f"{name} {value} is not possible; it must be at least {smallest}")
+        check_channels(channels)
+        check_whole_numbers(vocab_size=(vocab_size, 2), embedding_dim=(embedding_dim, 1), hidden_dim=(hidden_dim, 1))
         self.channels = channels
         self.quantizer = build_quantizer(
             "multiscale_vq",

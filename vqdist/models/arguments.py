@@ -1,0 +1,28 @@
+"""Checks of arguments that many models have; each mistake is a `UserError` of one line."""
+
+from __future__ import annotations
+
+from vqdist.errors import UserError
+
+
+def check_whole_numbers(**given: tuple[int, int]) -> None:
+    """Each argument, given as `name=(value, least)`, must be a whole number of at least so much."""
+    for name, (value, least) in given.items():
+        if not isinstance(value, int):
+            raise UserError(f"{name} {value!r} is not possible; give a whole number")
+        if value < least:
+            raise UserError(f"{name} {value} is not possible; it must be at least {least}")
+
+
+def check_channels(channels: int) -> None:
+    """Images are grey, in colour, or in colour with alpha."""
+    if channels not in (1, 3, 4):
+        raise UserError(f"channels {channels} is not possible; use 1 (grey), 3 (colour) or 4 (colour and alpha)")
+
+
+def check_generator(num_classes: int, dropout: float) -> None:
+    """What all second stages have in common."""
+    if num_classes < 0:
+        raise UserError(f"num_classes {num_classes} is not possible; give the number of classes, 0 for none")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout {dropout} is not possible; it must be at least 0 and below 1")
