@@ -11,10 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from vqdist.errors import UserError
 from vqdist.models.pretrained import PretrainedModel, saved_beside
@@ -173,6 +175,13 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         return labels
 
 
+class CodePrediction(NamedTuple):
+    """What one pass through a `SecondStage` gives: a `Prediction` and nothing else."""
+
+    logits: Tensor
+    indices: Tensor
+
+
 class SecondStage(AutoregressiveModel):
     """A model of the codes of a frozen tokenizer, which is saved beside it, in `tokenizer/`.
 
@@ -193,6 +202,11 @@ class SecondStage(AutoregressiveModel):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, on this model's device."""
         return self._held.tokenizer.to(self.device)
+
+    def loss(self, out: CodePrediction, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the codes in nats, the mean over codes and images."""
+        loss = cross_entropy(rearrange(out.logits.float(), "b n v -> b v n"), out.indices)
+        return loss, {"cross_entropy": loss}
 
     @torch.no_grad()
     def codes_of(self, item: Tensor) -> Tensor:

@@ -8,31 +8,16 @@ predicts them one after the other, position by position: its sequences have n * 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_generator, check_whole_numbers
 from vqdist.models.attention import Decoder, check_heads
-from vqdist.models.autoregressive import SecondStage
+from vqdist.models.autoregressive import CodePrediction, SecondStage
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.sampling import DrawOptions, draw, guide
-
-
-class PriorPrediction(NamedTuple):
-    """What one pass through a `Prior` gives.
-
-    Attributes:
-        logits: (b, n * q, v) of every code, given the class and the codes before it.
-        indices: (b, n * q), the codes themselves.
-    """
-
-    logits: Tensor
-    indices: Tensor
 
 
 class Prior(
@@ -100,15 +85,10 @@ class Prior(
         codes = self.codes_of(item)
         return (rearrange(codes, "b n q -> b (n q)") if self.num_levels > 1 else codes), label
 
-    def forward(self, codes: Tensor, label: Tensor) -> PriorPrediction:
+    def forward(self, codes: Tensor, label: Tensor) -> CodePrediction:
         """Codes (b, n * q) and labels (b,) from 0 to num_classes (no class) -> the prediction of each code."""
         tokens = torch.cat([self.start(label)[:, None], self._embed(codes[:, :-1])], dim=1)
-        return PriorPrediction(self._logits(self.transformer(tokens)), codes)
-
-    def loss(self, out: PriorPrediction, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the codes in nats, the mean over codes and images."""
-        loss = cross_entropy(rearrange(out.logits.float(), "b n v -> b v n"), out.indices)
-        return loss, {"cross_entropy": loss}
+        return CodePrediction(self._logits(self.transformer(tokens)), codes)
 
     @torch.no_grad()
     def draw_codes(self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True) -> Tensor:

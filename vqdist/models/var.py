@@ -8,34 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_generator, check_whole_numbers
 from vqdist.models.attention import AttentionLayers
-from vqdist.models.autoregressive import SecondStage
+from vqdist.models.autoregressive import CodePrediction, SecondStage
 from vqdist.models.multiscale import scale_lengths, split_scales
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.sampling import DrawOptions, draw, guide
 
 WIDTH_PER_BLOCK = 64  # VAR's rule: a model of depth D is 64 * D wide and has D heads
-
-
-class VARPrediction(NamedTuple):
-    """What one pass through a `VAR` gives.
-
-    Attributes:
-        logits: (b, L, v) of every code, given the class and the codes of the scales before its own.
-        indices: (b, L), the codes themselves.
-    """
-
-    logits: Tensor
-    indices: Tensor
 
 
 class VAR(
@@ -105,14 +92,9 @@ class VAR(
         codes = self.codes_of(item)
         return codes, self.tokenizer.idxBl_to_var_input(split_scales(codes, self.scales)), label
 
-    def forward(self, codes: Tensor, var_input: Tensor, label: Tensor) -> VARPrediction:
+    def forward(self, codes: Tensor, var_input: Tensor, label: Tensor) -> CodePrediction:
         """What `inputs` gives -> the prediction of each code; label num_classes stands for no class."""
-        return VARPrediction(self.to_logits(self._hidden(self._tokens(var_input, label), label)), codes)
-
-    def loss(self, out: VARPrediction, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the codes in nats, the mean over codes and images: a fine scale weighs as its codes do."""
-        loss = cross_entropy(rearrange(out.logits.float(), "b n v -> b v n"), out.indices)
-        return loss, {"cross_entropy": loss}
+        return CodePrediction(self.to_logits(self._hidden(self._tokens(var_input, label), label)), codes)
 
     @torch.no_grad()
     def draw_codes(self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True) -> Tensor:
