@@ -4,6 +4,18 @@
 #   make install EXTRAS=tracking,data                       fewer extras, here without DeepSpeed
 #   make test TESTS=tests/test_cli.py ARGS="-k help -x"     some tests, arguments for pytest
 #   make test JOBS=1                                        one test at a time; by default two
+#
+#   make train-vqgan CONFIG=launch/recipes/digits_vqgan.yaml OUT=runs/a      options from a recipe, one process
+#   make train-vqgan DATA=images OUT=runs/a NPROC=8 ARGS="--image_size 64"   other options are those of vqdist
+#   make train-dvae CONFIG=RECIPE OUT=runs/b NPROC=8 BACKEND=deepspeed ZERO=2   by deepspeed_configs/zero2.json
+#   make train-ar MODEL=prior TOKENIZER=runs/a DATA=images OUT=runs/c BACKEND=fsdp2 NPROC=8
+#   make encode RUN=runs/a DATA=images OUT=codes NPROC=8    the codes of images, by a tokenizer
+#   make sample RUN=runs/c OUT=samples.png NUM=64           images, by a model of codes
+#   make slurm-submit MODEL=vqgan CONFIG=RECIPE OUT=runs/a NODES=2 SBATCH="--partition gpu --time 1-0"
+#
+# NPROC: processes on this machine (in a Slurm job: on each node). BACKEND: auto, local, accelerate, deepspeed or fsdp2.
+# ZERO: which deepspeed_configs/zeroZERO.json. MODEL: prior, var or vq_ar; to Slurm also vqgan or dvae. SCRIPT: another
+# of launch/slurm/, with ARGS only. ARGS: more options, as for vqdist.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +31,48 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist lint quality style bench dalle-checkpoint digit-classifier doctor build clean
+.PHONY: help install demo test test-fast test-dist test-cluster lint quality style bench dalle-checkpoint digit-classifier \
+  doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
+
+# What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
+LAYOUT := NPROC BACKEND
+OVER_TOKENIZER := $(if $(filter prior var,$(MODEL)),TOKENIZER|CONFIG)
+NEEDS.train-vqgan := OUT DATA|CONFIG
+TAKES.train-vqgan := OUT DATA CONFIG ZERO $(LAYOUT)
+USE.train-vqgan := make train-vqgan DATA=images OUT=runs/a ARGS="--image_size 64"
+NEEDS.train-dvae := $(NEEDS.train-vqgan)
+TAKES.train-dvae := $(TAKES.train-vqgan)
+USE.train-dvae := make train-dvae DATA=images OUT=runs/b ARGS="--image_size 64"
+NEEDS.train-ar := MODEL OUT DATA|CONFIG $(OVER_TOKENIZER)
+TAKES.train-ar := MODEL TOKENIZER $(TAKES.train-vqgan)
+USE.train-ar := make train-ar MODEL=prior TOKENIZER=runs/a DATA=images OUT=runs/c
+NEEDS.encode := RUN DATA OUT
+TAKES.encode := RUN DATA OUT $(LAYOUT)
+USE.encode := make encode RUN=runs/a DATA=images OUT=codes
+NEEDS.sample := RUN OUT
+TAKES.sample := RUN OUT NUM $(LAYOUT)
+USE.sample := make sample RUN=runs/c OUT=samples.png
+NEEDS.slurm-submit := NODES $(if $(SCRIPT),ARGS,MODEL OUT DATA|CONFIG $(OVER_TOKENIZER))
+TAKES.slurm-submit := NODES NPROC SBATCH $(if $(SCRIPT),SCRIPT,MODEL TOKENIZER OUT DATA CONFIG BACKEND ZERO)
+USE.slurm-submit := make slurm-submit NODES=2 MODEL=vqgan CONFIG=launch/recipes/digits_vqgan.yaml OUT=runs/a
+
+ALL_TAKEN := $(sort $(TAKES.train-ar) $(TAKES.encode) $(TAKES.sample) $(TAKES.slurm-submit) SCRIPT)
+one_of = $(if $($(2)),$(if $(filter $(3),$($(2))),,$(error $(2)=$($(2)) is not known to $(1); it is one of: $(strip $(3)))))
+given_one = $(strip $(foreach name,$(subst |, ,$(1)),$($(name))))
+either = $(subst |, or ,$(1))
+
+# Before anything is installed or started: what is missing, or given and not taken, ends make with one line.
+define check
+$(foreach needed,$(NEEDS.$(1)),$(if $(call given_one,$(needed)),,$(error $(call either,$(needed)) is missing: $(USE.$(1)))))
+$(foreach name,$(filter-out $(TAKES.$(1)),$(ALL_TAKEN)),\
+  $(if $(filter command,$(origin $(name))),$(error $(1) takes no $(name): $(USE.$(1)))))
+$(call one_of,$(1),BACKEND,$(if $(filter slurm-submit,$(1)),,auto local fsdp2) accelerate deepspeed)
+$(call one_of,$(1),MODEL,$(if $(filter slurm-submit,$(1)),vqgan dvae) prior var vq_ar)
+$(call one_of,$(1),ZERO,$(patsubst deepspeed_configs/zero%.json,%,$(sort $(wildcard deepspeed_configs/zero*.json))))
+$(if $(ZERO),$(if $(filter deepspeed,$(BACKEND)),,$(error ZERO=$(ZERO) belongs to BACKEND=deepspeed)))
+$(if $(filter fsdp2,$(BACKEND)),$(if $(filter train-%,$(1)),,$(error BACKEND=fsdp2 is for the targets train-*)))
+endef
+$(foreach goal,$(MAKECMDGOALS),$(if $(NEEDS.$(goal)),$(if $(strip $(call check,$(goal))),)))
 
 help: ## print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-z-]*:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -42,7 +95,8 @@ demo: install ## handwritten digits: a tokenizer, its codes, a prior over them, 
 	@echo; echo "digits drawn by the prior, a column each from 0 to 9: $(DEMO)/samples.png"
 
 # Files of tests side by side (a file's tests share what they set up), one thread each: much of a test is start-up.
-PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+# Those of tests/cluster/ need root and packages of the system.
+PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/cluster $(TESTS)
 
 test: install ## run every test
 	$(PYTEST) $(ARGS)
@@ -52,6 +106,10 @@ test-fast: install ## run the tests that need one process only
 
 test-dist: install ## run the tests that start several processes
 	$(PYTEST) -m distributed $(ARGS)
+
+test-cluster: install ## run the tests on a real Slurm, two nodes and MPI (root; installs them with apt)
+	bash tests/cluster/install.sh
+	OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n 0 tests/cluster $(ARGS)
 
 lint: install ## check style and layering, change nothing
 	$(BIN)/ruff check .
@@ -74,6 +132,49 @@ digit-classifier: install ## train the feature extractor that scores samples of 
 
 doctor: install ## say what works on this machine and what would mend the rest
 	@$(BIN)/vqdist doctor
+
+# One process is plain vqdist, several are torchrun's; FSDP2 is what Accelerate's launcher is told of.
+SEVERAL := $(filter-out 1,$(NPROC))
+ifeq ($(BACKEND),fsdp2)
+  LAUNCH = $(BIN)/accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes $(or $(NPROC),1) -m vqdist
+  BACKEND_OPTIONS := --backend accelerate
+else
+  LAUNCH = $(if $(SEVERAL),$(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m vqdist,$(BIN)/vqdist)
+  BACKEND_OPTIONS := $(if $(BACKEND),--backend $(BACKEND)) \
+    $(if $(ZERO),--deepspeed_config deepspeed_configs/zero$(ZERO).json)
+endif
+option = $(if $($(2)),$(1) '$($(2))')
+TRAIN_OPTIONS = $(call option,--config,CONFIG) $(call option,--tokenizer,TOKENIZER) $(call option,--data,DATA) \
+  $(call option,--out,OUT)
+
+train-vqgan: install ## train a VQGAN: OUT and DATA or CONFIG [NPROC BACKEND ZERO ARGS]
+	$(LAUNCH) train vqgan $(TRAIN_OPTIONS) $(BACKEND_OPTIONS) $(ARGS)
+
+train-dvae: install ## train a discrete VAE: OUT and DATA or CONFIG [NPROC BACKEND ZERO ARGS]
+	$(LAUNCH) train dvae $(TRAIN_OPTIONS) $(BACKEND_OPTIONS) $(ARGS)
+
+train-ar: install ## train a model of codes: MODEL, TOKENIZER, OUT and DATA or CONFIG [NPROC BACKEND ZERO ARGS]
+	$(LAUNCH) train $(MODEL) $(TRAIN_OPTIONS) $(BACKEND_OPTIONS) $(ARGS)
+
+encode: install ## store the codes of images: RUN DATA OUT [NPROC BACKEND ARGS]
+	$(LAUNCH) encode '$(RUN)' --data '$(DATA)' --out '$(OUT)' $(BACKEND_OPTIONS) $(ARGS)
+
+# --num_images, because torchrun takes --num for an option of its own
+sample: install ## draw images: RUN OUT [NUM NPROC BACKEND ARGS]
+	$(LAUNCH) sample '$(RUN)' $(if $(NUM),--num_images $(NUM)) --out '$(OUT)' $(BACKEND_OPTIONS) $(ARGS)
+
+# The scripts find the processes of a node by themselves; NPROC says it where they cannot, as on a CPU.
+SLURM_VARIABLES = $(if $(NPROC),VQDIST_PROCESSES=$(NPROC)) $(if $(ZERO),ZERO=$(ZERO))
+ifneq ($(SCRIPT),)
+  JOB = $(SCRIPT)
+else ifeq ($(BACKEND),deepspeed)
+  JOB = launch/slurm/train_deepspeed.sbatch $(MODEL) $(TRAIN_OPTIONS)
+else
+  JOB = launch/slurm/train_accelerate.sbatch $(MODEL) $(TRAIN_OPTIONS)
+endif
+
+slurm-submit: ## submit a training to Slurm: NODES MODEL OUT and DATA or CONFIG [NPROC BACKEND ZERO SBATCH SCRIPT ARGS]
+	$(SLURM_VARIABLES) sbatch --nodes $(NODES) $(SBATCH) $(JOB) $(ARGS)
 
 build: install ## make the wheel and the source archive in dist/
 	rm -rf build dist

@@ -20,8 +20,8 @@ def read_readme() -> str:
 
 
 CORE = [
-    "torch>=2.5",
-    "torchvision>=0.20",
+    "torch>=2.6",
+    "torchvision>=0.21",
     "accelerate>=1.6",
     "ema-pytorch>=0.7",
     "einops>=0.8",

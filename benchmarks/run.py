@@ -1,7 +1,7 @@
 """Run the benchmarks and print one table: `make bench`, or `python -m benchmarks.run --only bare_loop --quick`.
 
-Every number that has a bound is a ratio of two things measured by turns in one run, or a count; none is a time, so a
-busy or slow machine widens the scatter and moves no verdict by itself.
+Every number that has a bound is a ratio of two things measured in one run, or a count; none is a time, so a busy or
+slow machine widens the scatter and moves no verdict by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from benchmarks.common import Row
 
 # Modules beside this one, each with `run(quick, **options) -> list[Row]`; imported when they run.
-BENCHMARKS = ("bare_loop", "muse", "dalle", "prior", "vq_ar", "encode", "traffic", "memory", "profile_step")
+BENCHMARKS = (
+    *("bare_loop", "muse", "dalle", "prior", "vq_ar", "encode", "traffic", "memory", "profile_step"),
+    *("checkpointing", "startup"),
+)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -34,6 +34,8 @@ EVERYTHING = {
     "lr_schedule": "cosine",
     "augment": True,
 }
+# Backends that keep no weight whole. There is no gradient penalty on them.
+SHARDED = ("fsdp2", "zero3")
 # Losses that are linear in the batch: the same for any split of the same images.
 LINEAR = {"adaptive_weight": False, "apply_grad_penalty_every": 1, "adversarial_weight": 0.3}
 
@@ -153,6 +155,8 @@ def build_vq_ar(**options) -> VQImageAutoregressiveAutoencoder:
 AR_MODELS = {"vq_ar": build_vq_ar, "prior": build_prior, "var": build_var}
 # Everything on; the losses are linear in the batch, but for the codebook that vq_ar's own quantizer learns
 AR_EVERYTHING = {
+    "adam_betas": [0.9, 0.95],
+    "weight_decay": 0.05,
     "max_grad_norm": 0.5,
     "lr": 1e-4,
     "warmup_steps": 2,

@@ -183,7 +183,7 @@ def test_pictures_show_samples_of_the_averaged_model_with_the_classes_in_turn(ki
     model = load_model_of_any_type(tmp_path)
     labels = torch.arange(9) % 10 if kind != "vq_ar" else torch.zeros(9, dtype=torch.long)
     drawn = draw_numbers(model, range(9), labels, DrawOptions(**{**model.draw_defaults, "top_k": 5}), seed=0)
-    torch.testing.assert_close(drawn, trainer.samples(9))
+    torch.testing.assert_close(drawn, trainer.samples(trainer.ema.ema_model, 9))
 
 
 # --------------------------------------------------------------------------------------------- options
@@ -194,6 +194,8 @@ EXPONENTIAL = {"lr_schedule": "exponential", "batch_size": 16}
 CHANGES_WEIGHTS = {
     "batch_size": (1, {}, 8, BOTH),
     "lr": (1, {}, 1e-2, BOTH),
+    "adam_betas": (2, {}, [0.5, 0.9], BOTH),
+    "weight_decay": (1, {}, 0.1, BOTH),
     "grad_accum_every": (1, {}, 2, BOTH),
     "max_grad_norm": (1, {}, 1e-6, BOTH),
     "warmup_steps": (1, {}, 4, BOTH),
@@ -237,7 +239,7 @@ def test_option_of_samples_changes_samples_and_no_weight(tmp_path):
     plain = build_ar_trainer(tmp_path / "plain")
     for option, value in CHANGES_SAMPLES.items():
         changed = build_ar_trainer(tmp_path / option, **{option: value})
-        assert not torch.equal(plain.samples(4), changed.samples(4)), option
+        assert not torch.equal(*(it.samples(it.ema.ema_model, 4) for it in (plain, changed))), option
         assert all(torch.equal(one, two) for one, two in zip(*map(tensors, (plain, changed)), strict=True))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, torchrun
 from scenarios import EVERYTHING, build_trainer, train_steps, weights_of
 
 from vqdist.backends.local import LocalBackend
@@ -42,12 +43,17 @@ def test_a_write_that_fails_leaves_the_older_checkpoint_in_place(tmp_path):
         write(folder)
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="step_00000006 cannot be written: disk full$"):
         checkpoints.save(6, broken, {})
-    assert checkpoints.steps() == [5]
-    checkpoints.clean()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
     checkpoints.save(6, write, {})
     assert checkpoints.steps() == [5, 6]
+
+
+@pytest.mark.distributed
+def test_what_one_rank_cannot_write_ends_all_with_a_line(tmp_path):
+    done = torchrun([str(ROOT / "tests" / "workers" / "failing_save.py"), str(tmp_path)])
+    assert done.stdout.count("as expected") == 2 * 4
 
 
 def test_manifest_lists_sizes_and_checksums(tmp_path):

@@ -13,10 +13,7 @@ import yaml
 from launching import ROOT, free_port, run, torchrun, vqdist
 from PIL import Image
 
-from vqdist import VQGanVAE
-
 README = (ROOT / "README.md").read_text()
-RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 DIGITS = ROOT / "launch" / "recipes" / "digits_vqgan.yaml"
 SMALL = (
     "--data digits --image_size 16 --data.num_workers 0 --model.dim 16 --model.layers 2 --model.channels 1 "
@@ -128,37 +125,6 @@ def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
     assert names["codes"].shape == (2, 64)
     assert names["images"].shape == (16, 1, 32, 32)
     assert "'recon_loss'" in capsys.readouterr().out
-
-
-# the run that a recipe is trained over -> the recipe of its tokenizer
-TOKENIZERS = {"runs/digits": "digits_vqgan.yaml", "runs/digits_multiscale": "digits_multiscale.yaml"}
-
-
-def write_tokenizer(recipe: str, folder: Path) -> str:
-    """A recipe's model with random weights, but a codebook that k-means made, as `save_pretrained` writes it."""
-    config = yaml.safe_load((ROOT / "launch" / "recipes" / recipe).read_text())
-    size = config["data"]["image_size"]
-    vae = VQGanVAE(**config["model"])
-    vae.encode(torch.rand(16, vae.channels, size, size))
-    vae.image_size = size
-    vae.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_recipe_trains(recipe, tmp_path):
-    """By the line in its head, on images that are here where it asks for a FOLDER or a download, over a tokenizer with
-    random weights."""
-    line = re.search(rf"^#   (vqdist train .*/{re.escape(recipe.name)} .*)", recipe.read_text(), re.MULTILINE)[1]
-    command = ["synthetic" if word.startswith("FOLDER") else word for word in shlex.split(line)]
-    command[command.index("--out") + 1] = str(tmp_path / "run")
-    if "torchvision:" in recipe.read_text():
-        command += ["--data", "digits"]
-    if "--tokenizer" in command:
-        place = command.index("--tokenizer") + 1
-        command[place] = write_tokenizer(TOKENIZERS[command[place]], tmp_path / "tokenizer")
-    result = run([*command, "--trainer.num_train_steps", "2", "--trainer.epochs", "null"])
-    assert "2 steps on local" in result.stdout
 
 
 def test_print_config_can_be_read_back(tmp_path):

@@ -156,7 +156,7 @@ MISTAKES = {
     "--local_rank": "--local_rank '' is no number",
     "--local-rank zero": "--local-rank 'zero' is no number",
     "--epochs .inf --data synthetic:64 --out OUT": "epochs inf is not possible; it must be above 0 and at most 1e+09",
-    "--trainer.dist_timeout .inf --data synthetic:64 --out OUT": "dist_timeout inf is not possible",
+    "--dist_timeout .inf --data synthetic:64 --out OUT": "dist_timeout inf is not possible",
     "--lr_decay_rate 1e200 --data synthetic:64 --out OUT": "lr_decay_rate 1e+200 is not possible; it must be above",
     "--starting_temp .inf --data synthetic:64 --out OUT": "starting_temp inf is not possible",
     "--anneal_rate .inf --data synthetic:64 --out OUT": "anneal_rate inf is not possible",

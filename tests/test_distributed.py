@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from scenarios import (
     DVAE_EVERYTHING,
     EVERYTHING,
     LINEAR,
+    SHARDED,
     build_ar_trainer,
     build_dvae_trainer,
     build_trainer,
@@ -23,18 +29,40 @@ from scenarios import (
 )
 
 WORKER = str(ROOT / "tests" / "workers" / "backend_worker.py")
-BACKENDS = [("accelerate", "-"), ("deepspeed", "0"), ("deepspeed", "1"), ("deepspeed", "2")]
+BACKENDS = ("accelerate", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module", params=BACKENDS, ids=lambda backend: "".join(backend).strip("-"))
-def ranks(request, tmp_path_factory) -> tuple[Path, dict, str]:
-    """What two ranks of a backend came to: their folder, their results, the backend's name."""
-    name, stage = request.param
-    folder = tmp_path_factory.mktemp(f"{name}{stage}")
-    torchrun([WORKER, name, stage, str(folder)], timeout=500)
-    return folder, torch.load(folder / "results.pt"), name
+class Ranks(NamedTuple):
+    """What two ranks of a backend came to."""
+
+    name: str  # of BACKENDS
+    folder: Path
+    results: dict
+
+    def of_reference(self, key: str) -> str:
+        """The key of the one-process run that a VQGAN's is compared with."""
+        return f"{key}_unpenalised" if self.name in SHARDED else key
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory) -> Callable[[str], Ranks]:
+    """Runs the worker on two ranks of a backend, once."""
+
+    @functools.cache
+    def launched(name: str) -> Ranks:
+        folder = tmp_path_factory.mktemp(name)
+        torchrun([WORKER, name, str(folder)], timeout=500)
+        return Ranks(name, folder, torch.load(folder / "results.pt"))
+
+    return launched
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def ranks(request, launch) -> Ranks:
+    """Two ranks of each backend in turn."""
+    return launch(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +70,14 @@ def reference(tmp_path_factory) -> dict:
     """One process with the same global batches: batch 8 and accumulation 2 for 2 x batch 4 and accumulation 2."""
     folder = tmp_path_factory.mktemp("reference")
     results = {}
-    for quantizer in ("lfq", "vq"):
-        trainer = build_trainer(
-            folder / quantizer, quantizer=quantizer, grad_accum_every=2, batch_size=8, **EVERYTHING
-        )
+    for quantizer, penalty in itertools.product(("lfq", "vq"), ("", "_unpenalised")):
+        options = {**EVERYTHING, **({"apply_grad_penalty_every": 0} if penalty else {})}
+        key = f"{quantizer}{penalty}"
+        trainer = build_trainer(folder / key, quantizer=quantizer, grad_accum_every=2, batch_size=8, **options)
         logs = [trainer.train_step() for _ in range(4)]
-        results[f"parity_{quantizer}"] = weights_of(trainer)
-        results[f"logs_{quantizer}"] = [trainer.backend.mean(line) for line in logs]
-        results[f"valid_{quantizer}"] = trainer.evaluate()
+        results[f"parity_{key}"] = weights_of(trainer)
+        results[f"logs_{key}"] = [trainer.backend.mean(line) for line in logs]
+        results[f"valid_{key}"] = trainer.evaluate()
     options = {**EVERYTHING, "precision": "bf16", "grad_accum_every": 2, "batch_size": 8}
     trainer = build_trainer(folder / "bf16", quantizer="vq", **options)
     results["logs_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
@@ -82,35 +110,37 @@ def reference(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])
 def test_weights_are_those_of_one_process(ranks, reference, quantizer):
-    difference, name = largest_difference(reference[f"parity_{quantizer}"], ranks[1][f"parity_{quantizer}"])
+    expected = reference[ranks.of_reference(f"parity_{quantizer}")]
+    difference, name = largest_difference(expected, ranks.results[f"parity_{quantizer}"])
     assert difference <= 1e-6, f"{name} differs by {difference}"
 
 
 @pytest.mark.parametrize("draw", DVAE_DRAWS)
 def test_a_discrete_vae_is_that_of_one_process(ranks, reference, draw):
-    difference, name = largest_difference(reference[f"dvae_{draw}"], ranks[1][f"dvae_{draw}"])
+    difference, name = largest_difference(reference[f"dvae_{draw}"], ranks.results[f"dvae_{draw}"])
     assert difference <= 1e-6, f"{name} differs by {difference}"
-    for ours, theirs in zip(ranks[1][f"logs_dvae_{draw}"], reference[f"logs_dvae_{draw}"], strict=True):
+    for ours, theirs in zip(ranks.results[f"logs_dvae_{draw}"], reference[f"logs_dvae_{draw}"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert ours["temperature"] < 1 and ours["lr"] < DVAE_EVERYTHING["lr"]  # the schedules were on
-    valid = ranks[1][f"valid_dvae_{draw}"]
+    valid = ranks.results[f"valid_dvae_{draw}"]
     assert valid["images"] == 16 and valid == pytest.approx(reference[f"valid_dvae_{draw}"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", AR_MODELS)
 def test_a_model_of_codes_is_that_of_one_process(ranks, reference, kind):
-    difference, name = largest_difference(reference[kind], ranks[1][kind])
+    difference, name = largest_difference(reference[kind], ranks.results[kind])
     assert difference <= 1e-6, f"{name} differs by {difference}"
-    for ours, theirs in zip(ranks[1][f"logs_{kind}"], reference[f"logs_{kind}"], strict=True):
+    for ours, theirs in zip(ranks.results[f"logs_{kind}"], reference[f"logs_{kind}"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    valid = ranks[1][f"valid_{kind}"]
+    valid = ranks.results[f"valid_{kind}"]
     assert valid["images"] == 16 and valid == pytest.approx(reference[f"valid_{kind}"], rel=1e-4)
 
 
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])
 def test_losses_and_norms_are_those_of_one_process(ranks, reference, quantizer):
     per_rank = {"adaptive_weight", "adversarial_weight", "lr", "generator_grad_norm", "discriminator_grad_norm"}
-    for ours, theirs in zip(ranks[1][f"logs_{quantizer}"], reference[f"logs_{quantizer}"], strict=True):
+    expected = reference[ranks.of_reference(f"logs_{quantizer}")]
+    for ours, theirs in zip(ranks.results[f"logs_{quantizer}"], expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name in {*per_rank & ours.keys(), "recon_loss"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
@@ -125,7 +155,7 @@ def test_losses_and_norms_are_those_of_one_process(ranks, reference, quantizer):
     ],
 )
 def test_bf16_losses_and_norms_are_near_those_of_one_process(ranks, reference, bf16, exact, loss, norm):
-    for ours, theirs in zip(ranks[1][f"logs_{bf16}"], reference[f"logs_{bf16}"], strict=True):
+    for ours, theirs in zip(ranks.results[f"logs_{bf16}"], reference[f"logs_{bf16}"], strict=True):
         for name in (loss, norm):
             assert ours[name] == pytest.approx(theirs[name], rel=0.05), name
     exact = [line[loss] for line in reference[f"logs_{exact}"]]
@@ -135,14 +165,15 @@ def test_bf16_losses_and_norms_are_near_those_of_one_process(ranks, reference, b
 
 @pytest.mark.parametrize("quantizer", ["lfq", "vq"])
 def test_validation_on_two_ranks_is_validation_on_one(ranks, reference, quantizer):
-    ours, theirs = ranks[1][f"valid_{quantizer}"], reference[f"valid_{quantizer}"]
+    ours = ranks.results[f"valid_{quantizer}"]
+    theirs = reference[ranks.of_reference(f"valid_{quantizer}")]
     assert ours["images"] == theirs["images"] == 16
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize("split", [(1, 16), (4, 4)])
 def test_linear_losses_do_not_depend_on_the_split(ranks, tmp_path, split):
-    folder, results, name = ranks
+    name, folder, results = ranks
     if name != "accelerate":
         assert (
             "linear_2x4" not in results
@@ -168,21 +199,76 @@ def test_linear_losses_do_not_depend_on_the_split(ranks, tmp_path, split):
 
 
 def test_one_process_resumes_what_two_saved(ranks, tmp_path, capsys):
-    folder, results, name = ranks
+    name, folder, results = ranks
     options = {**EVERYTHING, "num_train_steps": 6, "grad_accum_every": 2}
+    if name in SHARDED:
+        options["apply_grad_penalty_every"] = 0
+    backend = "deepspeed" if name.startswith("zero") else "accelerate"
     trainer = build_trainer(folder / "stopped", quantizer="random_vq", **options)
     assert trainer.step == 3
     message = capsys.readouterr().err
-    assert f"was saved by 2 processes ({name}) and is resumed by 1 (local)" in message
+    assert f"was saved by 2 processes ({backend}) and is resumed by 1 (local)" in message
     train_steps(trainer, 3)
     assert all(int(state["step"]) == 6 for state in trainer.generator.optimizer.state.values())
 
 
 def test_each_network_exchanges_once_per_step(ranks):
-    folder, results, name = ranks
+    name, folder, results = ranks
     if name != "accelerate":
         assert "exchanges" not in results  # counted in DDP; `make bench` counts DeepSpeed's
         return
     for network, (calls, size) in results["exchanges"].items():
         assert calls == 1, f"{network}: {calls} exchanges in one step of 4 micro-batches"
         assert size == results["sizes"][network]
+
+
+# ------------------------------------------------------------------------------------------------- the table in docs/
+
+ROWS = {
+    "accelerate": "DDP (accelerate)",
+    "fsdp2": "FSDP2 (accelerate)",
+    **{f"zero{stage}": f"ZeRO {stage} (deepspeed)" for stage in range(4)},
+}
+COLUMNS = {"vqgan": "VQGAN", "dvae": "discrete VAE", "vq_ar": "VQ-AR", "prior": "prior", "var": "VAR"}
+RESULTS_OF = {"vqgan": ["parity_lfq", "parity_vq"], "dvae": [f"dvae_{draw}" for draw in DVAE_DRAWS]}
+TABLE = ROOT / "docs" / "support.md"
+WRITE = "VQDIST_WRITE_SUPPORT_TABLE"
+
+
+def cell(ranks: Ranks, reference: dict, model: str, notes: list[str]) -> str:
+    """What two ranks of a backend made of a model: that it works is that its weights are those of one process."""
+    for key in RESULTS_OF.get(model, [model]):
+        expected = reference[ranks.of_reference(key) if model == "vqgan" else key]
+        if largest_difference(expected, ranks.results[key])[0] > 1e-6:
+            return "**differs**"
+    refused = ranks.results["refused"].get(model)
+    if refused is None:
+        return "works"
+    if refused not in notes:
+        notes.append(refused)
+    return f"works, but [{notes.index(refused) + 1}]"
+
+
+def test_the_support_table_is_what_was_seen(launch, reference):
+    """docs/support.md says of each backend and model what the runs above came to."""
+    notes: list[str] = []
+    lines = [
+        "# What works on which backend",
+        "",
+        f"Written by {Path(__file__).name} from its runs (`make support-table`). *works*: two processes end with the",
+        "weights, codebooks and average of one (within 1e-6; accumulation, clipping and schedules on), resume to the",
+        "bit, and validate the same.",
+        "",
+        f"| | {' | '.join(COLUMNS.values())} |",
+        f"| --- |{' --- |' * len(COLUMNS)}",
+        f"| one process (local) |{' the reference |' * len(COLUMNS)}",
+    ]
+    for name, title in ROWS.items():
+        cells = [cell(launch(name), reference, model, notes) for model in COLUMNS]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", *(f"[{number}] refused: *{note}*" for number, note in enumerate(notes, 1)), ""]
+    text = "\n".join(lines)
+    assert "differs" not in text, text
+    if os.environ.get(WRITE):
+        TABLE.write_text(text, encoding="utf-8")
+    assert TABLE.read_text(encoding="utf-8") == text, f"{TABLE} is not what was seen; write it with make support-table"

@@ -152,11 +152,12 @@ def test_a_picture_shows_original_soft_hard_and_average(tmp_path):
     with Image.open(trainer.picture_path) as picture:  # four views of an image, two images a row
         assert picture.size == (8 * 18 + 2, 2 * 18 + 2)
     images = torch.rand(3, 3, 16, 16)
-    original, soft, hard, average = trainer.views(images)
+    networks = [trainer.model, trainer.ema.ema_model]
+    original, soft, hard, average = trainer.views(images, networks)
     assert torch.equal(original, images) and torch.equal(hard, reconstruct(trainer.model, images))
     assert torch.equal(average, reconstruct(trainer.ema.ema_model, images))
     assert bool((soft >= 0).all()) and bool((soft <= 1).all()) and not torch.equal(soft, hard)
-    again = trainer.views(images)[1]
+    again = trainer.views(images, networks)[1]
     assert torch.equal(soft, again)  # the noise of a picture is always the same
 
 

@@ -26,6 +26,7 @@ from vqdist.data import loader
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.encoding import CodeWriter, say_nothing
+from vqdist.files import LOCK
 
 KINDS = {"dvae": 3, "residual_vq": 1, "lfq": 4}  # and channels
 
@@ -64,8 +65,8 @@ def refused(capsys, *arguments: str | Path) -> str:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder of codes."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Every file of a folder of codes, but for the lock that a killed process leaves."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != LOCK}
 
 
 # --------------------------------------------------------------------------------------------- what is written

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vqdist import DiscreteVAETrainer, UserError, VQGanVAE, VQGanVAETrainer
+from vqdist.cli.train import train_options
 from vqdist.data import loader
 from vqdist.models import perceptual
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
@@ -38,6 +39,8 @@ EXPONENTIAL = {"lr_schedule": "exponential", "batch_size": 16}
 CHANGES_WEIGHTS = {
     "batch_size": (1, {}, 8, NETWORKS),
     "lr": (1, {}, 1e-3, NETWORKS),
+    "adam_betas": (2, {}, [0.5, 0.9], NETWORKS),
+    "weight_decay": (1, {}, 0.1, NETWORKS),
     "discr_lr": (1, {}, 1e-3, {"discriminator"}),
     "grad_accum_every": (1, {}, 2, NETWORKS),
     "max_grad_norm": (1, {}, 1e-6, {"generator", "ema"}),
@@ -67,6 +70,8 @@ BOTH = {"vae", "ema"}
 DVAE_CHANGES_WEIGHTS = {
     "batch_size": (1, {}, 8, BOTH),
     "lr": (1, {}, 1e-2, BOTH),
+    "adam_betas": (2, {}, [0.5, 0.9], BOTH),
+    "weight_decay": (1, {}, 0.1, BOTH),
     "grad_accum_every": (1, {}, 2, BOTH),
     "max_grad_norm": (1, {}, 1e-6, BOTH),
     "warmup_steps": (1, {}, 4, BOTH),
@@ -302,9 +307,13 @@ def compile(tmp_path):
 def use_ema(tmp_path):
     averaged, plain = (build_trainer(tmp_path / str(given), use_ema=given) for given in (True, False))
     names = {name.partition(".")[0] for name in train_steps(averaged, 2)}
-    assert names == NETWORKS and averaged.network is averaged.ema.ema_model
+    assert names == NETWORKS
+    with averaged.averaged_network() as network:
+        assert network is averaged.ema.ema_model
     names = {name.partition(".")[0] for name in train_steps(plain, 2)}
-    assert names == NETWORKS - {"ema"} and plain.network is plain.generator.module
+    assert names == NETWORKS - {"ema"}
+    with plain.averaged_network() as network:
+        assert network is plain.generator.module
 
 
 @case
@@ -425,6 +434,11 @@ def dist_timeout(tmp_path):
         trainer = build_trainer(tmp_path / str(minutes), backend="accelerate", dist_timeout=minutes)
         assert trainer.backend.accelerator.init_handler.timeout == timedelta(minutes=minutes)
         trainer.close()
+
+
+def test_the_command_line_says_dist_timeout_beside_the_backend():
+    options = train_options("dvae", "--data synthetic:8 --out OUT --dist_timeout 2.5".split())
+    assert options.dist_timeout == 2.5 and "dist_timeout" not in options.trainer
 
 
 @case
@@ -698,7 +712,10 @@ WRONG_OPTIONS = [
     ),
     ({"backend": "deepspeed", "deepspeed_config": {"optimizer": {}}}, r"sets 'optimizer', .* use lr and discr_lr$"),
     ({"backend": "deepspeed", "deepspeed_config": "absent.json"}, r"^deepspeed_config absent.json is not a file"),
-    ({"backend": "deepspeed", "deepspeed_config": {"zero_optimization": {"stage": 3}}}, r"ZeRO stage 3 is not supp"),
+    (
+        {"backend": "deepspeed", "deepspeed_config": {"zero_optimization": {"stage": 4}}},
+        r"stage is 4; use 0, 1, 2 or 3$",
+    ),
     ({"trackers": ["mlflow"]}, r"^tracker 'mlflow' is not known; choose from tensorboard, wandb$"),
     ({"folder": "ABSENT/images"}, r"^no such folder: .*ABSENT/images; check the path"),
     ({"folder": "EMPTY"}, r"^no images in .*EMPTY: found no files; expected files ending in bmp, gif,"),
@@ -734,6 +751,8 @@ WRONG_OPTIONS = [
         ({"dist_timeout": minutes}, r"^dist_timeout \S+ is not possible; it must be above 0 and at most 525600$")
         for minutes in (0, 1e30, float("inf"))
     ),
+    ({"adam_betas": [0.9]}, r"^adam_betas \[0.9\] is not possible; give two decays in \[0, 1\)"),
+    ({"adam_betas": [0.9, 1]}, r"^adam_betas \[0.9, 1\] is not possible; give two decays"),
     ({"lr": float("nan")}, r"^lr nan is not possible; it must be at least 0$"),
     ({"lr": float("inf")}, r"^lr inf is not possible; it must be at least 0 and finite$"),
     ({"batch_size": None}, r"^batch_size None is not possible; give a whole number$"),
@@ -752,6 +771,7 @@ LOWEST = {
     **dict.fromkeys(["num_images_save", "ema_update_every", "prefetch_factor", "keep_checkpoints"], 1),
     **dict.fromkeys(["warmup_steps", "validate_every", "save_results_every", "save_model_every"], 0),
     **dict.fromkeys(["check_ranks_every", "num_workers", "lr", "discr_lr", "ema_update_after_step"], 0),
+    "weight_decay": 0,
     **dict.fromkeys(["apply_grad_penalty_every", "grad_penalty_weight", "discriminator_start"], 0),
     **dict.fromkeys(["discriminator_warmup_steps", "adversarial_ramp_steps", "adversarial_weight"], 0),
     "max_adaptive_weight": 0,

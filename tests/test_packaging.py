@@ -77,7 +77,7 @@ def test_metadata(metadata):
     assert metadata.get_all("License-File") == ["LICENSE"]
     assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "tracking", "data", "dev"}
     required = metadata.get_all("Requires-Dist")
-    assert "torch>=2.5" in required
+    assert "torch>=2.6" in required
     assert "vector-quantize-pytorch<1.33,>=1.32" in required
     assert not [line for line in required if "deepspeed" in line and "extra ==" not in line]
 
@@ -120,12 +120,20 @@ def installed(tmp_path) -> Path:
 
 
 def test_help_is_the_default_and_explains_every_target():
-    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
+    joined = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    phony = re.search(r"^\.PHONY: (.*)$", joined, re.M).group(1).split()
     printed = make().stdout
     assert printed == make("help").stdout
     explained = {line.split()[0]: line.split(None, 1)[1:] for line in printed.splitlines()}
     assert set(explained) == set(phony)
     assert all(explained.values())
+
+
+def test_tests_that_need_a_cluster_run_by_their_own_target_only():
+    for target in ("test", "test-fast", "test-dist"):
+        assert "--ignore tests/cluster" in make("--dry-run", "--old-file=install", target).stdout
+    commands = make("--dry-run", "--old-file=install", "test-cluster").stdout.splitlines()
+    assert commands[0] == "bash tests/cluster/install.sh" and "pytest -n 0 tests/cluster" in commands[1]
 
 
 def test_install_does_nothing_the_second_time(installed):
@@ -152,7 +160,7 @@ def test_ci_calls_only_what_a_person_can():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["make lint", "make test"]
+    assert commands == ["make lint", "make test", "make test-cluster"]
 
 
 # The linter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import environment, free_port
+from launching import ROOT, environment, free_port, torchrun
 from safetensors.torch import load_file
+from workers.stopping_worker import SCENARIOS
 
-from vqdist.stopping import Stopped, StopSignals
+from vqdist.stopping import BrokenOff, LeaveAtOnce, Stopped, StopSignals
 
 TRAIN = [
     *"train dvae --data synthetic:64 --image_size 16 --num_tokens 16 --num_layers 2 --hidden_dim 8".split(),
@@ -24,13 +26,17 @@ TRAIN = [
 ]
 
 
-def start(out: Path, *options: str, ranks: int = 1) -> subprocess.Popen:
-    """A training in a process group of its own, which has made its first steps when this returns."""
+def launch(out: Path, *options: str, ranks: int = 1, **variables: str) -> subprocess.Popen:
+    """A training in a process group of its own."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "vqdist", *TRAIN, "--out", str(out), *options]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(**variables), start_new_session=True, **pipes)
+
+
+def start(out: Path, *options: str, ranks: int = 1) -> subprocess.Popen:
+    """A training in a process group of its own, which has made its first steps when this returns."""
+    process = launch(out, *options, ranks=ranks)
     deadline = time.monotonic() + 200
     while len(lines_of(out)) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
@@ -89,15 +95,18 @@ def test_a_stopped_run_ends_where_an_undisturbed_one_ends(tmp_path):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def pid_of_rank(torchrun: subprocess.Popen, rank: int) -> int:
+    """The process of a rank that torchrun has started."""
+    for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
+        if b"RANK=%d" % rank in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+    raise AssertionError(f"no process has rank {rank}")
+
+
 @pytest.mark.distributed
 def test_a_signal_to_one_rank_stops_all(tmp_path):
     process = start(tmp_path, "--trainer.num_train_steps", "100000", ranks=2)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {}
-    for pid in map(int, workers):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks |= {int(value[5:]): pid for value in variables if value.startswith(b"RANK=")}
-    os.kill(ranks[1], signal.SIGUSR1)
+    os.kill(pid_of_rank(process, 1), signal.SIGUSR1)
     errors = finish(process)
     assert process.returncode != 0  # torchrun's own code, whatever its workers' is
     (step,) = saved_steps(tmp_path)
@@ -107,7 +116,105 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     assert manifest["world_size"] == 2 and manifest["position"] == step * 8
 
 
+@pytest.mark.distributed
+def test_a_long_validation_is_broken_off_on_all_ranks(tmp_path):
+    """To one of two ranks, whose loaders have workers, and well within the 30 seconds that torchrun gives."""
+    options = "--data synthetic:60001 --data.valid_frac 0.99 --trainer.validate_every 3 --trainer.num_train_steps 9"
+    process = start(tmp_path, *options.split(), "--data.num_workers", "1", ranks=2)
+    time.sleep(2)  # into the validation of 29,700 images on each rank
+    began = time.monotonic()
+    os.killpg(process.pid, 0)  # they all live
+    os.kill(pid_of_rank(process, 1), signal.SIGTERM)
+    errors = finish(process)
+    assert time.monotonic() - began < 25
+    assert "stopped by SIGTERM after step 3, which is saved" in errors and "exitcode  : 75" in errors
+    assert saved_steps(tmp_path) == [3] and not any("valid/l1" in line for line in lines_of(tmp_path))
+
+
+@pytest.mark.distributed
+def test_signals_during_validations_saves_and_pictures_on_two_ranks(tmp_path):
+    done = torchrun([str(ROOT / "tests" / "workers" / "stopping_worker.py"), str(tmp_path)])
+    assert done.stdout.count("as expected") == 2 * len(SCENARIOS)
+
+
+# --------------------------------------------------------------------------------------------- before training
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-3000:]
+        time.sleep(0.005)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_during_the_start_ends_it_with_its_code(tmp_path, number, code):
+    """While it imports: as soon as it listens."""
+    process = launch(tmp_path / "run", "--trainer.num_train_steps", "9")
+    status = Path(f"/proc/{process.pid}/status")
+
+    def listens() -> bool:
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+    wait_until(listens, process)
+    os.kill(process.pid, number)
+    errors = finish(process)
+    said = f"vqdist: stopped by {number.name} before training began; the same command starts again\n"
+    assert (process.returncode, errors) == (code, said)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+def test_a_signal_ends_a_rank_that_waits_for_another(tmp_path):
+    """In the library that waits Python's handlers do not run."""
+    port = free_port()
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = launch(tmp_path, "--trainer.num_train_steps", "9", **ranks)
+
+    def waits() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(waits, process)
+    time.sleep(1)
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGUSR1)
+    errors = finish(process)
+    assert process.returncode == 75 and time.monotonic() - began < 20
+    assert errors.count("vqdist: stopped by SIGUSR1 (rank 0) before training began") == 1 and "Traceback" not in errors
+
+
 # --------------------------------------------------------------------------------------------- in this process
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_signals_during_validations_saves_and_pictures(tmp_path, scenario):
+    scenario(tmp_path, backend="local")
+
+
+def test_what_one_process_does_alone_is_broken_off():
+    with StopSignals() as signals:
+        with pytest.raises(BrokenOff), signals.breaking_off():
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it went on")
+        with pytest.raises(BrokenOff), signals.breaking_off():
+            pytest.fail("it began")
+        os.kill(os.getpid(), signal.SIGUSR1)  # outside it is noted only
+        assert signals.received == signal.SIGUSR1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_leaving_at_once(number, code, capfd):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as error, LeaveAtOnce():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert error.value.code == code and signal.getsignal(number) == before
+    assert capfd.readouterr().err.startswith(f"vqdist: stopped by {number.name} before training began")
+    with LeaveAtOnce():
+        pass
 
 
 def test_signals_are_noted_and_given_back():

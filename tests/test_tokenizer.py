@@ -165,7 +165,8 @@ def test_a_trainers_export_is_a_tokenizer(build_any, tmp_path):
     trainer.export(tmp_path / "export")
     tokenizer = Tokenizer.from_pretrained(tmp_path / "export")
     assert (tokenizer.image_size, tokenizer.num_codes) == (16, 16)
-    expected = trainer.network.eval().reconstruct(pixels())[0].clamp(0, 1)
+    with trainer.averaged_network() as network:
+        expected = network.eval().reconstruct(pixels())[0].clamp(0, 1)
     assert torch.allclose(tokenizer.decode(tokenizer.encode(pixels())), expected, atol=1e-6)
 
 

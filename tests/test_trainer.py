@@ -94,7 +94,8 @@ def test_properties_of_one_process(tmp_path):
     assert trainer.device == trainer.model.device == trainer.backend.device
     assert (trainer.is_distributed, trainer.is_main, trainer.is_local_main) == (False, True, True)
     assert (trainer.backend.name, trainer.global_batch, trainer.num_workers) == ("local", 8, 0)
-    assert trainer.network is trainer.ema.ema_model
+    with trainer.averaged_network() as network:
+        assert network is trainer.ema.ema_model
     assert trainer.picture_path == tmp_path / "results" / "step_00000000.png"
     assert trainer.engines.keys() == {"generator", "discriminator"}
     trainer.close()

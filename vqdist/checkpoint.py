@@ -11,16 +11,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vqdist.backends.base import Backend
-from vqdist.errors import UserError
+from vqdist.errors import PeerLost, UserError
 from vqdist.files import read_json, sha256_of
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+# what a full disk raises: of the system, of torch, of safetensors, and of those here that say it in words
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
 
 
 class CheckpointStore:
@@ -39,9 +45,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        found = self.folder.glob("step_*") if self.folder.is_dir() else ()
-        matches = (re.fullmatch(r"step_(\d+)", path.name) for path in found if (path / MANIFEST).is_file())
-        return sorted(int(match[1]) for match in matches if match)
+        return complete_steps(self.folder)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -50,7 +54,7 @@ class CheckpointStore:
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of this step is or will be."""
-        return self.folder / f"step_{step:08d}"
+        return checkpoint_path(self.folder, step)
 
     def clean(self) -> None:
         """Remove what a killed process left. Call once, before the first save."""
@@ -69,28 +73,85 @@ class CheckpointStore:
         """
         target = self.path(step)
         write_atomically(target, self.backend, write, {"step": step, **info})
-        if self.backend.is_main and self.keep is not None:
-            for old in self.steps()[: -self.keep]:
-                remove_atomically(self.path(old))
+        with everywhere(self.backend, f"old checkpoints in {self.folder} cannot be removed"):
+            if self.backend.is_main and self.keep is not None:
+                for old in self.steps()[: -self.keep]:
+                    remove_atomically(self.path(old))
         return target
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where in this folder the checkpoint of a step is or will be."""
+    return folder / f"step_{step:08d}"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps with a complete checkpoint in this folder, ascending."""
+    found = folder.glob("step_*") if folder.is_dir() else ()
+    matches = (re.fullmatch(r"step_(\d+)", path.name) for path in found if (path / MANIFEST).is_file())
+    return sorted(int(match[1]) for match in matches if match)
+
+
 def write_atomically(target: Path, backend: Backend, write: Callable[[Path], None], info: dict[str, Any]) -> None:
-    """Make `target` a complete checkpoint folder; until the last moment it does not exist. Every rank calls this."""
+    """Make `target` a complete checkpoint folder; until the last moment it does not exist. Every rank calls this.
+
+    Args:
+        target: the folder.
+        backend: its ranks write together.
+        write: called on every rank with the folder to write into. Where it exchanges anything with other ranks, it
+            does so before it raises.
+        info: goes into the manifest.
+
+    Raises:
+        UserError: a rank could not write; on every rank, and nothing of the folder is left.
+    """
     partial = target.with_name(target.name + PARTIAL)
-    if backend.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    backend.barrier()
-    write(partial)
-    backend.barrier()
-    if backend.is_main:
-        write_manifest(partial, info)
-        if target.exists():
-            remove_atomically(target)
-        partial.rename(target)
-        _flush(target.parent)
-    backend.barrier()
+    try:
+        with everywhere(backend, f"{target} cannot be written"):
+            if backend.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with everywhere(backend, f"{target} cannot be written"):
+            write(partial)
+        with everywhere(backend, f"{target} cannot be written"):
+            if backend.is_main:
+                _complete(partial, target, info)
+    except UserError:
+        if backend.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _complete(partial: Path, target: Path, info: dict[str, Any]) -> None:
+    write_manifest(partial, info)
+    if target.exists():
+        remove_atomically(target)
+    partial.rename(target)
+    _flush(target.parent)
+
+
+@contextmanager
+def everywhere(backend: Backend, message: str) -> Iterator[None]:
+    """A write in which some ranks or all take part, and which every rank waits for: if it fails on one, it fails on
+    all, with one line.
+
+    Args:
+        backend: every rank of it enters this context.
+        message: what cannot be done; the reason is added.
+    """
+    problem = None
+    try:
+        yield
+    except PeerLost:
+        raise
+    except UserError as error:
+        problem = error
+    except WRITE_ERRORS as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        problem = UserError(f"{message}: {reason[:200]}")
+        problem.__cause__ = error
+    if backend.any(problem is not None):
+        raise problem or UserError(f"{message}: another rank says why")
 
 
 def remove_atomically(folder: Path) -> None:
@@ -100,12 +161,33 @@ def remove_atomically(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def write_all(*parts: Callable[[], None]) -> None:
+    """Call all parts of a write though one fails, since other ranks exchange what the later ones need; then raise."""
+    failures = []
+    for part in parts:
+        try:
+            part()
+        except PeerLost:
+            raise
+        except WRITE_ERRORS as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
 def write_manifest(folder: Path, info: dict[str, Any]) -> None:
     """Flush every file to the disk and list it with size and checksum."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        _flush(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    # a checksum takes about as long as the disk: both at once, and several files at once
+    with ThreadPoolExecutor(min(8, 2 * len(paths) or 1)) as threads:
+        flushed = [threads.submit(_flush, path) for path in paths]
+        sums = list(threads.map(sha256_of, paths))
+        for flush in flushed:
+            flush.result()
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
+        for path, checksum in zip(paths, sums, strict=True)
+    }
     (folder / MANIFEST).write_text(json.dumps({**info, "files": files}, indent=2))
     _flush(folder / MANIFEST)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):

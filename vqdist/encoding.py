@@ -36,7 +36,7 @@ from vqdist.data.codes import (
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, default_workers, listed_loader
 from vqdist.errors import UserError
-from vqdist.files import read_json, sha256_of, write_json
+from vqdist.files import LOCK, lock_folder, read_json, sha256_of, write_json
 from vqdist.metrics import code_histogram, codebook_usage
 from vqdist.models.tokenizer import Tokenizer
 
@@ -103,6 +103,12 @@ class CodeWriter:
             (None if there was nothing to encode), `replaced` (images that could not be decoded, over all ranks),
             `codebook_usage` and `codebook_perplexity` over all codes; the same on every rank.
         """
+        try:
+            return self._write(backend, num_workers, progress)
+        finally:
+            self._lock = None
+
+    def _write(self, backend: Backend, num_workers: int | None, progress: Progress) -> dict[str, Any]:
         self._begin(backend)
         missing = self._missing(backend)
         if not missing and not backend.any(not (self.folder / MANIFEST).is_file()):
@@ -134,10 +140,13 @@ class CodeWriter:
         if backend.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock_folder(self.folder)
                 if not (self.folder / PLAN).is_file():
                     write_json(self.folder / PLAN, self.plan)
             except OSError as error:
                 problem = UserError(f"the folder of codes {self.folder} cannot be written: {error.strerror}")
+            except UserError as error:
+                problem = error
         if backend.any(problem is not None):
             raise problem or UserError(f"rank 0 cannot write the folder of codes {self.folder}")
         if backend.any(not (self.folder / PLAN).is_file()):
@@ -321,8 +330,8 @@ def check_folder(folder: Path, images: str | None = None) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and a folder for the codes is expected; give another --out")
     if folder.is_dir() and not (folder / PLAN).is_file():
-        # a process that was killed while it wrote the plan leaves only that
-        others = sorted(path.name for path in folder.iterdir() if path.name != f"{PLAN}.partial")
+        # a process that was killed while it wrote the plan leaves only these
+        others = sorted(path.name for path in folder.iterdir() if path.name not in (f"{PLAN}.partial", LOCK))
         if others:
             raise UserError(
                 f"{folder} holds {others[0]} and no {PLAN}: it is no folder of codes; give a new or empty one as --out"

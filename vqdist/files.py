@@ -1,10 +1,15 @@
-"""Reading and writing the small files of a run, so that a broken one is said in one line."""
+"""Reading and writing the small files of a run, so that a broken one is said in one line; one writer per folder."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +50,98 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- one writer per folder
+
+LOCK = ".lock"
+# A server of files takes this long to notice that a client has died (NFS 4: 90 seconds by default).
+LEASE_SECONDS = 100.0
+
+
+class FolderLock:
+    """Keeps other processes from writing into a folder while anyone refers to it; `lock_folder` makes it.
+
+    It is a POSIX record lock: the system gives it up when the process ends, however it ends, and a forked process,
+    as a loader's worker that outlives its parent for a moment, does not have it.
+    """
+
+    def __init__(self, path: Path, descriptor: int):
+        self.pid = os.getpid()
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": self.pid}).encode(), 0)
+        weakref.finalize(self, _release, path, descriptor, self.pid)
+
+
+# by path; a process has a record lock or not, and loses it when it closes any descriptor of the file
+_held: weakref.WeakValueDictionary[Path, FolderLock] = weakref.WeakValueDictionary()
+
+
+def lock_folder(folder: Path, *, patience: float = 0.0) -> FolderLock | None:
+    """Be the only process that writes into a folder; a process that is it already gets its own lock once more.
+
+    Args:
+        folder: exists.
+        patience: seconds to wait for a process of another machine: one whose machine has died holds the lock until
+            the file server notices.
+
+    Returns:
+        The lock, or None where the file system has no locks.
+
+    Raises:
+        UserError: another process has it; names its machine and process id.
+    """
+    path = folder.resolve() / LOCK
+    lock = _held.get(path)
+    if lock is not None and lock.pid != os.getpid():  # of the process that this one was forked from
+        lock = None
+    deadline = time.monotonic() + patience
+    while lock is None:
+        try:
+            lock = _try_lock(path)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                return None
+            raise
+        if lock is None:
+            _wait_for_holder(path, deadline)
+    _held[path] = lock
+    return lock
+
+
+def _try_lock(path: Path) -> FolderLock | None:
+    """The lock, or None if it is another process's or its file went away in between."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # who had it may have removed the file between the two lines above: then others make and lock a new one
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return FolderLock(path, descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
+            os.close(descriptor)
+            raise
+    os.close(descriptor)
+    return None
+
+
+def _wait_for_holder(path: Path, deadline: float) -> None:
+    """Sleep a moment before the next attempt; `UserError` where waiting does not help, or no longer."""
+    try:
+        holder = json.loads(path.read_text())
+        host, pid = holder["host"], holder["pid"]
+    except (OSError, ValueError, KeyError, TypeError):  # it is about to write it, or has just gone
+        host, pid, deadline = "an unknown machine", "unknown", deadline + 2.0
+    if host == socket.gethostname() or time.monotonic() >= deadline:
+        raise UserError(
+            f"another process writes {path.parent} (process {pid} on {host}); wait for its end, stop it, or give "
+            "another folder"
+        )
+    time.sleep(0.2)
+
+
+def _release(path: Path, descriptor: int, pid: int) -> None:
+    if os.getpid() != pid:  # a forked process lets its parent keep it
+        return
+    path.unlink(missing_ok=True)  # before others can have it: they look whether the file is still there
+    os.close(descriptor)

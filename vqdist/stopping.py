@@ -1,6 +1,8 @@
 """Ending a run early without losing it: signals are noted when they come and acted upon between two steps.
 
-Schedulers say with SIGTERM or SIGUSR1 that a job has to go; people say it with Ctrl-C (SIGINT).
+Schedulers say with SIGTERM or SIGUSR1 that a job has to go; people say it with Ctrl-C (SIGINT). A validation is broken
+off between two batches, a picture at once; a checkpoint that is being written is finished. This file imports torch
+only where it is needed, so that the command line can listen before that.
 """
 
 from __future__ import annotations
@@ -8,17 +10,31 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REQUEUE = (signal.SIGTERM, signal.SIGUSR1)
 NOTED = (*REQUEUE, signal.SIGINT)
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command may be started again
 EXIT_INTERRUPTED = 130  # what shells make of SIGINT
+
+
+def exit_code(number: int) -> int:
+    """With which code a run ends that a signal stopped: 75 where it should be started again, 130 after Ctrl-C."""
+    return EXIT_REQUEUE if number in REQUEUE else EXIT_INTERRUPTED
+
+
+class BrokenOff(BaseException):
+    """A signal ended a validation or a picture; whoever began it catches this. Like KeyboardInterrupt it is no
+    `Exception`, which a library might catch."""
 
 
 class Stopped(SystemExit):
@@ -29,7 +45,7 @@ class Stopped(SystemExit):
     """
 
     def __init__(self, number: int, step: int, folder: str):
-        super().__init__(EXIT_REQUEUE if number in REQUEUE else EXIT_INTERRUPTED)
+        super().__init__(exit_code(number))
         self.message = (
             f"stopped by {signal.Signals(number).name} after step {step}, which is saved; the same command goes on "
             f"from there ({folder})"
@@ -51,6 +67,7 @@ class StopSignals:
     def __init__(self):
         self.received = 0
         self._interrupted_at: float | None = None
+        self._breaks_off = False
 
     def __enter__(self) -> StopSignals:
         self._before = {}
@@ -71,6 +88,82 @@ class StopSignals:
                 raise KeyboardInterrupt
             self._interrupted_at = now
         self.received = number
+        if self._breaks_off:
+            self._breaks_off = False
+            raise BrokenOff
+
+    @contextmanager
+    def breaking_off(self) -> Iterator[None]:
+        """Within this context a signal raises `BrokenOff` at once, also one that came before.
+
+        Only for what no other rank waits for and what may stay half done.
+        """
+        try:
+            self._breaks_off = True
+            if self.received:
+                raise BrokenOff
+            yield
+            self._breaks_off = False
+        finally:
+            self._breaks_off = False
+
+
+class LeaveAtOnce:
+    """Within this context SIGTERM, SIGUSR1 and SIGINT end the process with their code and one line: for a start-up,
+    when there is nothing to save.
+
+    Python runs its handlers between two of its own instructions only. A process that waits in a library for a peer, or
+    compiles, comes to none: then a thread ends it, `PATIENCE` seconds after the signal.
+    """
+
+    PATIENCE = 3.0
+
+    def __enter__(self) -> LeaveAtOnce:
+        self._before, self._said, self._over = {}, False, threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            self._listen()
+        return self
+
+    def _listen(self) -> None:
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write)
+        self._before = {number: signal.signal(number, self._leave) for number in NOTED}
+        threading.Thread(target=self._watch, args=(read,), daemon=True).start()
+
+    def __exit__(self, *_exception) -> None:
+        self._over.set()
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write)
+
+    def _leave(self, number: int, _frame: FrameType | None) -> None:
+        self._say(number)
+        raise SystemExit(exit_code(number))
+
+    def _watch(self, read: int) -> None:
+        """In a thread: what the system itself writes into the pipe, a byte per signal, until it is closed."""
+        with open(read, "rb", buffering=0) as signals:
+            while (told := signals.read(1)) and told[0] not in NOTED:
+                pass
+        if told and not self._over.wait(self.PATIENCE):
+            self._say(told[0])
+            os._exit(exit_code(told[0]))
+
+    def _say(self, number: int) -> None:
+        if self._said:
+            return
+        self._said = True
+        ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+        name = signal.Signals(number).name + ("" if ranks == "1" else f" (rank {rank})")
+        print(
+            f"vqdist: stopped by {name} before training began; the same command starts again",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def protect_worker(training: Tensor) -> None:
@@ -94,4 +187,6 @@ def protect_worker(training: Tensor) -> None:
 @functools.cache
 def training_flag() -> Tensor:
     """In memory that worker processes share: 1 while this process is inside `StopSignals`, else 0."""
+    import torch
+
     return torch.zeros(1, dtype=torch.uint8).share_memory_()

@@ -1,18 +1,21 @@
 """Run by torchrun from test_distributed.py: everything that two ranks of one backend are compared on.
 
-usage: backend_worker.py BACKEND ZERO_STAGE FOLDER   (ZERO_STAGE is - for the accelerate backend)
+usage: backend_worker.py BACKEND FOLDER   (BACKEND is accelerate, fsdp2 or zero0 .. zero3)
 
 Rank 0 writes FOLDER/results.pt; assertions that concern the ranks themselves are made here.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
+from safetensors.torch import load_file
 from scenarios import (
     AR_MODELS,
     AR_PARITY,
@@ -20,14 +23,17 @@ from scenarios import (
     DVAE_EVERYTHING,
     EVERYTHING,
     LINEAR,
+    SHARDED,
     build_ar_trainer,
     build_dvae_trainer,
     build_trainer,
+    largest_difference,
     train_steps,
     weights_of,
 )
 
-from vqdist.errors import RanksDiverged
+from vqdist.errors import RanksDiverged, UserError
+from vqdist.models.pretrained import load_model_of_any_type
 from vqdist.ranks import check_ranks_agree
 from vqdist.trainers.base import Trainer
 
@@ -177,9 +183,78 @@ def flags_and_means(trainer) -> None:
     assert backend.gather(torch.tensor([backend.rank])).tolist() == [[0], [1]]
 
 
+def whole_runs(backend: dict, folder: Path) -> None:
+    """Validation, pictures, checkpoints and exports of shards: the export holds the average, and so does its file."""
+    options = {"save_results_every": 2, "save_model_every": 2, "validate_every": 2, **backend}
+    builders = {
+        "vqgan": partial(build_trainer, quantizer="vq", **EVERYTHING),
+        "dvae": build_dvae_trainer,
+        **{kind: partial(build_ar_trainer, kind=kind) for kind in AR_MODELS},
+    }
+    for kind, build in builders.items():
+        trainer = build(folder / f"whole_{kind}", **options)
+        assert trainer.train()["images"] == 16
+        averaged = {name: tensor for name, tensor in trainer.named_tensors() if name.startswith("ema.")}
+        if not trainer.is_main:
+            continue
+        assert sorted(path.name for path in trainer.run_folder.glob("results/*.png") if "_codes" not in path.name)
+        saved = load_file(trainer.checkpoints.latest() / "ema.safetensors")
+        model = load_model_of_any_type(trainer.run_folder / "export")
+        exported = getattr(model, "autoencoder", model).state_dict()
+        for name, tensor in averaged.items():
+            key = name.removeprefix("ema.")
+            assert torch.equal(saved[key], tensor), f"{kind}: {key} of the checkpoint is not the average"
+            assert torch.equal(exported[key], tensor), f"{kind}: {key} of the export is not the average"
+
+
+def channels_last(backend: dict, folder: Path) -> None:
+    """The default layout on a GPU gives the same weights, but for the rounding of other kernels."""
+    first, second = (
+        train_steps(build_trainer(folder / f"layout_{last}", channels_last=last, **EVERYTHING, **backend), 2)
+        for last in (False, True)
+    )
+    difference, name = largest_difference(first, second)
+    assert difference <= 1e-5, f"{name} differs by {difference}"
+
+
+def in_parts(backend: dict, folder: Path) -> None:
+    """Each rank holds half of the weights, of their average and of Adam's two moments."""
+    trainer = build_ar_trainer(folder / "parts", "prior", **backend)
+    trainer.train_step()
+    engine = trainer.main_engine
+    whole = sum(parameter.numel() for parameter in engine.empty.parameters())
+    for held in (engine.local, trainer.ema.ema_model):
+        assert sum(shard.numel() for shard in held.parameters()) == pytest.approx(whole / 2, rel=0.05)
+    states = (getattr(engine, "engine", None) or engine).optimizer.state.values()
+    moments = [getattr(value, "_local_tensor", value) for state in states for value in state.values()]
+    assert sum(moment.numel() for moment in moments if moment.ndim) == pytest.approx(whole, rel=0.05)
+
+
+def reduced_once(backend: dict, folder: Path) -> None:
+    """Gradients are exchanged block by block, as often for 4 micro-batches as for one."""
+    calls = {}
+    for accumulation in (1, 4):
+        trainer = build_ar_trainer(
+            folder / f"reduced_{accumulation}", "prior", grad_accum_every=accumulation, batch_size=2, **backend
+        )
+        with torch.profiler.profile() as profile:
+            trainer.train_step()
+        calls[accumulation] = sum(event.count for event in profile.key_averages() if "reduce_scatter" in event.key)
+    assert calls[1] == calls[4] > 2
+
+
+def refusals(backend: dict, folder: Path, results: dict) -> None:
+    """What a user reads who asks for a penalty on a sharded discriminator."""
+    results["refused"] = {}
+    try:
+        build_trainer(folder / "penalised", **{**backend, "apply_grad_penalty_every": 1})
+    except UserError as error:
+        results["refused"]["vqgan"] = str(error)
+
+
 def gradients_do_not_leak(backend: dict, folder: Path) -> None:
     """The generator's pass through the frozen discriminator leaves no gradient there, and one at its input."""
-    trainer = build_trainer(folder / "frozen", **backend)
+    trainer = build_trainer(folder / "frozen", **EVERYTHING, **backend)
     image = trainer.next_micro_batches()[0].requires_grad_()
     trainer.discriminator.frozen(image).sum().backward()
     assert image.grad is not None and float(image.grad.abs().sum()) > 0
@@ -209,25 +284,37 @@ def exchanges(backend: dict, folder: Path, results: dict) -> None:
 
 
 def main() -> None:
-    name, stage, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    backend = {"backend": name}
-    if name == "deepspeed":
-        shipped = Path(__file__).parents[2] / "deepspeed_configs" / f"zero{stage}.json"
-        backend["deepspeed_config"] = str(shipped) if stage != "0" else None
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    backend = {"backend": "accelerate"}
+    if name == "fsdp2":  # as `accelerate launch` says it
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        os.environ |= {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "500"}
+    if name.startswith("zero"):
+        shipped = Path(__file__).parents[2] / "deepspeed_configs" / f"{name}.json"
+        backend = {"backend": "deepspeed", "deepspeed_config": str(shipped) if name != "zero0" else None}
+    if name in SHARDED:
+        EVERYTHING["apply_grad_penalty_every"] = 0
     results: dict = {}
+    refusals(backend, folder, results)
     parity(backend, folder, results)
     bf16(backend, folder, results)
     resume(backend, folder, results)
     discrete_vae(backend, folder, results)
     autoregressive(backend, folder, results)
     gradients_do_not_leak(backend, folder)
-    trainer = build_trainer(folder / "last", **backend)
+    if name in SHARDED:
+        whole_runs(backend, folder)
+        channels_last(backend, folder)
+        in_parts(backend, folder)
+    if name == "fsdp2":
+        reduced_once(backend, folder)
+    trainer = build_trainer(folder / "last", **EVERYTHING, **backend)
     flags_and_means(trainer)
     if name == "accelerate":
         linear_splits(backend, folder, results)
         exchanges(backend, folder, results)
         divergence_is_found(backend, folder)
-    if name == "accelerate" or stage == "2":
+    if name in ("accelerate", "zero2"):
         codebooks_stay_equal(backend, folder)
     if trainer.is_main:
         torch.save(results, folder / "results.pt")

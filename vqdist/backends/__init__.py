@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vqdist.backends.base import Backend, Engine
-from vqdist.backends.environment import started_by_launcher
+from vqdist.backends.environment import check_launch, export_launch, started_by_launcher
 from vqdist.errors import UserError
 
 __all__ = ["BACKENDS", "Backend", "Engine", "create_backend", "resolve_backend"]
@@ -14,7 +14,12 @@ BACKENDS = ("local", "accelerate", "deepspeed")
 
 
 def resolve_backend(name: str) -> str:
-    """The backend that a name stands for: "auto" is accelerate under a launcher and local without one."""
+    """The backend that a name stands for: "auto" is accelerate under a launcher and local without one.
+
+    Raises:
+        UserError: there is no such backend, or this launch would train separate models.
+    """
+    check_launch()
     if name == "auto":
         return "accelerate" if started_by_launcher() else "local"
     if name == "horovod":
@@ -49,6 +54,7 @@ def create_backend(
 
         return LocalBackend(**common)
     common["dist_timeout"] = dist_timeout
+    export_launch()
     if name == "accelerate":
         from vqdist.backends.accelerate import AccelerateBackend
 

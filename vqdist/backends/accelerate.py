@@ -1,4 +1,4 @@
-"""Accelerate: data parallel training with DDP under torchrun, `accelerate launch` or mpirun.
+"""Accelerate: data parallel training with DDP or FSDP2 under torchrun, `accelerate launch` or mpirun.
 
 Accelerate starts the process group, picks the device and wraps the network. What it would also do is left to the
 engine, because its versions do not hold for two networks with accumulation: its accumulation counter is shared by
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from vqdist.backends.base import Engine
 from vqdist.backends.distributed import DistributedBackend, group_timeout, require_address
+from vqdist.backends.fsdp import FullyShardedEngine, not_by_accelerate, sharding_asked_for
 from vqdist.backends.local import TorchEngine
 from vqdist.errors import UserError
 
@@ -32,15 +33,35 @@ OWNED_BY_THE_RUN = {
     "cpu": "the device of the machine",
     "deepspeed_plugin": "backend='deepspeed'",
     "deepspeed_plugins": "backend='deepspeed'",
-    "fsdp_plugin": "nothing yet: FSDP is not supported",
+    "fsdp_plugin": "distributed_type FSDP in a configuration of `accelerate launch`, as accelerate_configs/fsdp2.yaml",
     "dynamo_backend": "compile",
     "dynamo_plugin": "compile",
     "log_with": "trackers",
 }
+# What `accelerate launch` says of its configuration and flags: variable -> (key there, its neutral value, the owner).
+OWNED_VARIABLES = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "1", "--trainer.grad_accum_every"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "none", "--trainer.max_grad_norm"),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "--trainer.compile"),
+    "ACCELERATE_DYNAMO_MODE": ("dynamo_mode", "default", "--trainer.compile"),
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": ("dynamo_use_fullgraph", "false", "--trainer.compile"),
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": ("dynamo_use_dynamic", "false", "--trainer.compile"),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": (
+        "dynamo_use_regional_compilation",
+        "false",
+        "--trainer.compile",
+    ),
+    "ACCELERATE_DOWNCAST_BF16": ("downcast_bf16", "false", "--trainer.precision"),
+    "XLA_DOWNCAST_BF16": ("downcast_bf16", "0", "--trainer.precision"),
+    "XLA_USE_BF16": ("mixed_precision", "0", "--trainer.precision"),
+    "ACCELERATE_USE_MEGATRON_LM": ("megatron_lm_config", "false", "--backend deepspeed for what must be sharded"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", "false", "num_processes: all are data parallel"),
+}
 
 
 class AccelerateBackend(DistributedBackend):
-    """One process per device, gradients averaged by DDP.
+    """One process per device, gradients averaged by DDP; or weights sharded by FSDP2 where the Accelerate
+    configuration asks for it.
 
     Args:
         grad_accum_every: micro-batches per optimizer step.
@@ -62,6 +83,7 @@ class AccelerateBackend(DistributedBackend):
         accelerate_kwargs = dict(accelerate_kwargs or {})
         require_address()
         _refuse_foreign_settings(accelerate_kwargs, precision)
+        self.sharding = sharding_asked_for()
         self.grad_accum_every = grad_accum_every
         self.precision = precision
         handlers = [
@@ -73,17 +95,30 @@ class AccelerateBackend(DistributedBackend):
         ]
         on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
         # on a CPU Accelerate starts a process group only if it is told cpu=True; otherwise each rank trains alone
-        self.accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="no",
-            gradient_accumulation_steps=1,
-            kwargs_handlers=handlers,
-            **accelerate_kwargs,
-        )
+        self.meet(dist_timeout)
+        with not_by_accelerate():
+            self.accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision="no",
+                gradient_accumulation_steps=1,
+                kwargs_handlers=handlers,
+                **accelerate_kwargs,
+            )
         self.adopt_group(self.accelerator.device, group_timeout(dist_timeout))
+
+    @property
+    def title(self) -> str:
+        return self.name if self.sharding is None else f"{self.name} (FSDP2)"
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
         self.broadcast_from_main(module)
+        options = {
+            "max_grad_norm": max_grad_norm,
+            "grad_accum_every": self.grad_accum_every,
+            "precision": self.precision,
+        }
+        if self.sharding is not None and self.world_size > 1:
+            return FullyShardedEngine(module, optimizer, self, sharding=self.sharding, **options)
         # of 1x1 convolutions, whose few weights may lie either way
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; torch 2.5 knows the old name only
@@ -94,15 +129,7 @@ class AccelerateBackend(DistributedBackend):
                 f"Accelerate returned {type(wrapped).__name__} instead of DistributedDataParallel: gradients would "
                 f"not be averaged; its distributed_type is {self.accelerator.distributed_type}"
             )
-        return TorchEngine(
-            module,
-            optimizer,
-            self,
-            wrapped=wrapped,
-            max_grad_norm=max_grad_norm,
-            grad_accum_every=self.grad_accum_every,
-            precision=self.precision,
-        )
+        return TorchEngine(module, optimizer, self, wrapped=wrapped, **options)
 
     def close(self) -> None:
         super().close()
@@ -124,11 +151,13 @@ def _refuse_foreign_settings(accelerate_kwargs: dict[str, Any], precision: str) 
             f"the Accelerate configuration says distributed_type {DistributedType.DEEPSPEED.value}: one Accelerator "
             "keeps one DeepSpeed engine, a GAN needs two; use `--backend deepspeed --deepspeed_config FILE` instead"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError(
-            f"the Accelerate configuration says distributed_type {DistributedType.FSDP.value}, which vqdist does not "
-            "support yet; use distributed_type MULTI_GPU"
-        )
+    for variable, (key, neutral, owner) in OWNED_VARIABLES.items():
+        value = os.environ.get(variable, neutral)
+        if value.lower() != neutral:
+            raise UserError(
+                f"the Accelerate configuration says {key} {value!r} ({variable}), which belongs to the run; remove it "
+                f"there and use {owner}"
+            )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision):
         raise UserError(

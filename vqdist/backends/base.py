@@ -9,8 +9,8 @@ groups.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,14 +22,16 @@ class Engine(ABC):
     """One network with its optimizer, wrapped by a runtime. Every method but `frozen` is called by every rank.
 
     Attributes:
-        module: the bare network, for state dicts, EMA and parameter counts. Training through it skips the exchange of
-            gradients; use the engine itself.
+        module: the bare network, for its methods and options. Training through it skips the exchange of gradients; use
+            the engine itself. Its weights are whole unless the runtime shards them.
         double_backward: whether gradients of gradients may be taken through this engine's outputs, as a gradient
             penalty does; where not, the penalty goes through `module`, in one backward with the rest.
+        trains_bare: whether that is possible: whether a loss through `module` reaches the weights.
     """
 
     module: nn.Module
     double_backward: bool
+    trains_bare: bool = True
 
     @abstractmethod
     def __call__(self, *args, **kwargs):
@@ -54,6 +56,28 @@ class Engine(ABC):
         Returns:
             The 2-norm of the gradients before clipping (0-d, on the device).
         """
+
+    @property
+    def local(self) -> nn.Module:
+        """What lies on this rank, for a moving average to follow: `module` itself, unless it is sharded."""
+        return self.module
+
+    def whole(self, weights: nn.Module | None = None) -> AbstractContextManager[nn.Module]:
+        """Context of a plain network with whole weights, to evaluate, draw and export, by any rank on its own.
+
+        Args:
+            weights: a copy of `local` with other values, as a moving average is; by default `local` itself.
+        """
+        return nullcontext(self.local if weights is None else weights)
+
+    def named_tensors(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights and buffers by name, one after another; every rank takes them all. `weights`: see `whole`."""
+        yield from (self.local if weights is None else weights).state_dict().items()
+
+    def fill(self, tensors: Mapping[str, Tensor], weights: nn.Module | None = None) -> None:
+        """Give the network, or `weights`, the values that `named_tensors` gave; raise `RuntimeError` if they are not
+        this network's."""
+        (self.local if weights is None else weights).load_state_dict(tensors)
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -80,6 +104,11 @@ class Backend(ABC):
     local_rank: int
     world_size: int
     device: torch.device
+
+    @property
+    def title(self) -> str:
+        """The name, and what of the networks is sharded."""
+        return self.name
 
     @property
     def is_main(self) -> bool:

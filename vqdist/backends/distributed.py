@@ -9,16 +9,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vqdist.backends import peers
 from vqdist.backends.base import Backend
 from vqdist.backends.environment import local_rank_of_launcher, world_size_of_launcher
 from vqdist.errors import UserError
+
+EXPECTED = {"cpu": "gloo", "cuda": "nccl"}  # what exchanges between tensors of these devices
 
 
 class DistributedBackend(Backend):
     """Collectives over the default process group; with one process and no group they do nothing.
 
-    A subclass starts the group and then calls `adopt_group`.
+    A subclass calls `meet`, starts the group and then calls `adopt_group`.
     """
+
+    def meet(self, dist_timeout: float) -> None:
+        """Wait for all ranks and see that they reach each other: while a group starts, that takes until its time-out.
+
+        Args:
+            dist_timeout: minutes to wait for a rank.
+        """
+        require_address()
+        peers.meet(group_timeout(dist_timeout))
 
     def adopt_group(self, device: torch.device, timeout: timedelta) -> None:
         """Take rank and size from the group that was started, and make sure that it is the one asked for.
@@ -38,10 +50,24 @@ class DistributedBackend(Backend):
                 f"the launcher started {expected} processes but the {self.name} process group has {self.world_size}: "
                 f"this would train {expected} separate models; start with `torchrun --nproc_per_node {expected} ...`"
             )
+        self._check_group(timeout)
         self._exchange: tuple[Tensor, dist.Work] | None = None  # of `largest_lately`
         self._host_group: dist.ProcessGroup | None = None  # the default one
         if self.world_size > 1 and self.device.type != "cpu":
             self._host_group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def _check_group(self, timeout: timedelta) -> None:
+        """Whether the group talks as it should on this device, and at all."""
+        if self.world_size == 1:
+            return
+        expected, found = EXPECTED.get(self.device.type), dist.get_backend_config()
+        if expected is not None and f"{self.device.type}:{expected}" not in found:
+            raise UserError(
+                f"the process group talks by {found}, and {self.device.type}:{expected} was expected; let this "
+                "backend start the group"
+            )
+        if self.device.type == "cuda":
+            peers.first_exchange(self.device, timeout)
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -74,6 +100,7 @@ class DistributedBackend(Backend):
             self.any(False)
 
     def close(self) -> None:
+        peers.part()
         if dist.is_initialized():
             dist.destroy_process_group()
         self.in_group = False
@@ -91,8 +118,8 @@ class DistributedBackend(Backend):
 
 
 def require_address() -> None:
-    """Several processes must know where to meet; launchers say it in MASTER_ADDR and MASTER_PORT."""
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    """Several processes must know which they are and where to meet; launchers say it in torch's variables."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size_of_launcher() > 1 and missing:
         raise UserError(
             f"the environment says {world_size_of_launcher()} processes but not {' and '.join(missing)}; start with "

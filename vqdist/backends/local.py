@@ -95,7 +95,7 @@ class TorchEngine(Engine):
             state.save_tensors(folder / state.OPTIMIZER, state.optimizer_tensors(self.module, self.optimizer))
 
     def load(self, folder: Path) -> None:
-        state.load_weights(self.module, folder / state.WEIGHTS, self.backend.device)
+        state.load_weights(self, folder / state.WEIGHTS, self.backend.device)
         state.load_optimizer_tensors(
             self.module, self.optimizer, state.load_tensors(folder / state.OPTIMIZER, self.backend.device)
         )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vqdist.backends.base import Engine
 from vqdist.errors import UserError
 from vqdist.files import follow_umask
 
@@ -46,10 +47,10 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         raise UserError(f"{path} is damaged ({error})") from error
 
 
-def load_weights(module: nn.Module, path: Path, device: torch.device | str = "cpu") -> None:
-    """Fill a network with the tensors of one safetensors file."""
+def load_weights(engine: Engine, path: Path, device: torch.device | str = "cpu") -> None:
+    """Fill an engine's network with the tensors of one safetensors file."""
     try:
-        module.load_state_dict(load_tensors(path, device))
+        engine.fill(load_tensors(path, device))
     except RuntimeError as error:
         reason = " ".join(str(error).split()[:40])
         raise UserError(f"{path} holds another network than this configuration builds: {reason} ...") from error

@@ -8,18 +8,26 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from vqdist.cli import encode, evaluate, report, sample, train
 from vqdist.cli.parsing import make_parser, nearest, parse, without_local_rank
-from vqdist.errors import RanksDiverged, UserError
+from vqdist.errors import EXIT_PEER_LOST, PeerLost, RanksDiverged, UserError
 from vqdist.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, or 2 with one line on standard error for a user's mistake."""
+    """Run one command and return the exit code: 0, 2 with one line on standard error for a user's mistake, or 69 with
+    one for other ranks that are gone. With other ranks around, an error ends the process here."""
+    # before torch is imported: of a rank that is gone its store writes pages of addresses, and peers.py one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        return _run(without_local_rank(sys.argv[1:] if arguments is None else arguments))
+        with _accounting_for_errors():
+            return _run(without_local_rank(sys.argv[1:] if arguments is None else arguments))
+    except PeerLost as error:
+        print(f"vqdist: error: {error}", file=sys.stderr)
+        return _leave(EXIT_PEER_LOST)
     except (UserError, RanksDiverged) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -27,12 +35,33 @@ def main(arguments: list[str] | None = None) -> int:
             "vqdist: interrupted; the same command goes on from what was saved, if it saves anything",
             file=sys.stderr,
         )
-        return 130
+        return _leave(130)
     except BrokenPipeError:  # whoever read standard output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a folder that may not be read: the system's words name it
         return _fail(str(error))
+
+
+@contextmanager
+def _accounting_for_errors() -> Iterator[None]:
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if _peers() is not None:
+            _peers().account_for(error)
+        raise
+
+
+def _peers():
+    """`vqdist.backends.peers`, which imports torch, if anything has imported it; else there are no other ranks."""
+    return sys.modules.get("vqdist.backends.peers")
+
+
+def _leave(code: int) -> int:
+    if _peers() is not None and _peers().in_company():
+        _peers().leave(code)
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -61,22 +90,24 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _fail(message: str) -> int:
-    from vqdist.backends.environment import rank_of_launcher
-
-    rank = rank_of_launcher()
+    rank = _rank()
     # before the ranks know of each other all make the same mistake and one says it; later it is this one's own
     if rank == 0:
         print(f"vqdist: error: {message}", file=sys.stderr)
-    elif _in_process_group():
+    elif _peers() is not None and _peers().in_company():
         print(f"vqdist: error: rank {rank}: {message}", file=sys.stderr)
     else:
         time.sleep(2)  # a launcher ends the others when one exits: rank 0 first says what is wrong
-    return 2
+    return _leave(2)
 
 
-def _in_process_group() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+def _rank() -> int:
+    from vqdist.backends.environment import rank_of_launcher
+
+    try:
+        return rank_of_launcher()
+    except UserError:  # of a broken environment: that is what is being said
+        return 0
 
 
 def doctor(arguments: list[str]) -> int:

@@ -12,14 +12,17 @@ from typing import Any
 from vqdist.cli.models import MODELS, TrainedModel
 from vqdist.cli.parsing import DATA_ALIASES, make_parser, nearest, parse
 from vqdist.errors import UserError
+from vqdist.stopping import LeaveAtOnce, Stopped
 
 # options of the trainer's configuration that stand at the top level, and their name there
 TOP_LEVEL = {
     "results_folder": "out",
     "backend": "backend",
     "deepspeed_config": "deepspeed_config",
+    "dist_timeout": "dist_timeout",
     "seed": "seed",
 }
+KINDS = {"backend": str, "dist_timeout": float, "seed": int}  # of the others: a string or null
 
 
 def train(arguments: list[str]) -> int:
@@ -30,7 +33,9 @@ def train(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in MODELS:
         raise UserError(f"there is no model {name!r} to train; {nearest(name, MODELS)}")
-    return _train(MODELS[name], train_options(name, arguments[1:]))
+    with LeaveAtOnce():
+        trainer = make_trainer(MODELS[name], train_options(name, arguments[1:]))
+    return _train(trainer)
 
 
 def _overview() -> str:
@@ -74,9 +79,10 @@ def _description(entry: TrainedModel) -> str:
 def _add_top_level(parser, config_class: type) -> None:
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, option in TOP_LEVEL.items():
-        kind = int if name == "seed" else str if name == "backend" else str | None
         default = None if name == "results_folder" else fields[name].default
-        parser.add_argument(f"--{option}", type=kind, default=default, help=_field_doc(config_class, name))
+        parser.add_argument(
+            f"--{option}", type=KINDS.get(name, str | None), default=default, help=_field_doc(config_class, name)
+        )
 
 
 def _add_groups(parser, entry: TrainedModel, model_class: type, config_class: type) -> None:
@@ -136,10 +142,10 @@ def _indented(start: str, text: str) -> str:
     return textwrap.fill(start + text, width, subsequent_indent=" " * len(start), break_on_hyphens=False)
 
 
-def _train(entry: TrainedModel, options) -> int:
+def make_trainer(entry: TrainedModel, options):
+    """The trainer of these options; a run that is in their folder is resumed."""
     from vqdist.backends import resolve_backend
     from vqdist.seeding import seed_everything
-    from vqdist.stopping import Stopped
 
     resolve_backend(options.backend)
     _refuse_missing(entry, options)
@@ -152,7 +158,10 @@ def _train(entry: TrainedModel, options) -> int:
     seed_everything(options.seed, "weights")
     model = _build(model_class, model_options)
     top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
-    trainer = trainer_class(model, **options.data.as_dict(), **options.trainer.as_dict(), **top)
+    return trainer_class(model, **options.data.as_dict(), **options.trainer.as_dict(), **top)
+
+
+def _train(trainer) -> int:
     try:
         numbers = trainer.train()
     except Stopped:

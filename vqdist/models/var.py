@@ -83,7 +83,8 @@ class VAR(
         self.to_logits = nn.Linear(dim, self.codebook_size)
         for weight in (self.classes.weight, self.levels.weight, self.positions):
             nn.init.normal_(weight, std=0.02)
-        level_of = torch.arange(len(self.scales)).repeat_interleave(torch.tensor(self.scale_lengths))
+        lengths = torch.tensor(self.scale_lengths)
+        level_of = torch.arange(len(self.scales)).repeat_interleave(lengths, output_size=self.num_codes)
         self.register_buffer("level_of", level_of, persistent=False)  # (L,)
         self.register_buffer("sees", level_of[:, None] >= level_of[None, :], persistent=False)  # (L, L)
 

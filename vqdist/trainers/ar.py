@@ -161,7 +161,7 @@ class ARTrainer(Trainer):
     def _set_up_networks(self) -> None:
         super()._set_up_networks()
         # of a tokenizer that is trained along: its codebook may die, one that is frozen cannot
-        self.codes = CodeHistogram(self.network, self.device) if isinstance(self.network, TokenizerNetwork) else None
+        self.codes = CodeHistogram(self.model, self.device) if self._is_tokenizer else None
         scales = self.model.scale_lengths  # the likelihood of all codes is the loss already, that of each scale is not
         self.predicted = CodePredictionMetrics(
             self.model.num_codes, scales, self.device, likelihood=scales is not None
@@ -214,28 +214,35 @@ class ARTrainer(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         """How well the codes of the validation images are predicted; of VQ-AR also how well they are reconstructed."""
-        numbers = evaluate_prediction(self.network, self.valid_batches(), self.backend)
-        if isinstance(self.network, TokenizerNetwork):
-            images = (item for item, _ in self.valid_batches())
-            size = self.config.image_size
-            numbers |= evaluate_reconstruction(self.network, images, self.backend, image_size=size)
+        with self.averaged_network() as network:
+            numbers = evaluate_prediction(network, self.valid_batches(), self.backend)
+            if self._is_tokenizer:
+                images = (item for item, _ in self.valid_batches())
+                size = self.config.image_size
+                numbers |= evaluate_reconstruction(network, images, self.backend, image_size=size)
         return numbers
 
-    def save_pictures(self, images: Tensor, path: Path) -> None:
+    def save_pictures(self, path: Path) -> None:
         """A sheet of samples, the classes in turn; of VQ-AR also one of originals beside their reconstructions."""
-        count = self.config.num_images_save
-        self.tracker.picture(
-            self.step, self.picture_name, self.samples(count)[:, None], path, columns=round(count**0.5)
-        )
-        if isinstance(self.network, TokenizerNetwork):
-            both = torch.stack([images, reconstruct(self.network, images)], dim=1)
-            self.tracker.picture(
-                self.step, "reconstructions", both, path.with_name(f"{path.stem}_reconstructions.png"), columns=8
-            )
+        with self.averaged_network() as network:
+            if self.is_main:
+                with self.drawing():
+                    self._draw_samples(network, path)
+                    if self._is_tokenizer:
+                        self._draw_reconstructions(network, path.with_name(f"{path.stem}_reconstructions.png"))
 
-    def samples(self, count: int) -> Tensor:
-        """Images (count, c, h, w) drawn from the averaged (or live) network; the same at every step but for it."""
-        model = self.network
+    def _draw_samples(self, network: AutoregressiveModel, path: Path) -> None:
+        count = self.config.num_images_save
+        samples = self.samples(network, count)[:, None]
+        self.tracker.picture(self.step, self.picture_name, samples, path, columns=round(count**0.5))
+
+    def _draw_reconstructions(self, network: AutoregressiveModel, path: Path) -> None:
+        images = self.picture_images()
+        both = torch.stack([images, reconstruct(network, images)], dim=1)
+        self.tracker.picture(self.step, "reconstructions", both, path, columns=8)
+
+    def samples(self, model: AutoregressiveModel, count: int) -> Tensor:
+        """Images (count, c, h, w) drawn from a network; the same at every step but for it."""
         label = torch.arange(count) % model.num_classes if model.num_classes else None
         options = DrawOptions(**{**model.draw_defaults, **self.config.sample_options})
         return draw_numbers(model, range(count), model.labels(label, count), options, seed=self.config.seed)
@@ -247,4 +254,10 @@ class ARTrainer(Trainer):
 
     @contextmanager
     def averaged_model(self) -> Iterator[AutoregressiveModel]:
-        yield self.network
+        with self.averaged_network() as model:
+            yield model
+
+    @property
+    def _is_tokenizer(self) -> bool:
+        """Whether the model makes its codes itself, end to end."""
+        return isinstance(self.model, TokenizerNetwork)

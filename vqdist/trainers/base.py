@@ -7,13 +7,14 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from ema_pytorch import EMA
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, AdamW
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -21,13 +22,14 @@ from vqdist import seeding
 from vqdist.allocator import keep_freed_memory
 from vqdist.backends import Engine, create_backend
 from vqdist.backends.environment import world_size_of_launcher
+from vqdist.backends.peers import naming_lost_peers
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.ranks import check_ranks_agree
 from vqdist.schedules import learning_rate
-from vqdist.stopping import Stopped, StopSignals
+from vqdist.stopping import BrokenOff, Stopped, StopSignals
 from vqdist.tracking import Tracker, check_trackers, memory_gb
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
 from vqdist.trainers.run_folder import RunFolder
@@ -89,9 +91,10 @@ class Trainer(RunFolder):
         self.step = 0
         self.position = 0
         self.check_model()
+        self.run_folder = self._run_folder()
+        self._keep_global_batch()
         self.dataset, self.valid_dataset = self._open_data(dataset)
         self.split = self._split()
-        self.run_folder = self._run_folder()
         self._refuse_other_configuration()
         check_trackers(self.config.trackers)
         self.backend = create_backend(
@@ -134,12 +137,9 @@ class Trainer(RunFolder):
     def evaluate(self) -> dict[str, float]:
         """Measure the averaged (or live) weights on the validation split."""
 
-    def before_pictures(self) -> None:
-        """Gather over ranks what `save_pictures` is about to draw; every rank calls this."""
-
     @abstractmethod
-    def save_pictures(self, images: Tensor, path: Path) -> None:
-        """Draw what the model makes of images (n, c, h, w); rank 0 only."""
+    def save_pictures(self, path: Path) -> None:
+        """Draw what the model makes of `picture_images`; every rank calls this, to gather what rank 0 draws."""
 
     # ------------------------------------------------------------------------------------- the loop
 
@@ -153,21 +153,44 @@ class Trainer(RunFolder):
             The numbers of the last validation, or none if there is no validation split.
 
         Raises:
-            Stopped: a rank got SIGTERM, SIGUSR1 or SIGINT: every rank finished its step, and all of it is saved.
+            PeerLost: other ranks are gone; the message names them and the last complete checkpoint.
+            Stopped: a rank got SIGTERM, SIGUSR1 or SIGINT: every rank finished its step, and all of it is saved. A
+                validation is broken off; the resumed run makes it again.
         """
         self.log_fn = log_fn
-        with StopSignals() as signals:
-            with self._progress_bar() as self.bar:
-                while self.step < self.num_train_steps:
-                    self.train_step()
-                    self._stop_if_asked(signals.received)
-            return self.finish()
+        try:
+            with StopSignals() as self.signals, naming_lost_peers(self._how_far):
+                with self._progress_bar() as self.bar:
+                    if self._validation_broken_off:  # in the run that this one resumes
+                        self.run_evaluation()
+                        self._stop_if_asked()
+                    while self.step < self.num_train_steps:
+                        self.train_step()
+                        self._stop_if_asked()
+                return self.finish()
+        finally:
+            self.signals = None
 
-    def _stop_if_asked(self, received: int) -> None:
+    def _how_far(self) -> tuple[str, str]:
+        """How far this run came, and how it goes on, for `PeerLost`."""
+        newest = self.checkpoints.latest()
+        kept = "there is no complete checkpoint yet" if newest is None else f"the last complete checkpoint is {newest}"
+        return f" after step {self.step}", f"{kept}: the same command {'starts anew' if newest is None else 'goes on'}"
+
+    def _asked_to_stop(self) -> int:
+        """The signal that a rank received lately, or 0: the same on every rank. Every rank calls this as often."""
+        if self.signals is not None and not self._stopping:
+            self._stopping = self.backend.largest_lately(self.signals.received)
+        return self._stopping
+
+    def _stop_if_asked(self) -> None:
         """Save and raise `Stopped` once all ranks know that one of them received a signal."""
-        number = self.backend.largest_lately(received)
-        if not number or self.step == self.num_train_steps:
-            return
+        number = self._asked_to_stop()
+        # what is left of a run after its last step is `finish`
+        if number and (self.step != self.num_train_steps or self._validation_broken_off):
+            self._stop(number)
+
+    def _stop(self, number: int) -> None:
         if self._saved != self.step:
             self._save_checkpoint()
         if self.tracker is not None:
@@ -249,8 +272,11 @@ class Trainer(RunFolder):
         if self._saved != self.step:  # first, in case that whoever stops the run has little patience
             self._save_checkpoint()
         numbers = self.last_evaluation[1] if self.last_evaluation[0] == self.step else self.run_evaluation()
+        if self._validation_broken_off:
+            self._stop(self._stopping)
         if self._pictured != self.step:
             self._draw()
+        self._stop_if_undrawn()
         if self._bad_images:
             self.print(
                 f"{len(self._bad_images)} images could not be decoded and were skipped: {_some(self._bad_images)}"
@@ -259,6 +285,12 @@ class Trainer(RunFolder):
             self.tracker.artifact(self.run_folder / "export")
             self.tracker.close()
         return numbers
+
+    def _stop_if_undrawn(self) -> None:
+        undrawn = torch.tensor([self._undrawn], device=self.device)
+        number = int(self.backend.gather(undrawn).max())
+        if number:
+            self._stop(number)
 
     # ------------------------------------------------------------------------------------- logging
 
@@ -301,7 +333,7 @@ class Trainer(RunFolder):
         return tqdm(
             total=self.num_train_steps,
             initial=self.step,
-            desc=f"{self.backend.name} x{self.backend.world_size}",
+            desc=f"{self.backend.title} x{self.backend.world_size}",
             unit="step",
             dynamic_ncols=True,
             disable=not self.is_main,
@@ -332,11 +364,20 @@ class Trainer(RunFolder):
             self._draw()
 
     def run_evaluation(self) -> dict[str, float]:
-        """Validate, log the numbers as `valid/NAME`, and give them back; nothing without a validation split."""
+        """Validate, log the numbers as `valid/NAME`, and give them back.
+
+        Nothing without a validation split, or where a signal breaks the validation off, on every rank at the same
+        batch.
+        """
         if len(self.split.valid) == 0:
             return {}
         paused = time.perf_counter()
-        numbers = self.evaluate()
+        self._validation_broken_off = True
+        try:
+            numbers = self.evaluate()
+        except BrokenOff:
+            return {}
+        self._validation_broken_off = False
         self.last_evaluation = (self.step, numbers)
         if self.tracker is not None:
             self.tracker.log(self.step, {f"valid/{name}": value for name, value in numbers.items()})
@@ -345,16 +386,27 @@ class Trainer(RunFolder):
 
     def _draw(self) -> None:
         paused = time.perf_counter()
-        self.before_pictures()
-        if self.is_main:
-            self.save_pictures(self.to_device(self._picture_images()), self.picture_path)
         self._pictured = self.step
+        self._undrawn = self._asked_to_stop()
+        if not self._undrawn:
+            self.save_pictures(self.picture_path)
         self._clock += time.perf_counter() - paused
 
-    def _picture_images(self) -> Tensor:
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Context of what rank 0 draws while no other rank waits for it: a signal breaks that off at once."""
+        try:
+            with nullcontext() if self.signals is None else self.signals.breaking_off():
+                yield
+        except BrokenOff:
+            self._undrawn = self.signals.received
+
+    def picture_images(self) -> Tensor:
+        """The images (n, c, h, w) that pictures show, the same at every step, on this rank's device."""
         indices = self.split.valid if len(self.split.valid) else self.split.train
         shown = indices[: self.config.num_images_save]
-        return torch.stack([self.valid_dataset.fetch(0, int(index), among=indices)[0] for index in shown])
+        images = [self.valid_dataset.fetch(0, int(index), among=indices)[0] for index in shown]
+        return self.to_device(torch.stack(images))
 
     @property
     def picture_path(self) -> Path:
@@ -362,7 +414,11 @@ class Trainer(RunFolder):
         return self.run_folder / "results" / f"step_{self.step:08d}.png"
 
     def valid_batches(self) -> Iterable[Any]:
-        """This rank's share of the validation images, as `take` gives them."""
+        """This rank's share of the validation images, as `take` gives them.
+
+        Raises:
+            BrokenOff: a rank got a signal; raised on every rank at the same batch, and so only where all are taken.
+        """
         config = self.config
         loader = valid_loader(
             self.valid_dataset,
@@ -375,9 +431,16 @@ class Trainer(RunFolder):
             prefetch_factor=config.prefetch_factor,
             labels=self.with_labels,
         )
-        for batch in loader:
-            self._note_bad(batch.bad)
-            yield self.take(batch)
+        for _ in range(0, len(self.split.valid), config.batch_size * self.backend.world_size):
+            self._break_off_if_asked()
+            batch = next(loader, None)
+            if batch is not None:
+                self._note_bad(batch.bad)
+                yield self.take(batch)
+
+    def _break_off_if_asked(self) -> None:
+        if self._asked_to_stop():
+            raise BrokenOff
 
     def _save_when_due(self) -> None:
         every = self.config.save_model_every
@@ -427,14 +490,16 @@ class Trainer(RunFolder):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(device=self.device, memory_format=self.memory_format).train()
         self.engines = self.build_engines()
-        main_network = next(iter(self.engines.values())).module
-        self.ema = self._make_ema(main_network) if config.use_ema else None
+        self.ema = self._make_ema(self.main_engine.local) if config.use_ema else None
         check_ranks_agree(self.backend, self.named_tensors(), self.step)
         self._batches: Iterator | None = None
         self.bar = self.log_fn = None
         self.means = RunningMeans()
         self._bad_images: set[str] = set()
         self._saved = self._pictured = -1
+        self.signals: StopSignals | None = None  # while `train` runs
+        self._stopping = self._undrawn = 0  # signals: that all ranks know of, and that kept this one from a picture
+        self._validation_broken_off = False
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self._restart_clock()
 
@@ -451,10 +516,19 @@ class Trainer(RunFolder):
         )
 
     def make_optimizer(self, module: nn.Module, lr: float) -> Adam:
-        """Adam over the trainable weights of a network."""
+        """Adam over the trainable weights of a network; AdamW (Loshchilov and Hutter 2019) where they decay."""
         fused = self.config.fused_adam
         fused = self.device.type == "cuda" if fused is None else fused
-        return Adam([p for p in module.parameters() if p.requires_grad], lr=lr, fused=fused)
+        options = {"lr": lr, "betas": tuple(self.config.adam_betas), "fused": fused}
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not self.config.weight_decay:
+            return Adam(trained, **options)
+        matrices = {
+            "params": [parameter for parameter in trained if parameter.ndim > 1],
+            "weight_decay": self.config.weight_decay,
+        }
+        vectors = {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0}
+        return AdamW([group for group in (matrices, vectors) if group["params"]], **options)
 
     def _make_tracker(self) -> Tracker:
         return Tracker(self.run_folder, self.config.trackers, self._resolved_configuration(), self.step)
@@ -523,17 +597,24 @@ class Trainer(RunFolder):
         return self.device.type == "cuda" if self.config.pin_memory is None else self.config.pin_memory
 
     @property
-    def network(self) -> nn.Module:
-        """The network to evaluate and export: the average if there is one, else the live one."""
-        return next(iter(self.engines.values())).module if self.ema is None else self.ema.ema_model
+    def main_engine(self) -> Engine:
+        """The engine whose network is averaged, evaluated and exported."""
+        return next(iter(self.engines.values()))
+
+    def averaged_network(self) -> AbstractContextManager[nn.Module]:
+        """Context of the network to evaluate and export: the average if there is one, else the live one.
+
+        Every rank enters it; within it the weights are whole, and no rank waits for another.
+        """
+        return self.main_engine.whole(None if self.ema is None else self.ema.ema_model)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights and buffers of the engines and the average, by dotted name."""
+        """All weights and buffers of the engines and the average, whole, by dotted name; every rank takes all."""
         for name, engine in self.engines.items():
-            for key, tensor in engine.module.state_dict().items():
+            for key, tensor in engine.named_tensors():
                 yield f"{name}.{key}", tensor
         if self.ema is not None:
-            for key, tensor in self.ema.ema_model.state_dict().items():
+            for key, tensor in self.main_engine.named_tensors(self.ema.ema_model):
                 yield f"ema.{key}", tensor
 
     def to_device(self, images: Tensor) -> Tensor:
@@ -542,8 +623,9 @@ class Trainer(RunFolder):
         return images.to(self.device, non_blocking=True, **layout)
 
     def close(self) -> None:
-        """Leave the process group, when every rank is done; call it at the end of a script of one's own."""
+        """Leave the process group and the run folder, when every rank is done; call it at the end of a script."""
         self.backend.close()
+        self._lock = None
 
 
 def _stderr():

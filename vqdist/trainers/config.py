@@ -31,6 +31,10 @@ class TrainerConfig(DataConfig):
     """Images of one micro-batch of one process."""
     lr: float = 3e-4
     """Peak learning rate of Adam."""
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decays of Adam's two moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW) of matrices and kernels, not of biases and gains; 0 for none."""
     grad_accum_every: int = 1
     """Micro-batches per optimizer step; gradients are exchanged once, after the last."""
     max_grad_norm: float | None = None
@@ -86,7 +90,7 @@ class TrainerConfig(DataConfig):
     deepspeed_config: Any = None
     """DeepSpeed JSON file, for the deepspeed backend: what only DeepSpeed decides, as ZeRO stages."""
     dist_timeout: float = 10.0
-    """Minutes that a process waits for another before it gives up."""
+    """Minutes that a process waits for another before it gives up; longer than rank 0 takes to draw a picture."""
     seed: int = 0
     """Seed of data order, augmentation and training noise; on the command line of the initial weights too."""
 
@@ -99,7 +103,7 @@ class TrainerConfig(DataConfig):
             self.at_least(name, 1)
         for name in ("warmup_steps", "validate_every", "save_results_every", "save_model_every", "check_ranks_every"):
             self.at_least(name, 0)
-        for name in ("lr", "ema_update_after_step", "num_workers"):
+        for name in ("lr", "weight_decay", "ema_update_after_step", "num_workers"):
             self.at_least(name, 0)
         self.above_zero("max_grad_norm")
         self.above_zero("dist_timeout", at_most=525_600)  # a year
@@ -109,6 +113,8 @@ class TrainerConfig(DataConfig):
         if self.lr_schedule != "exponential":
             self.refuse_set("lr_decay_rate", because=f"lr_schedule is {self.lr_schedule}")
         self.one_of("on_bad_image", ("raise", "skip"))
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise UserError(f"adam_betas {self.adam_betas} is not possible; give two decays in [0, 1), as [0.9, 0.95]")
         if not 0 <= self.ema_beta <= 1:
             raise UserError(f"ema_beta {self.ema_beta} is not possible; give a decay in [0, 1]")
         if self.precision == "fp16":

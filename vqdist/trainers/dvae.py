@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqdist.backends import Engine
 from vqdist.errors import UserError
@@ -157,14 +157,15 @@ class DiscreteVAETrainer(TokenizerTrainer):
         return self.model.kl_div_loss_weight * linear_ramp(self.step, start=0, length=self.config.kl_warmup_steps)
 
     @torch.no_grad()
-    def views(self, images: Tensor) -> list[Tensor]:
+    def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
         """Original, reconstruction from a relaxed draw, and from the codes, and from the codes of the average."""
-        original, *hard = super().views(images)
-        vae = self.engine.module
+        original, *hard = super().views(images, networks)
+        vae = networks[0]
         with in_eval_mode(vae):
             soft = vae(images, temp=self.temperature, noise=self.noise(range(-len(images), 0)))
         return [original, vae.denorm(soft).clamp(0, 1), *hard]
 
     @contextmanager
     def averaged_model(self) -> Iterator[DiscreteVAE]:
-        yield self.network
+        with self.averaged_network() as vae:
+            yield vae

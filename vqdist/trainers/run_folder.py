@@ -10,6 +10,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,27 @@ from ema_pytorch import EMA
 from torch import Tensor, nn
 
 from vqdist import seeding
-from vqdist.backends import Backend, Engine
+from vqdist.backends import Backend, Engine, peers
+from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.state import load_tensors, save_tensors
-from vqdist.checkpoint import MANIFEST, CheckpointStore, verify, write_atomically
+from vqdist.checkpoint import (
+    MANIFEST,
+    CheckpointStore,
+    checkpoint_path,
+    complete_steps,
+    everywhere,
+    verify,
+    write_all,
+    write_atomically,
+)
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split
 from vqdist.errors import UserError
-from vqdist.files import read_json, write_json
+from vqdist.files import LEASE_SECONDS, FolderLock, lock_folder, read_json, write_json
 from vqdist.metrics import RunningMeans
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
+from vqdist.trainers.global_batch import GlobalBatch
 
 
 class RunFolder(ABC):
@@ -42,6 +54,7 @@ class RunFolder(ABC):
     model: nn.Module
     backend: Backend
     engines: dict[str, Engine]
+    main_engine: Engine
     ema: EMA | None
     dataset: ImageDataset
     split: Split
@@ -50,26 +63,32 @@ class RunFolder(ABC):
     position: int
     num_train_steps: int
     global_batch: int
+    _lock: FolderLock | None = None  # of the run folder, on rank 0
 
     @abstractmethod
     def averaged_model(self) -> AbstractContextManager[PretrainedModel]:
-        """Within this context the model has the averaged weights, or the live ones without an average."""
+        """Within this context the model has the averaged weights, or the live ones without an average; every rank
+        enters it."""
 
     def counts_to_come(self) -> dict[str, Tensor]:
         """What this rank has counted for the next line of numbers and the next chart; `load` sets it in place."""
         return {}
 
     def export(self, folder: Path) -> None:
-        """Write the averaged model with `save_pretrained`, whole or not at all; rank 0 only."""
-        partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+        """Write the averaged model with `save_pretrained`, whole or not at all; every rank calls it, rank 0 writes."""
         with self.averaged_model() as model:
-            model.image_size = self.config.image_size
-            model.save_pretrained(partial)
+            if self.is_main:
+                self._export(model, folder)
+
+    def _export(self, model: PretrainedModel, folder: Path) -> None:
+        new, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        model.image_size = self.config.image_size
+        model.save_pretrained(new)
         if folder.exists():
             folder.rename(old)
-        partial.rename(folder)
+        new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------- save and load
@@ -87,6 +106,7 @@ class RunFolder(ABC):
         if self.ema is not None:
             self._load_ema(path)
         self.step, self.position = info["step"], info["position"]
+        self._validation_broken_off = info.get("validation_broken_off", False)
         self._batches = None
         self._saved = self.step
         self._load_rank_state(path, info)
@@ -107,7 +127,7 @@ class RunFolder(ABC):
     def _save_checkpoint(self) -> None:
         paused = time.perf_counter()
         self.checkpoints.save(self.step, self._write_state, self._state_info())
-        if self.is_main:
+        with everywhere(self.backend, f"{self.run_folder / 'export'} cannot be written"):
             self.export(self.run_folder / "export")
         self._saved = self.step
         self._clock += time.perf_counter() - paused
@@ -118,17 +138,27 @@ class RunFolder(ABC):
             "position": self.position,
             "world_size": self.backend.world_size,
             "backend": self.backend.name,
+            "global_batch": dataclasses.asdict(self.told_batch),
+            "validation_broken_off": self._validation_broken_off,
         }
 
     def _write_state(self, folder: Path) -> None:
-        for name, engine in self.engines.items():
-            engine.save(folder / name)
+        engines = [partial(engine.save, folder / name) for name, engine in self.engines.items()]
+        write_all(*engines, partial(self._write_rank_state, folder), partial(self._write_ema, folder))
+
+    def _write_rank_state(self, folder: Path) -> None:
         torch.save(seeding.generator_states(), folder / f"random_rank_{self.backend.rank:05d}.pt")
         numbers = {"means": self.means.state(), "counts": self.counts_to_come()}
         torch.save(numbers, folder / f"numbers_rank_{self.backend.rank:05d}.pt")
-        if self.is_main and self.ema is not None:
+
+    def _write_ema(self, folder: Path) -> None:
+        if self.ema is None:
+            return
+        averaged = self.main_engine.named_tensors(self.ema.ema_model)
+        tensors = {name: tensor.cpu() for name, tensor in averaged if self.is_main}
+        if self.is_main:
             counters = {"ema_step": self.ema.step, "ema_initted": self.ema.initted}
-            save_tensors(folder / "ema.safetensors", {**self.ema.ema_model.state_dict(), **counters})
+            save_tensors(folder / "ema.safetensors", {**tensors, **counters})
 
     def _load_ema(self, path: Path) -> None:
         if not (path / "ema.safetensors").is_file():
@@ -137,7 +167,7 @@ class RunFolder(ABC):
         self.ema.step.copy_(tensors.pop("ema_step"))
         self.ema.initted.copy_(tensors.pop("ema_initted"))
         try:
-            self.ema.ema_model.load_state_dict(tensors)
+            self.main_engine.fill(tensors, self.ema.ema_model)
         except RuntimeError as error:
             raise UserError(f"{path} holds the average of another network than this configuration builds") from error
 
@@ -152,8 +182,14 @@ class RunFolder(ABC):
         self.print(
             f"{path} was saved by {info['world_size']} processes ({info['backend']}) and is resumed by "
             f"{self.backend.world_size} ({self.backend.name}): weights, optimizers, EMA, step and data position are "
-            f"as saved; training noise is drawn anew, and one step now takes {self.global_batch} images"
+            f"as saved, and training noise is drawn anew; {self._words_of_batch(_global_batch(path, info))}"
         )
+
+    def _words_of_batch(self, before: GlobalBatch | None) -> str:
+        now = f"one step takes {self.global_batch} images with grad_accum_every {self.config.grad_accum_every}"
+        if before is None or self.global_batch == before.images:
+            return f"{now}, as it did"
+        return f"WARNING: {now}, and not {before.images}: what is learnt from here on differs"
 
     def _load_numbers(self, path: Path | None) -> None:
         """Of the next line and chart; they begin anew without a file, as checkpoints had none at first."""
@@ -234,6 +270,20 @@ class RunFolder(ABC):
     def _model_type(self) -> str | None:
         return getattr(self.model, "model_type", None)
 
+    def _keep_global_batch(self) -> None:
+        """Take as many images a step as the run did so far, whatever the number of processes.
+
+        Called before a process group starts; what the options said is kept in `told_batch`, for the next resume.
+        """
+        config, processes = self.config, world_size_of_launcher()
+        self.told_batch = GlobalBatch.of(config.batch_size, config.grad_accum_every, processes)
+        newest = _newest_manifest(self.run_folder / "checkpoints")
+        if newest is None or config.allow_config_change:
+            return
+        before = _global_batch(*newest)
+        if before is not None:
+            self.told_batch, config.grad_accum_every = before.resumed(self.told_batch, processes)
+
     def _refuse_other_configuration(self) -> None:
         path = self.run_folder / "config.json"
         if not path.is_file() or not self._has_begun():
@@ -251,7 +301,11 @@ class RunFolder(ABC):
             return
         # an option that did not exist when the run began has had its default's meaning
         before["trainer"] = {**default_options(type(self.config)), **before["trainer"]}
-        lines = differing_keys(before, json.loads(json.dumps(self._resolved_configuration())))
+        now = json.loads(json.dumps(self._resolved_configuration()))
+        if complete_steps(self.run_folder / "checkpoints"):  # then `_keep_global_batch` has compared these
+            for name in ("batch_size", "grad_accum_every"):
+                before["trainer"][name] = now["trainer"][name]
+        lines = differing_keys(before, now)
         if lines:
             raise UserError(
                 f"{self.run_folder} holds a run with another configuration ({'; '.join(lines)}); give another run "
@@ -264,17 +318,31 @@ class RunFolder(ABC):
         token = self.backend.sum(torch.tensor([uuid.uuid4().int >> 66 if self.is_main else 0], device=self.device))
         probe = self.run_folder / f".seen_by_every_process_{int(token):x}"
         self._write_on_main(lambda: self._make_run_folder(probe))
-        unseen = self.backend.any(not probe.is_file())
+        unseen = self._ranks_where(not probe.is_file())
         if self.is_main:
             probe.unlink()
         if unseen:
-            raise UserError(f"{self.run_folder} is not visible to every process; use a folder on a shared file system")
+            raise UserError(
+                f"the run folder {self.run_folder} of {peers.named([0])} is not seen by {peers.named(unseen)}; give "
+                "one on a shared file system, mounted at the same path on every host"
+            )
         fingerprint = torch.tensor([int(self.dataset.fingerprint()[:15], 16)], device=self.device)
-        if bool((self.backend.gather(fingerprint) != fingerprint).any()):
-            raise UserError(f"the images of {self.config.folder or 'the dataset'} differ between processes or nodes")
+        others = self._ranks_where(bool((fingerprint != self.backend.gather(fingerprint)[0]).any()))
+        if others:
+            raise UserError(
+                f"the images of {self.config.folder or 'the dataset'} on {peers.named(others)} are others than on "
+                f"{peers.named([0])}; every host must see the same files: use a shared file system, or copy them anew"
+            )
+
+    def _ranks_where(self, flag: bool) -> list[int]:
+        """The ranks on which the flag is set; every rank gets the same."""
+        flags = self.backend.gather(torch.tensor([float(flag)], device=self.device))
+        return flags.flatten().nonzero().flatten().tolist()
 
     def _make_run_folder(self, probe: Path) -> None:
         self.run_folder.mkdir(parents=True, exist_ok=True)
+        # the peers wait meanwhile, and no longer than this
+        self._lock = lock_folder(self.run_folder, patience=min(LEASE_SECONDS, 30 * self.config.dist_timeout))
         probe.touch()
 
     def _write_on_main(self, write: Callable[[], None]) -> None:
@@ -285,5 +353,34 @@ class RunFolder(ABC):
                 write()
             except OSError as error:
                 problem = UserError(f"the run folder {self.run_folder} cannot be written: {error.strerror}")
+            except UserError as error:
+                problem = error
         if self.backend.any(problem is not None):
             raise problem or UserError(f"rank 0 cannot write the run folder {self.run_folder}")
+
+
+def _newest_manifest(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete checkpoint whose manifest can be read, and the manifest."""
+    for step in reversed(complete_steps(checkpoints)):
+        path = checkpoint_path(checkpoints, step)
+        try:
+            return path, read_json(path / MANIFEST)
+        except UserError:  # damaged: `_load_newest` says so
+            continue
+    return None
+
+
+def _global_batch(path: Path, manifest: dict[str, Any]) -> GlobalBatch | None:
+    """What the run of a checkpoint was told to take in one step, or None if nothing says it.
+
+    Manifests did not say it at first; there the run's configuration does.
+    """
+    if "global_batch" in manifest:
+        return GlobalBatch(**manifest["global_batch"])
+    configuration = path.parent.parent / "config.json"
+    if not configuration.is_file() or "world_size" not in manifest:
+        return None
+    trainer = read_json(configuration).get("trainer", {})
+    if not {"batch_size", "grad_accum_every"} <= trainer.keys():
+        return None
+    return GlobalBatch.of(trainer["batch_size"], trainer["grad_accum_every"], manifest["world_size"])

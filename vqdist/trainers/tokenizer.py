@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqdist.evaluation import evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram
@@ -21,9 +21,8 @@ class TokenizerTrainer(Trainer):
 
     def _set_up_networks(self) -> None:
         super()._set_up_networks()
-        self.codes = CodeHistogram(self.network, self.device)
+        self.codes = CodeHistogram(self.main_engine.module, self.device)
         self._codes_before = torch.zeros_like(self.codes.counts)
-        self._chart = torch.zeros_like(self.codes.counts)
 
     def numbers_over_ranks(self) -> dict[str, float]:
         """Usage and perplexity of the codebook on the training images since the last line."""
@@ -36,22 +35,25 @@ class TokenizerTrainer(Trainer):
         return {"codes": self.codes.counts, "codes_before": self._codes_before}
 
     def evaluate(self) -> dict[str, float]:
-        return evaluate_reconstruction(
-            self.network, self.valid_batches(), self.backend, image_size=self.config.image_size
-        )
+        with self.averaged_network() as network:
+            return evaluate_reconstruction(
+                network, self.valid_batches(), self.backend, image_size=self.config.image_size
+            )
 
-    def before_pictures(self) -> None:
-        """Count the codes of all ranks' training images since the last picture."""
-        self._chart = self.backend.sum(self._codes_before + self.codes.counts)
+    def save_pictures(self, path: Path) -> None:
+        """A sheet with the views of each image, and a bar chart of the codes of all ranks since the last one."""
+        chart = self.backend.sum(self._codes_before + self.codes.counts)
         self._codes_before = -self.codes.counts  # the next line of numbers adds what is drawn now
+        with self.main_engine.whole() as live, self.averaged_network() as averaged:
+            if self.is_main:
+                with self.drawing():
+                    networks = [live] if self.ema is None else [live, averaged]
+                    views = torch.stack(self.views(self.picture_images(), networks), dim=1)
+                    self.tracker.picture(self.step, self.picture_name, views, path)
+        if self.is_main and bool(chart.any()):
+            self.tracker.histogram(self.step, "codes", chart, path.with_name(f"{path.stem}_codes.png"))
 
-    def save_pictures(self, images: Tensor, path: Path) -> None:
-        """A sheet with the views of each image, and a bar chart of the codes since the last one."""
-        self.tracker.picture(self.step, self.picture_name, torch.stack(self.views(images), dim=1), path)
-        if bool(self._chart.any()):
-            self.tracker.histogram(self.step, "codes", self._chart, path.with_name(f"{path.stem}_codes.png"))
-
-    def views(self, images: Tensor) -> list[Tensor]:
-        """What a picture shows of images (n, c, h, w): original, reconstruction, reconstruction of the average."""
-        networks = [next(iter(self.engines.values())).module, *([self.ema.ema_model] if self.ema is not None else [])]
+    def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
+        """What a picture shows of images (n, c, h, w): original, and the reconstructions of the live network and of
+        the averaged one, if there is one."""
         return [images, *(reconstruct(network, images) for network in networks)]

@@ -90,6 +90,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
+        self.last_layer_shape = vae.autoencoder.last_layer.weight.shape
         if config.compile:
             vae.autoencoder.encoder.compile()
             vae.autoencoder.decoder.compile()
@@ -102,8 +103,18 @@ class VQGanVAETrainer(TokenizerTrainer):
             self.discriminator = engines["discriminator"] = self.backend.prepare(
                 vae.discriminator, optimizer, max_grad_norm=config.discr_max_grad_norm
             )
+            self._refuse_impossible_penalty()
         self.perceptual = vae.perceptual_loss()
         return engines
+
+    def _refuse_impossible_penalty(self) -> None:
+        every = self.config.apply_grad_penalty_every
+        if every and not self.discriminator.trains_bare:
+            raise UserError(
+                f"apply_grad_penalty_every {every} is not possible where the discriminator's weights are sharded "
+                "(FSDP2, ZeRO 3): the penalty needs gradients of gradients, which do not reach a shard; give "
+                "--trainer.apply_grad_penalty_every 0, or use DDP or ZeRO 0, 1, 2"
+            )
 
     def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
         """One generator update and, once it has joined, one discriminator update."""
@@ -169,8 +180,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         Both gradients are averaged over ranks before their norms are taken: a weight of each rank's own would be a
         different loss from the one that one process computes.
         """
-        shape = self.generator.module.last_layer.weight.shape
-        gradients = losses.last_layer_grads(hidden, shape, reference, adversarial)
+        gradients = losses.last_layer_grads(hidden, self.last_layer_shape, reference, adversarial)
         return losses.adaptive_weight(*self.backend.average(gradients), max_weight=self.config.max_adaptive_weight)
 
     def discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -203,8 +213,9 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     @contextmanager
     def averaged_model(self) -> Iterator[VQGanVAE]:
-        live, self.model.autoencoder = self.model.autoencoder, self.network
-        try:
-            yield self.model
-        finally:
-            self.model.autoencoder = live
+        live = self.model.autoencoder
+        with self.averaged_network() as self.model.autoencoder:
+            try:
+                yield self.model
+            finally:
+                self.model.autoencoder = live

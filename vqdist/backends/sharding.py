@@ -1,0 +1,153 @@
+"""What FSDP2 and ZeRO 3 share: a network of which each rank holds a part of every weight.
+
+Nothing outside the engine's own forward may touch such a network: its weights are empty or partial there. So
+evaluation, pictures, the export and a discriminator that is held fixed get a plain copy of the network with whole
+weights, gathered when it is needed and given back afterwards; and the moving average follows the rank's own shards.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vqdist.backends import state
+from vqdist.backends.base import Engine
+from vqdist.backends.local import autocast_for
+
+
+class Shards(nn.Module):
+    """This rank's part of a network: its shard of every weight and all of its buffers, not copied.
+
+    A copy of it holds a moving average of the same part.
+
+    Args:
+        weights: shards by the weights' names; of a weight that has two names, by the first.
+        buffers: whole buffers by their names.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]):
+        super().__init__()
+        self.weight_names, self.buffer_names = list(weights), list(buffers)
+        for number, shard in enumerate(weights.values()):
+            self.register_parameter(f"weight_{number}", nn.Parameter(shard, requires_grad=False))
+        for number, buffer in enumerate(buffers.values()):
+            self.register_buffer(f"buffer_{number}", buffer)
+
+    def named_shards(self) -> dict[str, Tensor]:
+        """This rank's shards by the weights' names."""
+        return dict(zip(self.weight_names, self.parameters(), strict=True))
+
+    def named_whole_buffers(self) -> dict[str, Tensor]:
+        """The buffers by the names that they have in the network."""
+        return dict(zip(self.buffer_names, self.buffers(), strict=True))
+
+
+class ShardedEngine(Engine):
+    """What follows for an engine from its weights lying in shards; a runtime says how they are cut and gathered.
+
+    Args:
+        empty: a plain copy of the network from before it was sharded, see `without_weights`.
+
+    Attributes:
+        local: this rank's part; a runtime sets it once the network is sharded.
+    """
+
+    double_backward = False
+    trains_bare = False
+    local: Shards
+
+    def __init__(self, empty: nn.Module):
+        self.empty = empty
+        named = list(self.empty.named_parameters(remove_duplicate=False))
+        first = {id(parameter): name for name, parameter in reversed(named)}
+        self.first_names = {name: first[id(parameter)] for name, parameter in named}
+        self._fixed: nn.Module | None = None  # whole weights for `frozen`, until they change
+
+    @abstractmethod
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        """The whole weight of this name of which every rank gives its shard; every rank calls this."""
+
+    @abstractmethod
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's shard of a whole tensor that is shaped like the weight of this name."""
+
+    @abstractmethod
+    def named_optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole optimizer state by `kind/parameter name`; every rank calls this."""
+
+    def named_tensors(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        held: Shards = self.local if weights is None else weights
+        shards, buffers = held.named_shards(), held.named_whole_buffers()
+        for name in self.empty.state_dict():
+            first = self.first_names.get(name)
+            yield name, buffers[name] if first is None else self.gather(first, shards[first])
+
+    def fill(self, tensors: Mapping[str, Tensor], weights: nn.Module | None = None) -> None:
+        _check_layout(self.empty, tensors)
+        held: Shards = self.local if weights is None else weights
+        buffers = held.named_whole_buffers()
+        with torch.no_grad():
+            for name, shard in held.named_shards().items():
+                shard.copy_(self.cut(name, tensors[name]))
+            for name in tensors.keys() & buffers.keys():
+                buffers[name].copy_(tensors[name])
+        self._fixed = None
+
+    @contextmanager
+    def whole(self, weights: nn.Module | None = None) -> Iterator[nn.Module]:
+        yield self._whole_copy(self.local if weights is None else weights)
+
+    def frozen(self, *args, **kwargs):
+        if self._fixed is None:
+            self._fixed = self._whole_copy(self.local)
+        with autocast_for(self.backend.device, self.precision):
+            return self._fixed(*args, **kwargs)
+
+    def step(self, *, lr: float) -> Tensor:
+        self._fixed = None
+        return super().step(lr=lr)
+
+    def save(self, folder: Path) -> None:
+        is_main = self.backend.is_main
+        weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if is_main}
+        optimizer = {name: tensor.cpu() for name, tensor in self.named_optimizer_tensors() if is_main}
+        if is_main:  # all exchanges are over: nobody waits for a rank that cannot write
+            state.save_tensors(folder / state.WEIGHTS, weights)
+            state.save_tensors(folder / state.OPTIMIZER, optimizer)
+
+    def _whole_copy(self, held: Shards) -> nn.Module:
+        """A plain network with the whole of these weights, held fixed; every rank calls this."""
+        buffers = held.named_whole_buffers()
+        shards = held.named_shards()
+        whole = {  # cloned: what is gathered may be a part of a larger, padded tensor
+            id(parameter): nn.Parameter(self.gather(name, shards[name]).clone(), requires_grad=False)
+            for name, parameter in self.empty.named_parameters()
+        }
+        whole |= {id(buffer): buffers[name].clone() for name, buffer in self.empty.named_buffers()}
+        return deepcopy(self.empty, whole).train(self.module.training)
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy of a network whose parameters have shapes but no memory; the network is made ready to be cut."""
+    module.to(memory_format=torch.contiguous_format)  # weights in channels-last order cannot be cut
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        for parameter in module.parameters()
+    }
+    return deepcopy(module, empty)
+
+
+def _check_layout(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `RuntimeError`, as `load_state_dict` does, unless these tensors are those of the network."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if differing:
+        name = differing[0]
+        raise RuntimeError(f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}")

@@ -1,0 +1,104 @@
+"""DeepSpeed's ZeRO 3: each rank holds a part of every weight; a submodule's weights are gathered while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from vqdist.backends import state
+from vqdist.backends.deepspeed import DeepSpeedEngine
+from vqdist.backends.sharding import ShardedEngine, Shards
+
+if TYPE_CHECKING:
+    from vqdist.backends.deepspeed import DeepSpeedBackend
+
+
+class Zero3Engine(ShardedEngine, DeepSpeedEngine):
+    """A `deepspeed.DeepSpeedEngine` of stage 3 behind the contract.
+
+    DeepSpeed flattens a weight, fills it up to a multiple of the number of ranks and gives each rank an equal part.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        backend: gives the device and the ranks.
+        precision: for the forward with frozen weights, which does not go through DeepSpeed.
+        empty: the network without weights, from before it was sharded.
+    """
+
+    def __init__(self, engine: Any, backend: DeepSpeedBackend, precision: str, empty: nn.Module):
+        ShardedEngine.__init__(self, empty)
+        DeepSpeedEngine.__init__(self, engine, backend, precision)
+        self.parameters = dict(self.module.named_parameters())
+        shards = {name: parameter.ds_tensor for name, parameter in self.parameters.items()}
+        self._local = Shards(shards, dict(self.module.named_buffers()))
+
+    @property
+    def local(self) -> Shards:
+        """This rank's parts, flat; DeepSpeed writes to the same memory."""
+        return self._local
+
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        parts = [torch.empty_like(shard) for _ in range(self.backend.world_size)]
+        dist.all_gather(parts, shard.detach().contiguous())
+        shape = self.empty.get_parameter(name).shape
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        size = self.parameters[name].ds_tensor.numel()
+        padded = F.pad(whole.flatten(), (0, size * self.backend.world_size - whole.numel()))
+        return padded.narrow(0, size * self.backend.rank, size).to(self.backend.device)
+
+    def fill(self, tensors: Mapping[str, Tensor], weights: nn.Module | None = None) -> None:
+        super().fill(tensors, weights)
+        if weights is not None:
+            return
+        for parameter in self.parameters.values():
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, parameter.ds_tensor)
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole, with their old values
+                parameter.partition()
+
+    def named_optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        states = self.engine.optimizer.optimizer.state
+        if not states:
+            return
+        partition = next(iter(states.values()))
+        for name, parameter in self._trained():
+            for kind, value in partition.items():
+                whole = value if kind == "step" else safe_get_full_optimizer_state(parameter, kind)
+                yield f"{kind}/{name}", torch.as_tensor(whole, dtype=torch.float32)
+
+    def load(self, folder: Path) -> None:
+        state.load_weights(self, folder / state.WEIGHTS)
+        tensors = state.load_tensors(folder / state.OPTIMIZER)
+        if not tensors:
+            return
+        self._make_optimizer_states(tensors)
+        for name, parameter in self._trained():
+            for kind in {key.partition("/")[0] for key in tensors} - {"step"}:
+                safe_set_local_optimizer_state(parameter, self.cut(name, tensors[f"{kind}/{name}"]), kind)
+
+    def _make_optimizer_states(self, tensors: Mapping[str, Tensor]) -> None:
+        """Room for the state of this rank's partitions, which the optimizer makes on its first step only."""
+        zero = self.engine.optimizer
+        step = next(value for key, value in tensors.items() if key.startswith("step/"))
+        kinds = dict.fromkeys(key.partition("/")[0] for key in tensors)
+        for partition in zero.fp32_partitioned_groups_flat:
+            zero.optimizer.state[partition] = {
+                kind: step.clone() if kind == "step" else torch.zeros_like(partition) for kind in kinds
+            }
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad)
