@@ -196,7 +196,7 @@ def test_an_environment_that_no_launcher_wrote(tmp_path, capsys, monkeypatch):
     assert "WORLD_SIZE=two" in error_of([*SMALL, str(tmp_path / "run")], capsys)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert "but not MASTER_ADDR" in error_of([*SMALL, str(tmp_path / "run")], capsys)
+    assert "but not RANK and MASTER_ADDR and MASTER_PORT" in error_of([*SMALL, str(tmp_path / "run")], capsys)
 
 
 def test_accelerate_kwargs_with_a_typo(tmp_path, capsys):

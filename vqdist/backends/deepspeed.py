@@ -153,12 +153,19 @@ class DeepSpeedEngine(Engine):
         if not basic.state:
             return {}
         partition = next(iter(basic.state.values()))
+        self._link_states()
         tensors = {}
         for name, parameter in self.module.named_parameters():
             for kind, value in partition.items():
                 whole = value if kind == "step" else safe_get_full_optimizer_state(parameter, kind)
                 tensors[f"{kind}/{name}"] = torch.as_tensor(whole, dtype=torch.float32)
         return tensors
+
+    def _link_states(self) -> None:
+        """Let each parameter know its part of the optimizer's state: of several groups of parameters, as weight decay
+        makes them, DeepSpeed does so after the first has made its first step, when the others have no state yet."""
+        self.engine.optimizer._hp_optimizer_states_linked = False
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_partitions(self, tensors: dict[str, Tensor]) -> None:
         """Fill this rank's partition of the optimizer state, which DeepSpeed makes on the first step only."""
@@ -169,8 +176,7 @@ class DeepSpeedEngine(Engine):
             zero.optimizer.state[partition] = {
                 kind: step.clone() if kind == "step" else torch.zeros_like(partition) for kind in kinds
             }
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for name, parameter in self.module.named_parameters():
             for kind in kinds:
                 if kind != "step":
