@@ -31,7 +31,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist test-cluster lint quality style bench dalle-checkpoint digit-classifier \
+.PHONY: help install demo test test-fast test-dist test-cluster support-table lint quality style bench dalle-checkpoint digit-classifier \
   doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
 
 # What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
@@ -110,6 +110,9 @@ test-dist: install ## run the tests that start several processes
 test-cluster: install ## run the tests on a real Slurm, two nodes and MPI (root; installs them with apt)
 	bash tests/cluster/install.sh
 	OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n 0 tests/cluster $(ARGS)
+
+support-table: install ## write docs/support.md anew: what works on which backend, by what two processes come to
+	VQDIST_WRITE_SUPPORT_TABLE=1 OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest tests/test_distributed.py $(ARGS)
 
 lint: install ## check style and layering, change nothing
 	$(BIN)/ruff check .

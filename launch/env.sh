@@ -27,7 +27,7 @@ fi
 # is asked for 120.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 
-# NCCL says nothing about what went wrong by default. How long a rank waits for another is --trainer.dist_timeout.
+# NCCL says nothing about what went wrong by default. How long a rank waits for another is --dist_timeout.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
 # torchrun gives each process one thread, plain Python all cores to each: here the cores of the job are shared out.

@@ -13,6 +13,7 @@ from torch import nn
 from vqdist.backends import create_backend, resolve_backend
 from vqdist.backends.distributed import DistributedBackend, group_timeout
 from vqdist.backends.local import LocalBackend
+from vqdist.backends.state import load_tensors, place_step, save_tensors
 from vqdist.errors import UserError
 
 
@@ -176,3 +177,20 @@ def test_signals_are_exchanged_in_the_hosts_memory(device, group, monkeypatch):
 @pytest.mark.distributed
 def test_two_ranks_exchange_signals_whatever_their_device():
     torchrun([str(ROOT / "tests" / "workers" / "signals_worker.py")])
+
+
+def test_tensors_that_share_storage_are_saved_each_with_its_own(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {"whole": whole, "again": whole, "row": whole[1], "column": whole[:, 2], "other": torch.ones(2)}
+    save_tensors(tmp_path / "tensors.safetensors", tensors)
+    loaded = load_tensors(tmp_path / "tensors.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adams_step_count_lies_where_adam_looks_for_it(fused):
+    weight, step = torch.zeros(2, device="meta"), torch.tensor(3.0)
+    optimizer = torch.optim.Adam([torch.zeros(2)], fused=fused)
+    placed = place_step(optimizer, step, weight.device)
+    assert placed.is_meta == fused and placed is not step

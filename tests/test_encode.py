@@ -549,3 +549,24 @@ def test_freed_memory_is_kept(exports, tmp_path, quiet, monkeypatch):
 def test_the_command_is_listed(capsys):
     assert main(["--help"]) == 0
     assert re.search(r"^  encode +Store the codes of images", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_ranks_with_other_plans_do_not_encode(exports, tmp_path):
+    """As they stand in two terminals: with other shards the ranks would write into one another's files."""
+    writer = CodeWriter(
+        Tokenizer.from_pretrained(exports / "dvae"),
+        ImageDataset("synthetic:50", 16, channels=3, augment=False),
+        tmp_path / "codes",
+        batch_size=8,
+        shard_size=20,
+    )
+    backend = create_backend("local")
+
+    def gather(marks: torch.Tensor) -> torch.Tensor:
+        theirs = marks.clone()
+        theirs[list(writer.plan).index("shard_size")] += 1
+        return torch.stack([marks, theirs])
+
+    backend.gather = gather
+    assert "the shard_size differs between processes or nodes" in message_of(writer.write, backend)
+    assert [path.name for path in (tmp_path / "codes").iterdir()] == ["encode.json"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from vqdist.backends.accelerate import AccelerateBackend
 from vqdist.backends.fsdp import Sharding, not_by_accelerate, sharding_asked_for
-from vqdist.backends.sharding import without_weights
+from vqdist.backends.sharding import ShardedEngine, Shards, without_weights
 from vqdist.errors import UserError
 
 # what `accelerate launch` exports for accelerate_configs/fsdp2.yaml, defaults included
@@ -127,3 +127,27 @@ def test_a_copy_without_weights_has_names_shapes_and_buffers(build):
     assert all(parameter.is_meta for parameter in empty.parameters())
     for (name, buffer), (other, copied) in zip(network.named_buffers(), empty.named_buffers(), strict=True):
         assert name == other and torch.equal(buffer, copied) and buffer is not copied
+
+
+def test_a_buffer_with_two_names_is_saved_and_filled_under_both():
+    """As a codebook that residual levels share; of one rank, so that nothing is exchanged."""
+
+    class OfOneRank(ShardedEngine):
+        gather = cut = staticmethod(lambda _name, tensor: tensor)
+        local = named_optimizer_tensors = __call__ = micro_step = backward = load = None
+
+    network = nn.Module()
+    network.first = network.second = nn.BatchNorm1d(3)
+    empty = without_weights(network)
+    engine = OfOneRank(empty)
+    engine.local = Shards(
+        {name: weight.detach() for name, weight in network.named_parameters()}, dict(network.named_buffers())
+    )
+    assert engine.local.named_whole_buffers().keys() < empty.state_dict().keys()
+    saved = {name: tensor.clone() for name, tensor in engine.named_tensors()}
+    assert saved.keys() == network.state_dict().keys()
+    for tensor in saved.values():
+        tensor += 1
+    engine.fill(saved)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name

@@ -34,11 +34,11 @@ TRAIN = [
 class Run:
     """A training of two ranks without a launcher, so that each rank's exit code and words are seen as they are."""
 
-    def __init__(self, folder: Path, *options: str):
+    def __init__(self, folder: Path, *options: str, of_second: tuple[str, ...] = ()):
         self.out = folder / "run"
         self.logs = [folder / f"rank_{rank}.log" for rank in range(2)]
         port = str(free_port())
-        self.ranks = [self._start(rank, port, options) for rank in range(2)]
+        self.ranks = [self._start(rank, port, options + rank * of_second) for rank in range(2)]
 
     def _start(self, rank: int, port: str, options: tuple[str, ...]) -> subprocess.Popen:
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -125,6 +125,17 @@ def test_a_rank_that_ends_of_its_own_mistake_is_named_with_it(tmp_path):
 
 
 @pytest.mark.distributed
+def test_ranks_that_were_told_different_things_do_not_train(tmp_path):
+    """Two hosts, two commands typed by hand: each would train a model of its own until their weights are compared."""
+    with Run(tmp_path, of_second=("--trainer.lr", "2e-3", "--batch_size", "8", "--data.num_workers", "1")) as run:
+        for rank in (0, 1):
+            line, _seconds = run.end_of(rank)
+            assert run.ranks[rank].returncode == 2
+            assert "rank 1 (host" in line and "got other options than rank 0 (host" in line
+            assert "(batch_size, lr); start all of them with the same command" in line
+        assert not (run.out / "config.json").exists()
+
+
 def test_torchrun_starts_a_killed_rank_again_and_the_end_is_the_same(tmp_path):
     def train(name: str, port: int) -> subprocess.Popen:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]

@@ -58,10 +58,10 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a killed process left. Call once, before the first save."""
-        if self.backend.is_main and self.folder.is_dir():
-            for left in self.folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(left)
-        self.backend.barrier()
+        with everywhere(self.backend, f"what a killed run left in {self.folder} cannot be removed"):
+            if self.backend.is_main and self.folder.is_dir():
+                for left in self.folder.glob(f"*{PARTIAL}"):
+                    shutil.rmtree(left)
 
     def save(self, step: int, write: Callable[[Path], None], info: dict[str, Any]) -> Path:
         """Write the checkpoint of this step.
@@ -112,6 +112,7 @@ def write_atomically(target: Path, backend: Backend, write: Callable[[Path], Non
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with everywhere(backend, f"{target} cannot be written"):
+            partial.mkdir(parents=True, exist_ok=True)  # it is there; NFS else says for a while what it said before
             write(partial)
         with everywhere(backend, f"{target} cannot be written"):
             if backend.is_main:
@@ -155,10 +156,13 @@ def everywhere(backend: Backend, message: str) -> Iterator[None]:
 
 
 def remove_atomically(folder: Path) -> None:
-    """Remove a checkpoint so that no moment shows half of it as a whole one."""
+    """Remove a checkpoint so that no moment shows half of it as a whole one.
+
+    What somebody still reads a network file system may not let go; `clean` removes it at the next start.
+    """
     doomed = folder.with_name(folder.name + ".removed" + PARTIAL)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_all(*parts: Callable[[], None]) -> None:

@@ -36,7 +36,7 @@ from vqdist.data.codes import (
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, default_workers, listed_loader
 from vqdist.errors import UserError
-from vqdist.files import LOCK, lock_folder, read_json, sha256_of, write_json
+from vqdist.files import LEASE_SECONDS, LOCK, lock_folder, read_json, sha256_of, write_json
 from vqdist.metrics import code_histogram, codebook_usage
 from vqdist.models.tokenizer import Tokenizer
 
@@ -140,7 +140,7 @@ class CodeWriter:
         if backend.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = lock_folder(self.folder)
+                self._lock = lock_folder(self.folder, patience=LEASE_SECONDS)
                 if not (self.folder / PLAN).is_file():
                     write_json(self.folder / PLAN, self.plan)
             except OSError as error:
@@ -151,10 +151,13 @@ class CodeWriter:
             raise problem or UserError(f"rank 0 cannot write the folder of codes {self.folder}")
         if backend.any(not (self.folder / PLAN).is_file()):
             raise UserError(f"{self.folder} is not visible to every process; use a folder on a shared file system")
-        for name in ("tokenizer", "data"):
-            number = torch.tensor([_number_of(self.plan[name])], device=backend.device)
-            if bool((backend.gather(number) != number).any()):
-                raise UserError(f"the {name} differs between processes or nodes; give all of them the same files")
+        marks = torch.tensor([_number_of(json.dumps(value)) for value in self.plan.values()], device=backend.device)
+        differs = (backend.gather(marks) != marks).any(dim=0).tolist()
+        names = [name for name, differing in zip(self.plan, differs, strict=True) if differing]
+        if names:
+            raise UserError(
+                f"the {names[0]} differs between processes or nodes; give all of them the same files and options"
+            )
 
     # ------------------------------------------------------------------------------------- shards
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -195,6 +196,14 @@ def test_a_wrong_option_fails_the_job_and_is_named_in_its_log(slurm, tmp_path):
         shown = slurm.wait(job)
         assert shown["JobState"] == "FAILED" and shown["ExitCode"] != "0:0"
         assert words in slurm.log(job)
+
+
+def test_srun_without_a_launcher_starts_one_group(slurm, tmp_path):
+    """Its tasks are the ranks, of one model, not of two."""
+    command = ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, "-m", "vqdist", "train", *TRAIN]
+    run([*command, "--trainer.num_train_steps", "4", "--out", str(tmp_path)], timeout=300, **slurm.variables)
+    _, manifest = newest(tmp_path)
+    assert (manifest["world_size"], manifest["step"], manifest["position"]) == (2, 4, 4 * 2 * 4)
 
 
 # --------------------------------------------------------------------------------------------- codes and samples

@@ -171,10 +171,13 @@ class DeepSpeedEngine(Engine):
         """Fill this rank's partition of the optimizer state, which DeepSpeed makes on the first step only."""
         zero = self.engine.optimizer
         kinds = dict.fromkeys(key.partition("/")[0] for key in tensors)
-        step = next(value for key, value in tensors.items() if key.startswith("step/")).cpu()
+        step = next(value for key, value in tensors.items() if key.startswith("step/"))
         for partition in zero.single_partition_of_fp32_groups:
             zero.optimizer.state[partition] = {
-                kind: step.clone() if kind == "step" else torch.zeros_like(partition) for kind in kinds
+                kind: state.place_step(zero.optimizer, step, partition.device)
+                if kind == "step"
+                else torch.zeros_like(partition)
+                for kind in kinds
             }
         self._link_states()
         for name, parameter in self.module.named_parameters():

@@ -28,7 +28,7 @@ class Shards(nn.Module):
 
     Args:
         weights: shards by the weights' names; of a weight that has two names, by the first.
-        buffers: whole buffers by their names.
+        buffers: whole buffers by their names, likewise.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]):
@@ -64,9 +64,12 @@ class ShardedEngine(Engine):
 
     def __init__(self, empty: nn.Module):
         self.empty = empty
-        named = list(self.empty.named_parameters(remove_duplicate=False))
-        first = {id(parameter): name for name, parameter in reversed(named)}
-        self.first_names = {name: first[id(parameter)] for name, parameter in named}
+        named = [
+            *self.empty.named_parameters(remove_duplicate=False),
+            *self.empty.named_buffers(remove_duplicate=False),  # a codebook that residual levels share
+        ]
+        first = {id(tensor): name for name, tensor in reversed(named)}
+        self.first_names = {name: first[id(tensor)] for name, tensor in named}
         self._fixed: nn.Module | None = None  # whole weights for `frozen`, until they change
 
     @abstractmethod
@@ -85,8 +88,8 @@ class ShardedEngine(Engine):
         held: Shards = self.local if weights is None else weights
         shards, buffers = held.named_shards(), held.named_whole_buffers()
         for name in self.empty.state_dict():
-            first = self.first_names.get(name)
-            yield name, buffers[name] if first is None else self.gather(first, shards[first])
+            first = self.first_names[name]
+            yield name, self.gather(first, shards[first]) if first in shards else buffers[first]
 
     def fill(self, tensors: Mapping[str, Tensor], weights: nn.Module | None = None) -> None:
         _check_layout(self.empty, tensors)

@@ -27,14 +27,25 @@ OPTIMIZER = "optimizer.safetensors"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as one safetensors file, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses tensors that share storage (a codebook shared by residual levels): each name gets its own
-    # copy
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file(own, path)
+        save_file(_with_own_storage(tensors), path)
     except SafetensorError as error:
         raise UserError(f"{path} cannot be written ({error}); the checkpoints before it are whole") from error
     follow_umask(path)
+
+
+def _with_own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the host's memory. Safetensors refuses those that share storage (a codebook shared by residual
+    levels): these are copied."""
+    own, storages = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        storages.add(value.untyped_storage().data_ptr())
+        own[name] = value
+    return own
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -75,11 +86,13 @@ def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Map
         restored.setdefault(name, {})[kind] = value
     for name, values in restored.items():
         optimizer.state[parameters[name]] = {
-            # Adam keeps its step count on the CPU unless it is fused or capturable
-            kind: value if kind != "step" or _step_on_device(optimizer) else value.cpu()
+            kind: value if kind != "step" else place_step(optimizer, value, parameters[name].device)
             for kind, value in values.items()
         }
 
 
-def _step_on_device(optimizer: Optimizer) -> bool:
-    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+def place_step(optimizer: Optimizer, step: Tensor, device: torch.device) -> Tensor:
+    """A copy of the step count of a weight on this device, where Adam expects it: beside the weight if Adam is fused
+    or capturable, else on the CPU."""
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return step.to(device if beside else "cpu", copy=True)

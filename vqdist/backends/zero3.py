@@ -97,7 +97,10 @@ class Zero3Engine(ShardedEngine, DeepSpeedEngine):
         kinds = dict.fromkeys(key.partition("/")[0] for key in tensors)
         for partition in zero.fp32_partitioned_groups_flat:
             zero.optimizer.state[partition] = {
-                kind: step.clone() if kind == "step" else torch.zeros_like(partition) for kind in kinds
+                kind: state.place_step(zero.optimizer, step, partition.device)
+                if kind == "step"
+                else torch.zeros_like(partition)
+                for kind in kinds
             }
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -106,6 +106,7 @@ class Trainer(RunFolder):
             accelerate_kwargs=self.config.accelerate_kwargs,
             deepspeed_config=self.config.deepspeed_config,
         )
+        self._check_same_options()
         self._check_shared_folder()
         self._set_up_networks()
         self._resume()

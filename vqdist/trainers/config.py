@@ -90,7 +90,7 @@ class TrainerConfig(DataConfig):
     deepspeed_config: Any = None
     """DeepSpeed JSON file, for the deepspeed backend: what only DeepSpeed decides, as ZeRO stages."""
     dist_timeout: float = 10.0
-    """Minutes that a process waits for another before it gives up; longer than rank 0 takes to draw a picture."""
+    """Minutes that a process waits for another before it gives up; longer than rank 0 takes to draw or save."""
     seed: int = 0
     """Seed of data order, augmentation and training noise; on the command line of the initial weights too."""
 

@@ -7,9 +7,10 @@ import json
 import shutil
 import time
 import uuid
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ from vqdist.metrics import RunningMeans
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
 from vqdist.trainers.global_batch import GlobalBatch
+
+# options that may differ between hosts
+OWN_OF_A_HOST = frozenset(
+    [
+        *("folder", "results_folder", "deepspeed_config", "dist_timeout"),
+        *("num_workers", "prefetch_factor", "pin_memory"),
+    ]
+)
+MOST_OPTIONS = 512
 
 
 class RunFolder(ABC):
@@ -312,13 +322,39 @@ class RunFolder(ABC):
                 "folder, or resume it all the same with --trainer.allow_config_change true"
             )
 
+    def _check_same_options(self) -> None:
+        """Every rank must have been told the same: with another rate or batch each would train a model of its own."""
+        told = self._told()
+        marks = torch.zeros(MOST_OPTIONS, dtype=torch.int64, device=self.device)  # of one size, whatever was told
+        sums = [zlib.crc32(f"{name} {value}".encode()) for name, value in told.items()]
+        marks[: len(sums)] = torch.tensor(sums)
+        table = self.backend.gather(marks)
+        differs = (table != table[0]).cpu()
+        others = differs.any(dim=1).nonzero().flatten().tolist()
+        if others:
+            names = [name for name, differing in zip(told, differs.any(dim=0).tolist(), strict=False) if differing]
+            raise UserError(
+                f"{peers.named(others)} got other options than {peers.named([0])} ({', '.join(names[:5])}); start all "
+                "of them with the same command"
+            )
+
+    def _told(self) -> dict[str, str]:
+        """Every option that all ranks must agree on, by name, as JSON."""
+        config = {**dataclasses.asdict(self.config), "model_type": self._model_type}
+        options = {name: value for name, value in config.items() if name not in OWN_OF_A_HOST}
+        model = getattr(self.model, "_hub_mixin_config", None) or {}
+        options |= {f"model.{name}": value for name, value in model.items()}
+        tokenizer = getattr(self.model, "tokenizer", None)
+        options["tokenizer"] = None if tokenizer is None else tokenizer.fingerprint()
+        return {name: json.dumps(options[name], sort_keys=True, default=_name_of_class) for name in sorted(options)}
+
     def _check_shared_folder(self) -> None:
         """Rank 0 makes the run folder; every rank must see it, with the same data."""
         # a name that nobody has used: what an earlier start left on a node's own disk would be seen there
         token = self.backend.sum(torch.tensor([uuid.uuid4().int >> 66 if self.is_main else 0], device=self.device))
         probe = self.run_folder / f".seen_by_every_process_{int(token):x}"
         self._write_on_main(lambda: self._make_run_folder(probe))
-        unseen = self._ranks_where(not probe.is_file())
+        unseen = self._ranks_where(not _is_seen(probe))
         if self.is_main:
             probe.unlink()
         if unseen:
@@ -357,6 +393,26 @@ class RunFolder(ABC):
                 problem = error
         if self.backend.any(problem is not None):
             raise problem or UserError(f"rank 0 cannot write the run folder {self.run_folder}")
+
+
+def _name_of_class(value: Any) -> str:
+    """What JSON has no form for: its own words may hold an address in memory."""
+    return type(value).__name__
+
+
+def _is_seen(probe: Path) -> bool:
+    """Whether a file that another host has just made is there.
+
+    A host that looked before, when there was no such folder, may be told so by NFS for half a minute; to make the
+    folder asks the file server itself.
+    """
+    with suppress(OSError):
+        probe.parent.mkdir(parents=True, exist_ok=True)
+    if probe.is_file():
+        return True
+    with suppress(OSError):  # an empty one is this host's own
+        probe.parent.rmdir()
+    return False
 
 
 def _newest_manifest(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
