@@ -61,6 +61,13 @@ one_of = $(if $($(2)),$(if $(filter $(3),$($(2))),,$(error $(2)=$($(2)) is not k
 given_one = $(strip $(foreach name,$(subst |, ,$(1)),$($(name))))
 either = $(subst |, or ,$(1))
 
+# A misspelt variable would be ignored, and a number that is none would end in a launcher's traceback.
+KNOWN := PYTHON VENV EXTRAS TESTS JOBS ARGS $(ALL_TAKEN)
+$(foreach name,$(filter-out $(KNOWN) -%,$(.VARIABLES)),$(if $(filter command,$(origin $(name))),\
+  $(error $(name) is no variable of this Makefile; there are: $(KNOWN))))
+$(foreach name,NPROC NODES NUM,$(if $($(name)),$(if $(shell expr '$($(name))' : '[1-9][0-9]*$$'),\
+  $(if $(filter 0,$(shell expr '$($(name))' : '[1-9][0-9]*$$')),$(error $(name)=$($(name)) is no whole number from 1 on)))))
+
 # Before anything is installed or started: what is missing, or given and not taken, ends make with one line.
 define check
 $(foreach needed,$(NEEDS.$(1)),$(if $(call given_one,$(needed)),,$(error $(call either,$(needed)) is missing: $(USE.$(1)))))

@@ -37,7 +37,7 @@ def test_local_refuses_to_train_one_model_per_process(monkeypatch):
     [
         (
             {"ACCELERATE_USE_DEEPSPEED": "true"},
-            "keeps one DeepSpeed engine, a GAN needs two; use `--backend deepspeed",
+            "keeps one DeepSpeed engine, a GAN needs two; use distributed_type MULTI_GPU there",
         ),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version 1; vqdist shards by FSDP2"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision 'fp16' and the run says precision 'fp32'"),
@@ -49,6 +49,38 @@ def test_settings_of_accelerate_that_belong_elsewhere(environment, message, monk
     with pytest.raises(UserError, match=message):
         create_backend("accelerate")
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("backend", ["local", "deepspeed"])
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        (
+            "ACCELERATE_USE_FSDP",
+            "distributed_type FSDP and the backend is '.*', which does not do that",
+        ),
+        ("ACCELERATE_USE_DEEPSPEED", "distributed_type DEEPSPEED"),
+        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend 'true' .* use --trainer.compile"),
+        ("ACCELERATE_MIXED_PRECISION", "mixed_precision 'true' and the run says precision 'fp32'"),
+    ],
+)
+def test_settings_of_accelerate_are_ignored_by_no_backend(backend, variable, message, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=message):
+        create_backend(backend)
+    assert not torch.distributed.is_initialized()
+
+
+def test_fsdp2_is_a_configuration_of_accelerate():
+    with pytest.raises(UserError, match="accelerate launch --config_file accelerate_configs/fsdp2.yaml"):
+        create_backend("fsdp2")
+
+
+@pytest.mark.parametrize("port", ["abc", "-1", "70000"])
+def test_a_port_that_is_none(port, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(UserError, match=f"MASTER_PORT={port}, which is no port"):
+        create_backend("accelerate")
 
 
 @pytest.mark.parametrize("key", ["gradient_accumulation_steps", "mixed_precision", "cpu", "fsdp_plugin", "log_with"])
@@ -83,6 +115,24 @@ def deepspeed_error(config) -> str:
 def test_deepspeed_keys_that_belong_to_the_run(key, owner):
     message = deepspeed_error({key: {}})
     assert f"sets '{key}', which belongs to the run; remove it there and use {owner}" in message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": -5}},
+        {"comms_logger": {"enabled": "yes please"}},
+        {"zero_optimization": {"stage": 1, "round_robin_gradients": "perhaps"}},
+    ],
+)
+def test_values_that_deepspeed_does_not_take(config):
+    backend = create_backend("deepspeed", deepspeed_config=config)
+    network = nn.Linear(3, 1)
+    try:
+        with pytest.raises(UserError, match="DeepSpeed does not take the values of deepspeed_config"):
+            backend.prepare(network, torch.optim.Adam(network.parameters()), max_grad_norm=None)
+    finally:
+        backend.close()
 
 
 def test_a_typo_in_a_zero_key_is_named_with_the_nearest():

@@ -89,6 +89,12 @@ def test_numbers_of_micro_batches_are_averaged(tmp_path):
         assert float(numbers[name]) == pytest.approx(expected, rel=1e-5), name
 
 
+def test_networks_whose_weights_are_swapped_are_not_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr("vqdist.backends.local.LocalBackend.compiles", False, raising=False)
+    with pytest.raises(UserError, match="compile is not possible on local, which swaps weights"):
+        build_trainer(tmp_path, compile=True)
+
+
 def test_properties_of_one_process(tmp_path):
     trainer = build_trainer(tmp_path, backend="auto", grad_accum_every=2)
     assert trainer.device == trainer.model.device == trainer.backend.device

@@ -6,6 +6,7 @@ from typing import Any
 
 from vqdist.backends.base import Backend, Engine
 from vqdist.backends.environment import check_launch, export_launch, started_by_launcher
+from vqdist.backends.launcher_settings import refuse_launcher_settings
 from vqdist.errors import UserError
 
 __all__ = ["BACKENDS", "Backend", "Engine", "create_backend", "resolve_backend"]
@@ -27,6 +28,11 @@ def resolve_backend(name: str) -> str:
             "backend 'horovod' is not supported; backend 'accelerate' does its job under mpirun, torchrun or "
             "`accelerate launch`"
         )
+    if name == "fsdp2":
+        raise UserError(
+            "backend 'fsdp2' is backend accelerate with distributed_type FSDP in the Accelerate configuration; start "
+            "with `accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes N -m vqdist ...`"
+        )
     if name not in BACKENDS:
         raise UserError(f"backend {name!r} is not known; choose auto, {', '.join(BACKENDS)}")
     return name
@@ -44,6 +50,7 @@ def create_backend(
 ) -> Backend:
     """Start the runtime of this name. Options of another runtime are errors, never ignored."""
     name = resolve_backend(name)
+    refuse_launcher_settings(name, precision)
     if accelerate_kwargs and name != "accelerate":
         raise UserError(f"accelerate_kwargs is given but the backend is {name!r}; use --backend accelerate")
     if deepspeed_config is not None and name != "deepspeed":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.optim import Optimizer
 
@@ -37,25 +37,6 @@ OWNED_BY_THE_RUN = {
     "dynamo_backend": "compile",
     "dynamo_plugin": "compile",
     "log_with": "trackers",
-}
-# What `accelerate launch` says of its configuration and flags: variable -> (key there, its neutral value, the owner).
-OWNED_VARIABLES = {
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "1", "--trainer.grad_accum_every"),
-    "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "none", "--trainer.max_grad_norm"),
-    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "--trainer.compile"),
-    "ACCELERATE_DYNAMO_MODE": ("dynamo_mode", "default", "--trainer.compile"),
-    "ACCELERATE_DYNAMO_USE_FULLGRAPH": ("dynamo_use_fullgraph", "false", "--trainer.compile"),
-    "ACCELERATE_DYNAMO_USE_DYNAMIC": ("dynamo_use_dynamic", "false", "--trainer.compile"),
-    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": (
-        "dynamo_use_regional_compilation",
-        "false",
-        "--trainer.compile",
-    ),
-    "ACCELERATE_DOWNCAST_BF16": ("downcast_bf16", "false", "--trainer.precision"),
-    "XLA_DOWNCAST_BF16": ("downcast_bf16", "0", "--trainer.precision"),
-    "XLA_USE_BF16": ("mixed_precision", "0", "--trainer.precision"),
-    "ACCELERATE_USE_MEGATRON_LM": ("megatron_lm_config", "false", "--backend deepspeed for what must be sharded"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", "false", "num_processes: all are data parallel"),
 }
 
 
@@ -82,7 +63,7 @@ class AccelerateBackend(DistributedBackend):
     ):
         accelerate_kwargs = dict(accelerate_kwargs or {})
         require_address()
-        _refuse_foreign_settings(accelerate_kwargs, precision)
+        _refuse_owned(accelerate_kwargs)
         self.sharding = sharding_asked_for()
         self.grad_accum_every = grad_accum_every
         self.precision = precision
@@ -108,7 +89,7 @@ class AccelerateBackend(DistributedBackend):
 
     @property
     def title(self) -> str:
-        return self.name if self.sharding is None else f"{self.name} (FSDP2)"
+        return f"{self.name} (FSDP2)" if self.sharding is not None and self.world_size > 1 else self.name
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
         self.broadcast_from_main(module)
@@ -136,8 +117,8 @@ class AccelerateBackend(DistributedBackend):
         AcceleratorState._reset_state(True)
 
 
-def _refuse_foreign_settings(accelerate_kwargs: dict[str, Any], precision: str) -> None:
-    """Two places must not say the same thing: settings of Accelerate that belong to the run are errors."""
+def _refuse_owned(accelerate_kwargs: dict[str, Any]) -> None:
+    """Two places must not say the same thing: arguments of Accelerate that belong to the run are errors."""
     known = inspect.signature(Accelerator).parameters
     for key in accelerate_kwargs:
         if key not in known:
@@ -146,21 +127,3 @@ def _refuse_foreign_settings(accelerate_kwargs: dict[str, Any], precision: str) 
     for key, owner in OWNED_BY_THE_RUN.items():
         if key in accelerate_kwargs:
             raise UserError(f"accelerate_kwargs sets {key!r}, which belongs to the run; use {owner} instead")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            f"the Accelerate configuration says distributed_type {DistributedType.DEEPSPEED.value}: one Accelerator "
-            "keeps one DeepSpeed engine, a GAN needs two; use `--backend deepspeed --deepspeed_config FILE` instead"
-        )
-    for variable, (key, neutral, owner) in OWNED_VARIABLES.items():
-        value = os.environ.get(variable, neutral)
-        if value.lower() != neutral:
-            raise UserError(
-                f"the Accelerate configuration says {key} {value!r} ({variable}), which belongs to the run; remove it "
-                f"there and use {owner}"
-            )
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", precision):
-        raise UserError(
-            f"the Accelerate configuration says mixed_precision {asked!r} and the run says precision {precision!r}; "
-            "precision belongs to the run: set mixed_precision: 'no' there and --trainer.precision here"
-        )

@@ -111,6 +111,11 @@ class Backend(ABC):
         return self.name
 
     @property
+    def compiles(self) -> bool:
+        """Whether networks may be compiled by torch.compile before `prepare`."""
+        return True
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0 of the whole run: the one that writes files."""
         return self.rank == 0

@@ -234,12 +234,9 @@ class DeepSpeedBackend(DistributedBackend):
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
         self.broadcast_from_main(module)
         empty = without_weights(module) if self.zero_stage == 3 else None
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=self._config_for(max_grad_norm),
-            dist_init_required=False,
-        )
+        config = self._config_for(max_grad_norm)
+        _check_values(config)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
         if empty is None:
             return DeepSpeedEngine(engine, self, self.precision)
         from vqdist.backends.zero3 import Zero3Engine
@@ -249,6 +246,10 @@ class DeepSpeedBackend(DistributedBackend):
     @property
     def title(self) -> str:
         return f"{self.name} (ZeRO {self.zero_stage})"
+
+    @property
+    def compiles(self) -> bool:
+        return self.zero_stage < 3
 
     @property
     def zero_stage(self) -> int:
@@ -288,7 +289,7 @@ def read_config(config: str | dict | None) -> dict[str, Any]:
     _refuse_keys(zero, REFUSED_ZERO_KEYS, f"{where}: zero_optimization")
     _refuse_unknown_keys(zero, _known_zero_keys(), f"{where}: zero_optimization")
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise UserError(f"{where}: zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
     _refuse_foreign_offload(zero, stage, where)
     return content
@@ -347,6 +348,15 @@ def _refuse_unknown_keys(content: dict[str, Any], known: list[str], where: str) 
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=3)
             raise UserError(f"{where} has no key {key!r}; nearest: {', '.join(nearest) or 'none'}")
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Raise `UserError` for a value that DeepSpeed does not take."""
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (AssertionError, TypeError, ValueError) as error:  # of pydantic a ValueError
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"DeepSpeed does not take the values of deepspeed_config: {reason}") from error
 
 
 def _refuse_stale_build_lock() -> None:

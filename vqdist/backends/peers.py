@@ -137,6 +137,10 @@ class Peers:
         # one question first: without an answer to it a look has no end
         answers = _within(LOOK, lambda: self.store.check(["pulse/0"]))
         gone = answers and _within(2 * LOOK + PULSE, lambda: self._look(reason))
+        if gone is None and not self.heard and self._store_is_of_torchrun_here():
+            when, remedy = progress
+            where = f"the launcher (torchrun) of host {self.hosts[0]}, where the ranks met{when}"
+            return PeerLost((), f"lost {where}: {reason}; {remedy or 'start the same command again'}")
         if gone is None:
             gone = self.heard or dict.fromkeys(self._beside_the_store(), f"{reason}, and the ranks met there")
         when, remedy = progress
@@ -171,6 +175,10 @@ class Peers:
 
     def _read(self, key: str) -> str:
         return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def _store_is_of_torchrun_here(self) -> bool:
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return of_torchrun and self.hosts[self.rank] == self.hosts[0]
 
     def _beside_the_store(self) -> list[int]:
         """Who is gone if the store is: rank 0, and if it is on another host all that are there."""

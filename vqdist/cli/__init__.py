@@ -97,7 +97,8 @@ def _fail(message: str) -> int:
     elif _peers() is not None and _peers().in_company():
         print(f"vqdist: error: rank {rank}: {message}", file=sys.stderr)
     else:
-        time.sleep(2)  # a launcher ends the others when one exits: rank 0 first says what is wrong
+        time.sleep(2)  # a launcher ends the others when one exits: if all make this mistake, rank 0 says it
+        print(f"vqdist: error: rank {rank}: {message}", file=sys.stderr)
     return _leave(2)
 
 

@@ -490,6 +490,11 @@ class Trainer(RunFolder):
         channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(device=self.device, memory_format=self.memory_format).train()
+        if config.compile and not self.backend.compiles:
+            raise UserError(
+                f"compile is not possible on {self.backend.title}, which swaps weights while a network runs; leave it "
+                "out, or use ZeRO 0, 1, 2, DDP or FSDP2"
+            )
         self.engines = self.build_engines()
         self.ema = self._make_ema(self.main_engine.local) if config.use_ema else None
         check_ranks_agree(self.backend, self.named_tensors(), self.step)

@@ -186,11 +186,13 @@ class RunFolder(ABC):
             states = torch.load(path / f"random_rank_{self.backend.rank:05d}.pt", weights_only=True)
             seeding.restore_generator_states(states)
             self._load_numbers(path / f"numbers_rank_{self.backend.rank:05d}.pt")
+            if info["backend"] != self.backend.name:
+                self.print(f"{path} was saved by backend {info['backend']} and is resumed by {self.backend.name}")
             return
         self._load_numbers(None)
         seeding.seed_everything(self.config.seed, "resume", self.step, self.backend.rank)
         self.print(
-            f"{path} was saved by {info['world_size']} processes ({info['backend']}) and is resumed by "
+            f"{path} was saved by {_processes(info['world_size'])} ({info['backend']}) and is resumed by "
             f"{self.backend.world_size} ({self.backend.name}): weights, optimizers, EMA, step and data position are "
             f"as saved, and training noise is drawn anew; {self._words_of_batch(_global_batch(path, info))}"
         )
@@ -340,7 +342,7 @@ class RunFolder(ABC):
 
     def _told(self) -> dict[str, str]:
         """Every option that all ranks must agree on, by name, as JSON."""
-        config = {**dataclasses.asdict(self.config), "model_type": self._model_type}
+        config = {**dataclasses.asdict(self.config), "model_type": self._model_type, "backend": self.backend.title}
         options = {name: value for name, value in config.items() if name not in OWN_OF_A_HOST}
         model = getattr(self.model, "_hub_mixin_config", None) or {}
         options |= {f"model.{name}": value for name, value in model.items()}
@@ -440,3 +442,7 @@ def _global_batch(path: Path, manifest: dict[str, Any]) -> GlobalBatch | None:
     if not {"batch_size", "grad_accum_every"} <= trainer.keys():
         return None
     return GlobalBatch.of(trainer["batch_size"], trainer["grad_accum_every"], manifest["world_size"])
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
