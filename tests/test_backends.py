@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from launching import ROOT, torchrun
+from launching import ROOT, free_port, torchrun
 from torch import nn
 
 from vqdist.backends import create_backend, resolve_backend
@@ -125,7 +125,10 @@ def test_deepspeed_keys_that_belong_to_the_run(key, owner):
         {"zero_optimization": {"stage": 1, "round_robin_gradients": "perhaps"}},
     ],
 )
-def test_values_that_deepspeed_does_not_take(config):
+def test_values_that_deepspeed_does_not_take(config, monkeypatch):
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
     backend = create_backend("deepspeed", deepspeed_config=config)
     network = nn.Linear(3, 1)
     try:

@@ -195,7 +195,8 @@ def test_an_environment_that_no_launcher_wrote(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert "WORLD_SIZE=two" in error_of([*SMALL, str(tmp_path / "run")], capsys)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     assert "but not RANK and MASTER_ADDR and MASTER_PORT" in error_of([*SMALL, str(tmp_path / "run")], capsys)
 
 
