@@ -268,7 +268,7 @@ def test_zero_2_with_the_optimizer_on_the_host_trains_and_resumes(tmp_path, one_
 
 @pytest.mark.parametrize("name", shipped(DEEPSPEED, "json"))
 def test_deepspeed_takes_and_knows_every_key(name):
-    from vqdist.backends.deepspeed import read_config
+    from vqdist.backends.deepspeed_config import read_config
 
     content = json.loads((DEEPSPEED / f"{name}.json").read_text())
     assert read_config(str(DEEPSPEED / f"{name}.json")) == content
@@ -302,7 +302,7 @@ def test_what_the_run_owns_is_refused_in_deepspeeds_configuration(key, owner):
 
 
 def test_keys_that_cannot_be_honoured_are_refused_with_the_reason():
-    from vqdist.backends.deepspeed import REFUSED_KEYS, REFUSED_ZERO_KEYS
+    from vqdist.backends.deepspeed_config import REFUSED_KEYS, REFUSED_ZERO_KEYS
 
     for key, reason in REFUSED_KEYS.items():
         assert f"sets {key!r}, which cannot be used here: {reason}; remove it" in read({key: True})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vqdist.data.codes import CodeDataset
     from vqdist.data.dataset import ImageDataset
     from vqdist.data.sources import DummyDataset
-    from vqdist.errors import UserError
+    from vqdist.errors import PeerLost, RanksDiverged, UserError
     from vqdist.models.dvae import DiscreteVAE
     from vqdist.models.prior import Prior
     from vqdist.models.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vqdist.models.vq_ar import VQImageAutoregressiveAutoencoder
     from vqdist.models.vqgan import VQGanVAE
     from vqdist.models.vqvae import SimpleVQVAE, VectorQuantizer
+    from vqdist.stopping import Stopped
     from vqdist.trainers.ar import ARTrainer
     from vqdist.trainers.dvae import DiscreteVAETrainer
     from vqdist.trainers.vqgan import VQGanVAETrainer
@@ -33,8 +34,11 @@ _PUBLIC = {
     "DiscreteVAETrainer": "vqdist.trainers.dvae",
     "DummyDataset": "vqdist.data.sources",
     "ImageDataset": "vqdist.data.dataset",
+    "PeerLost": "vqdist.errors",
     "Prior": "vqdist.models.prior",
+    "RanksDiverged": "vqdist.errors",
     "SimpleVQVAE": "vqdist.models.vqvae",
+    "Stopped": "vqdist.stopping",
     "Tokenizer": "vqdist.models.tokenizer",
     "UserError": "vqdist.errors",
     "VAR": "vqdist.models.var",
@@ -51,8 +55,11 @@ __all__ = [
     "DiscreteVAETrainer",
     "DummyDataset",
     "ImageDataset",
+    "PeerLost",
     "Prior",
+    "RanksDiverged",
     "SimpleVQVAE",
+    "Stopped",
     "Tokenizer",
     "UserError",
     "VAR",

@@ -8,9 +8,9 @@ tensors.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 from vqdist.backends import state
 from vqdist.backends.base import Engine
 from vqdist.backends.build_ops import find_stale_lock, prepare_environment
+from vqdist.backends.deepspeed_config import read_config
 from vqdist.backends.distributed import DistributedBackend, group_timeout
 from vqdist.backends.local import autocast_for, frozen_weights
 from vqdist.backends.sharding import without_weights
 from vqdist.errors import UserError
-from vqdist.files import read_json
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -40,47 +40,6 @@ except ModuleNotFoundError as error:
         f"backend 'deepspeed' needs a package that is not installed ({error.name}); install it with "
         "pip install 'vqdist[deepspeed]'"
     ) from error
-
-OWNED_BY_THE_RUN = {
-    "train_batch_size": "batch_size, grad_accum_every and the number of processes",
-    "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "grad_accum_every",
-    "gradient_clipping": "max_grad_norm and discr_max_grad_norm",
-    "optimizer": "lr and discr_lr",
-    "scheduler": "lr_schedule and warmup_steps",
-    "fp16": "precision",
-    "bf16": "precision",
-    "torch_autocast": "precision",
-    "data_types": "precision",
-    "communication_data_type": "precision",
-    "tensorboard": "trackers",
-    "wandb": "trackers",
-    "compile": "compile",
-    "bfloat16": "precision",
-    "managed_gradient_accumulation": "grad_accum_every",
-    "autotuning": "batch_size",
-    "csv_monitor": "trackers",
-}
-# what DeepSpeed would take without a word and vqdist could not honour: key -> the reason
-REFUSED_KEYS = {
-    "zero_force_ds_cpu_optimizer": "the optimizer is always torch's Adam",
-    "zero_allow_untested_optimizer": "the optimizer is always torch's Adam, which DeepSpeed has tested",
-    "gradient_allreduce_op": "gradients are always averaged over processes",
-    "dataloader_drop_last": "the images come from vqdist's own loader",
-    "checkpoint": "checkpoints are vqdist's own, which any number of processes reads",
-    "activation_checkpointing": "the networks do not call it",
-}
-REFUSED_ZERO_KEYS = {
-    "cpu_offload": 'its new name is "offload_optimizer": {"device": "cpu"}',
-    "cpu_offload_use_pin_memory": 'its new name is "offload_optimizer": {"device": "cpu", "pin_memory": true}',
-    "cpu_offload_param": "weights are not offloaded",
-    "offload_param": "weights are not offloaded",
-    "zenflow": "its late updates are not those of the algorithm",
-    "compute_grad_norm": "the norm of gradients is always measured",
-    "legacy_stage1": "DeepSpeed has dropped it",
-    "elastic_checkpoint": "checkpoints are vqdist's own",
-    "load_from_fp32_weights": "checkpoints are vqdist's own",
-}
 
 
 class DeepSpeedEngine(Engine):
@@ -168,22 +127,23 @@ class DeepSpeedEngine(Engine):
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_partitions(self, tensors: dict[str, Tensor]) -> None:
-        """Fill this rank's partition of the optimizer state, which DeepSpeed makes on the first step only."""
-        zero = self.engine.optimizer
-        kinds = dict.fromkeys(key.partition("/")[0] for key in tensors)
-        step = next(value for key, value in tensors.items() if key.startswith("step/"))
-        for partition in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[partition] = {
-                kind: state.place_step(zero.optimizer, step, partition.device)
-                if kind == "step"
-                else torch.zeros_like(partition)
-                for kind in kinds
-            }
+        """Fill this rank's partitions of the optimizer state."""
+        moments = self.make_states(self.engine.optimizer.single_partition_of_fp32_groups, tensors)
         self._link_states()
         for name, parameter in self.module.named_parameters():
-            for kind in kinds:
-                if kind != "step":
-                    safe_set_full_optimizer_state(parameter, tensors[f"{kind}/{name}"], kind)
+            for kind in moments:
+                safe_set_full_optimizer_state(parameter, tensors[f"{kind}/{name}"], kind)
+
+    def make_states(self, partitions: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+        """Make the optimizer's state of this rank's partitions, which DeepSpeed makes on the first step only: with the
+        step count of these tensors, and zeros for the kinds of state that are returned."""
+        optimizer = self.engine.optimizer.optimizer
+        moments = [kind for kind in dict.fromkeys(key.partition("/")[0] for key in tensors) if kind != "step"]
+        step = next(value for key, value in tensors.items() if key.startswith("step/"))
+        for partition in partitions:
+            optimizer.state[partition] = {kind: torch.zeros_like(partition) for kind in moments}
+            optimizer.state[partition]["step"] = state.place_step(optimizer, step, partition.device)
+        return moments
 
 
 class DeepSpeedBackend(DistributedBackend):
@@ -270,84 +230,6 @@ class DeepSpeedBackend(DistributedBackend):
                 "lower_precision_safe_modules": [],
             },
         }
-
-
-def read_config(config: str | dict | None) -> dict[str, Any]:
-    """The content of a DeepSpeed configuration, checked for what the run owns and for what cannot work here."""
-    if config is None:
-        return {}
-    where = f"deepspeed_config {config}" if isinstance(config, (str, Path)) else "deepspeed_config"
-    content = _read_json(Path(config), where) if isinstance(config, (str, Path)) else dict(config)
-    for key, owner in OWNED_BY_THE_RUN.items():
-        if key in content:
-            raise UserError(f"{where} sets {key!r}, which belongs to the run; remove it there and use {owner}")
-    _refuse_keys(content, REFUSED_KEYS, where)
-    _refuse_unknown_keys(content, _known_keys(), where)
-    zero = content.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(f'{where}: zero_optimization is {zero!r}; an object is expected, as {{"stage": 2}}')
-    _refuse_keys(zero, REFUSED_ZERO_KEYS, f"{where}: zero_optimization")
-    _refuse_unknown_keys(zero, _known_zero_keys(), f"{where}: zero_optimization")
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise UserError(f"{where}: zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
-    _refuse_foreign_offload(zero, stage, where)
-    return content
-
-
-def _refuse_keys(content: dict[str, Any], reasons: dict[str, str], where: str) -> None:
-    for key, reason in reasons.items():
-        if key in content:
-            raise UserError(f"{where} sets {key!r}, which cannot be used here: {reason}; remove it")
-
-
-def _refuse_foreign_offload(zero: dict[str, Any], stage: int, where: str) -> None:
-    """The optimizer's state may live in the host's memory under ZeRO 1 and 2; nothing lives on a disk."""
-    offload = zero.get("offload_optimizer")
-    if offload is None:
-        return
-    where = f"{where}: zero_optimization.offload_optimizer"
-    if not isinstance(offload, dict) or offload.get("device") != "cpu":
-        raise UserError(f'{where} is {offload!r}; {{"device": "cpu"}} is the one that works, or remove it')
-    if stage not in (1, 2):
-        raise UserError(f"{where} needs ZeRO stage 1 or 2 and the stage is {stage}; change one of them")
-    for key in offload.keys() - {"device", "pin_memory"}:
-        raise UserError(f"{where} sets {key!r}, which has no effect with device 'cpu'; only pin_memory has; remove it")
-
-
-def _read_json(path: Path, where: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{where} is not a file; the shipped ones are in deepspeed_configs/")
-    return read_json(path)
-
-
-def _known_zero_keys() -> list[str]:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    fields = DeepSpeedZeroConfig.model_fields
-    return [*fields, *(field.alias for field in fields.values() if field.alias)]
-
-
-def _known_keys() -> list[str]:
-    """The top-level keys of a DeepSpeed configuration: DeepSpeed itself ignores any other."""
-    from deepspeed.runtime import constants
-    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
-
-    named = [value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)]
-    return [*named, ZERO_OPTIMIZATION, *_SECTIONS]
-
-
-_SECTIONS = (
-    *("activation_checkpointing", "aio", "autotuning", "comms_logger", "communication_data_type", "compile"),
-    *("flops_profiler", "monitor", "nebula", "tensorboard", "wandb", "csv_monitor", "zero_allow_untested_optimizer"),
-)
-
-
-def _refuse_unknown_keys(content: dict[str, Any], known: list[str], where: str) -> None:
-    for key in content:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=3)
-            raise UserError(f"{where} has no key {key!r}; nearest: {', '.join(nearest) or 'none'}")
 
 
 def _check_values(config: dict[str, Any]) -> None:

@@ -90,10 +90,12 @@ class Peers:
     def _guard(self) -> None:
         """End this process if the next rank, or the store, is silent for longer than an exchange may take.
 
-        An exchange that knows of its own time-out ends before: not all do, nor what waits for a device. Seconds are
+        An exchange that knows of its own time-out ends before: not all do, nor what waits for a device. But NCCL ends
+        the whole process at its time-out, without a word of who is lost: there this is to come first. Seconds are
         counted while this process runs: a scheduler may halt all of them.
         """
-        limit = self.timeout.total_seconds() + 3 * LOOK
+        seconds = self.timeout.total_seconds()
+        limit = 0.9 * seconds if torch.cuda.is_available() else seconds + 3 * LOOK
         before, silent = "", 0.0
         while not self._closed.wait(PULSE) and self._neighbour != LEFT:
             silent = silent + PULSE if self.guarded and self._neighbour == before else 0.0

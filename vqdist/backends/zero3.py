@@ -85,23 +85,10 @@ class Zero3Engine(ShardedEngine, DeepSpeedEngine):
         tensors = state.load_tensors(folder / state.OPTIMIZER)
         if not tensors:
             return
-        self._make_optimizer_states(tensors)
+        moments = self.make_states(self.engine.optimizer.fp32_partitioned_groups_flat, tensors)
         for name, parameter in self._trained():
-            for kind in {key.partition("/")[0] for key in tensors} - {"step"}:
+            for kind in moments:
                 safe_set_local_optimizer_state(parameter, self.cut(name, tensors[f"{kind}/{name}"]), kind)
-
-    def _make_optimizer_states(self, tensors: Mapping[str, Tensor]) -> None:
-        """Room for the state of this rank's partitions, which the optimizer makes on its first step only."""
-        zero = self.engine.optimizer
-        step = next(value for key, value in tensors.items() if key.startswith("step/"))
-        kinds = dict.fromkeys(key.partition("/")[0] for key in tensors)
-        for partition in zero.fp32_partitioned_groups_flat:
-            zero.optimizer.state[partition] = {
-                kind: state.place_step(zero.optimizer, step, partition.device)
-                if kind == "step"
-                else torch.zeros_like(partition)
-                for kind in kinds
-            }
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad)
