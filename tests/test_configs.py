@@ -234,7 +234,7 @@ def test_what_the_run_owns_is_refused_in_accelerates_variables(variable, value, 
 
 
 def test_every_owned_variable_is_shown_to_be_refused():
-    from vqdist.backends.accelerate import OWNED_VARIABLES
+    from vqdist.backends.launcher_settings import OWNED_VARIABLES
 
     shown = {variable for variable, *_ in VARIABLES}
     by_files = {f"ACCELERATE_{line.split('{')[-1].partition(':')[0].upper()}" for line, *_ in OWNED if "{" in line}

@@ -21,9 +21,25 @@ SMALL = " ".join(
 )
 
 
+# what `make test ARGS=-x` hands down to a make in a test
+FROM_OUTSIDE = (
+    "MAKEFLAGS",
+    "MFLAGS",
+    "MAKELEVEL",
+    "ARGS",
+    "TESTS",
+    "NPROC",
+    "BACKEND",
+    "ZERO",
+    "CONFIG",
+    "DATA",
+    "OUT",
+)
+
+
 def make(*arguments: str, check: bool = True, **extra: str):
     """`make` with this environment's python, which is taken as installed; nothing of a surrounding make."""
-    handed_down = {name: "" for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL") if name in os.environ}
+    handed_down = {name: "" for name in FROM_OUTSIDE if name in os.environ}
     command = ["make", f"VENV={BIN.parent}", "--old-file=install", *arguments]
     return run(command, timeout=300, check=check, CUDA_VISIBLE_DEVICES="", **handed_down, **extra)
 

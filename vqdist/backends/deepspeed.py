@@ -195,7 +195,7 @@ class DeepSpeedBackend(DistributedBackend):
         self.broadcast_from_main(module)
         empty = without_weights(module) if self.zero_stage == 3 else None
         config = self._config_for(max_grad_norm)
-        _check_values(config)
+        check_values(config)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
         if empty is None:
             return DeepSpeedEngine(engine, self, self.precision)
@@ -232,7 +232,7 @@ class DeepSpeedBackend(DistributedBackend):
         }
 
 
-def _check_values(config: dict[str, Any]) -> None:
+def check_values(config: dict[str, Any]) -> None:
     """Raise `UserError` for a value that DeepSpeed does not take."""
     try:
         deepspeed.DeepSpeedConfig(config)
