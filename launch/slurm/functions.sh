@@ -95,5 +95,7 @@ finish_training() {
     grep -rqsE 'stopped by SIG(USR1|TERM) .*the same command (goes on from there|starts again)' "$logs"; then
     requeue
   fi
+  # of the signal itself dies only what has not started anything yet
+  case $told$1 in yes138 | yes143) requeue ;; esac
   exit "$1"
 }

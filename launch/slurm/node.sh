@@ -5,6 +5,7 @@
 # A signal that asks for the end of training goes to the ranks and past the launcher, which would limit their time, die
 # of SIGUSR1, and of a second SIGTERM, too. The batch script sends it again until they have ended: the ranks ignore it
 # while Python starts.
+trap '' USR1 TERM # until there is something to pass a signal on to: it comes again
 set -u
 root=$1 launcher=$2 logs=$3/node_$SLURM_NODEID
 shift 3
