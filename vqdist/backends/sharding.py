@@ -137,8 +137,11 @@ class ShardedEngine(Engine):
 
 
 def without_weights(module: nn.Module) -> nn.Module:
-    """A copy of a network whose parameters have shapes but no memory; the network is made ready to be cut."""
-    module.to(memory_format=torch.contiguous_format)  # weights in channels-last order cannot be cut
+    """A copy of a network whose parameters have shapes but no memory.
+
+    The network's own weights are put into contiguous order, as `fully_shard` and DeepSpeed cut no others.
+    """
+    module.to(memory_format=torch.contiguous_format)
     empty = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
         for parameter in module.parameters()

@@ -173,7 +173,7 @@ class RunFolder(ABC):
     def _load_ema(self, path: Path) -> None:
         if not (path / "ema.safetensors").is_file():
             raise UserError(f"{path} was saved with use_ema false and has no average; resume it with use_ema false")
-        tensors = load_tensors(path / "ema.safetensors", self.device)
+        tensors = load_tensors(path / "ema.safetensors")  # whole, where a rank may hold a part
         self.ema.step.copy_(tensors.pop("ema_step"))
         self.ema.initted.copy_(tensors.pop("ema_initted"))
         try:
