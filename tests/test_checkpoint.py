@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, torchrun
+from launching import ROOT, environment, torchrun
 from scenarios import EVERYTHING, build_trainer, train_steps, weights_of
 
+from vqdist import checkpoint
 from vqdist.backends.local import LocalBackend
 from vqdist.checkpoint import MANIFEST, CheckpointStore, verify
-from vqdist.errors import UserError
+from vqdist.errors import PeerLost, UserError
 
 
 def store(folder: Path, keep: int | None = None) -> CheckpointStore:
@@ -22,6 +28,12 @@ def store(folder: Path, keep: int | None = None) -> CheckpointStore:
 def write(folder: Path) -> None:
     (folder / "part").mkdir()
     (folder / "part" / "weights").write_bytes(b"0123456789")
+
+
+def complete(checkpoints: CheckpointStore, step: int, info: dict) -> Path:
+    path = checkpoints.save(step, write, info)
+    checkpoints.settle()
+    return path
 
 
 def test_only_complete_folders_count(tmp_path):
@@ -50,6 +62,83 @@ def test_a_write_that_fails_leaves_the_older_checkpoint_in_place(tmp_path):
     assert checkpoints.steps() == [5, 6]
 
 
+class Held:
+    """In place of `checkpoint.write_manifest`: it waits until it is let go, and may fail then."""
+
+    def __init__(self, monkeypatch, error: Exception | None = None):
+        self.error = error
+        self.let_go, self._original = threading.Event(), checkpoint.write_manifest
+        monkeypatch.setattr(checkpoint, "write_manifest", self)
+
+    def __call__(self, *arguments) -> None:
+        assert self.let_go.wait(60)
+        if self.error is not None:
+            raise self.error
+        self._original(*arguments)
+
+
+def test_training_goes_on_while_a_checkpoint_is_completed(tmp_path, monkeypatch):
+    held = Held(monkeypatch)
+    trainer = build_trainer(tmp_path, save_model_every=2, **EVERYTHING)
+    expected = train_steps(trainer, 2)
+    train_steps(trainer, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002.partial"]
+    held.let_go.set()
+    assert trainer.checkpoints.steps() == [2]
+    resumed = build_trainer(tmp_path, save_model_every=2, **EVERYTHING)
+    assert resumed.step == 2 and all(
+        torch.equal(expected[name], tensor) for name, tensor in weights_of(resumed).items()
+    )
+
+
+def test_a_checkpoint_that_cannot_be_completed_ends_the_next_save(tmp_path, monkeypatch):
+    held = Held(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    checkpoints = store(tmp_path)
+    checkpoints.save(5, write, {})
+    held.let_go.set()
+    with pytest.raises(UserError, match="step_00000005 cannot be written: No space left on device$"):
+        checkpoints.save(6, write, {})
+    assert list(tmp_path.iterdir()) == []
+    held.error = None
+    checkpoints.save(6, write, {})
+    assert checkpoints.steps() == [6]
+
+
+@pytest.mark.parametrize("error", [UserError("a mistake"), PeerLost((), "lost rank 1")])
+def test_an_error_lets_the_checkpoint_be_completed(tmp_path, monkeypatch, error):
+    """Whoever leaves by `os._exit`, as ranks with peers do, waits for no thread."""
+    held = Held(monkeypatch)
+    trainer = build_trainer(tmp_path, save_model_every=1, num_train_steps=5, **EVERYTHING)
+    update = trainer.update
+
+    def update_once(micro_batches):
+        if trainer.step == 1:
+            threading.Timer(0.5, held.let_go.set).start()
+            raise error
+        return update(micro_batches)
+
+    trainer.update = update_once
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert (tmp_path / "checkpoints" / "step_00000001" / MANIFEST).is_file()
+
+
+def test_a_process_that_just_ends_completes_its_checkpoint(tmp_path):
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from pathlib import Path
+from scenarios import build_trainer
+from vqdist import checkpoint
+
+sums = checkpoint.sha256_of
+checkpoint.sha256_of = lambda path: time.sleep(0.2) or sums(path)
+build_trainer(Path({str(tmp_path)!r}), save_model_every=1).train_step()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
+    verify(tmp_path / "checkpoints" / "step_00000001")
+
+
 @pytest.mark.distributed
 def test_what_one_rank_cannot_write_ends_all_with_a_line(tmp_path):
     done = torchrun([str(ROOT / "tests" / "workers" / "failing_save.py"), str(tmp_path)])
@@ -57,7 +146,7 @@ def test_what_one_rank_cannot_write_ends_all_with_a_line(tmp_path):
 
 
 def test_manifest_lists_sizes_and_checksums(tmp_path):
-    path = store(tmp_path).save(5, write, {"note": "x"})
+    path = complete(store(tmp_path), 5, {"note": "x"})
     manifest = json.loads((path / MANIFEST).read_text())
     assert manifest["step"] == 5 and manifest["note"] == "x"
     assert manifest["files"]["part/weights"]["bytes"] == 10
@@ -65,7 +154,7 @@ def test_manifest_lists_sizes_and_checksums(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    path = store(tmp_path).save(5, write, {})
+    path = complete(store(tmp_path), 5, {})
     (path / "part" / "weights").write_bytes(b"012345678X")
     with pytest.raises(UserError, match=r"part/weights is damaged .* remove .*step_00000005"):
         verify(path)
@@ -115,7 +204,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caps
     train_steps(trainer, 1)
     older = weights_of(trainer)
     train_steps(trainer, 1)
-    weights = tmp_path / "checkpoints" / "step_00000002" / "generator" / "weights.safetensors"
+    weights = trainer.checkpoints.latest() / "generator" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     resumed = build_trainer(tmp_path, save_model_every=1, **EVERYTHING)
     assert resumed.step == 1

@@ -37,7 +37,6 @@ def trained(tmp_path_factory) -> Path:
         *"--model.dim 16 --model.layers 2 --model.channels 1 --model.perceptual none".split(),
         *"--trainer.num_train_steps 20 --trainer.batch_size 16".split(),
         timeout=500,
-        OMP_NUM_THREADS="2",
     )
     return out
 

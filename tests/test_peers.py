@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from vqdist import cli
 from vqdist.backends import peers
 from vqdist.backends.peers import Peers, is_lost_peer, naming_lost_peers
+from vqdist.checkpoint import complete_steps
 from vqdist.errors import PeerLost, UserError
 
 TRAIN = [
@@ -59,8 +60,9 @@ class Run:
             process.wait()
 
     def wait_for_step(self, step: int) -> None:
+        """And for a complete checkpoint."""
         deadline = time.monotonic() + 200
-        while last_step(self.out) < step:
+        while last_step(self.out) < step or not complete_steps(self.out / "checkpoints"):
             assert all(process.poll() is None for process in self.ranks), [log.read_text() for log in self.logs]
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -152,7 +154,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_end_is_the_same(tmp_path):
     killed = train("killed", free_port())
     try:
         deadline = time.monotonic() + 200
-        while last_step(tmp_path / "killed") < 12:
+        while not complete_steps(tmp_path / "killed" / "checkpoints"):
             assert killed.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()

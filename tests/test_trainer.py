@@ -467,8 +467,9 @@ def test_lines_and_charts_after_a_resume_are_those_of_an_undisturbed_run(tmp_pat
 
 
 def test_a_checkpoint_from_before_numbers_were_saved_is_resumed(tmp_path):
-    train_steps(build_dvae_trainer(tmp_path, **RESUMED), 3)
-    folder = tmp_path / "checkpoints" / "step_00000003"
+    trainer = build_dvae_trainer(tmp_path, **RESUMED)
+    train_steps(trainer, 3)
+    folder = trainer.checkpoints.latest()
     (folder / "numbers_rank_00000.pt").unlink()
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["files"]["numbers_rank_00000.pt"]

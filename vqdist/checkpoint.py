@@ -1,8 +1,11 @@
 """Checkpoints: complete or absent. The engines write the bytes; this file says when a folder counts.
 
-`run/checkpoints/step_00000020/` is written as `step_00000020.partial`; when every rank is done, rank 0 writes
-`manifest.json` (size and SHA-256 of each file), flushes everything to the disk and renames. A folder without the
-suffix is complete. Whatever a killed process left is found by its suffix and removed.
+`run/checkpoints/step_00000020/` is written as `step_00000020.partial`; when every rank is done, rank 0 flushes
+everything to the disk, writes `manifest.json` (size and SHA-256 of each file) and renames. A folder without the suffix
+is complete. Whatever a killed process left is found by its suffix and removed.
+
+Training waits until the files are written. What rank 0 does then takes as long again or longer, and is done by threads
+while the next steps are made.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,10 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 # what a full disk raises: of the system, of torch, of safetensors, and of those here that say it in words
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
+PATIENCE = 30.0  # seconds that a question about checkpoints waits for the one that is being completed
+
+# by folder of checkpoints: what threads of this process are completing there
+_completing: weakref.WeakValueDictionary[Path, Future] = weakref.WeakValueDictionary()
 
 
 class CheckpointStore:
@@ -42,6 +50,7 @@ class CheckpointStore:
         self.folder = folder
         self.backend = backend
         self.keep = keep
+        self._unsettled: tuple[Path, Future | None] | None = None  # the last checkpoint; rank 0 completes it
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -58,26 +67,48 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a killed process left. Call once, before the first save."""
+        wait_for_completion(self.folder)
         with everywhere(self.backend, f"what a killed run left in {self.folder} cannot be removed"):
             if self.backend.is_main and self.folder.is_dir():
                 for left in self.folder.glob(f"*{PARTIAL}"):
                     shutil.rmtree(left)
 
     def save(self, step: int, write: Callable[[Path], None], info: dict[str, Any]) -> Path:
-        """Write the checkpoint of this step.
+        """Write the checkpoint of this step; rank 0 completes it meanwhile.
 
         Args:
             step: finished optimizer steps.
             write: called on every rank with the folder to write into.
             info: goes into the manifest, for people and for messages.
+
+        Raises:
+            UserError: a rank cannot write this checkpoint, or the one before was not completed.
         """
+        self.settle()
         target = self.path(step)
-        write_atomically(target, self.backend, write, {"step": step, **info})
-        with everywhere(self.backend, f"old checkpoints in {self.folder} cannot be removed"):
-            if self.backend.is_main and self.keep is not None:
-                for old in self.steps()[: -self.keep]:
-                    remove_atomically(self.path(old))
+        _write_partial(target, self.backend, write)
+        future = _complete(target, {"step": step, **info}, self._remove_old) if self.backend.is_main else None
+        self._unsettled = target, future
         return target
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            UserError: it cannot be completed; on every rank, and nothing of it is left.
+        """
+        if self._unsettled is not None:
+            (target, future), self._unsettled = self._unsettled, None
+            _await_completion(target, self.backend, future)
+
+    def _remove_old(self) -> None:
+        if self.keep is None:
+            return
+        try:
+            for old in _steps_in(self.folder)[: -self.keep]:
+                remove_atomically(self.path(old))
+        except OSError as error:
+            raise UserError(f"old checkpoints in {self.folder} cannot be removed: {error.strerror}") from error
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -86,7 +117,24 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint in this folder, ascending."""
+    """Steps with a complete checkpoint in this folder, ascending; waits for the one that this process completes."""
+    wait_for_completion(folder)
+    return _steps_in(folder)
+
+
+def wait_for_completion(folder: Path) -> None:
+    """Let threads of this process come to an end with a checkpoint in this folder; no longer than `PATIENCE`."""
+    future = _completing.get(folder.resolve())
+    if future is not None:
+        wait([future], timeout=PATIENCE)
+
+
+def is_completing() -> bool:
+    """Whether threads of this process are completing a checkpoint; its usual end waits for them."""
+    return any(not future.done() for future in _completing.values())
+
+
+def _steps_in(folder: Path) -> list[int]:
     found = folder.glob("step_*") if folder.is_dir() else ()
     matches = (re.fullmatch(r"step_(\d+)", path.name) for path in found if (path / MANIFEST).is_file())
     return sorted(int(match[1]) for match in matches if match)
@@ -105,8 +153,17 @@ def write_atomically(target: Path, backend: Backend, write: Callable[[Path], Non
     Raises:
         UserError: a rank could not write; on every rank, and nothing of the folder is left.
     """
-    partial = target.with_name(target.name + PARTIAL)
-    try:
+    _write_partial(target, backend, write)
+    _await_completion(target, backend, _complete(target, info) if backend.is_main else None)
+
+
+def _partial_of(target: Path) -> Path:
+    return target.with_name(target.name + PARTIAL)
+
+
+def _write_partial(target: Path, backend: Backend, write: Callable[[Path], None]) -> None:
+    partial = _partial_of(target)
+    with _nothing_left(target, backend):
         with everywhere(backend, f"{target} cannot be written"):
             if backend.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -114,21 +171,53 @@ def write_atomically(target: Path, backend: Backend, write: Callable[[Path], Non
         with everywhere(backend, f"{target} cannot be written"):
             partial.mkdir(parents=True, exist_ok=True)  # it is there; NFS else says for a while what it said before
             write(partial)
-        with everywhere(backend, f"{target} cannot be written"):
-            if backend.is_main:
-                _complete(partial, target, info)
+
+
+def _complete(target: Path, info: dict[str, Any], afterwards: Callable[[], None] = lambda: None) -> Future[None]:
+    """Flush, add up checksums, write the manifest and rename, in threads.
+
+    All of it is handed to them at once: a process that comes to its end lets threads finish what they have got, and
+    gives them nothing more.
+    """
+    partial = _partial_of(target)
+    paths = sorted(path for path in partial.rglob("*") if path.is_file())
+    threads = ThreadPoolExecutor(min(8, 2 * len(paths)) + 1, thread_name_prefix="checkpoint")
+    # a checksum takes about as long as the disk: both at once, and several files at once
+    flushed = [threads.submit(_flush, path) for path in paths]
+    sums = {path: threads.submit(sha256_of, path) for path in paths}
+
+    def complete() -> None:
+        for flush in flushed:
+            flush.result()
+        write_manifest(partial, info, {path: checksum.result() for path, checksum in sums.items()})
+        if target.exists():
+            remove_atomically(target)
+        partial.rename(target)
+        _flush(target.parent)
+        afterwards()
+
+    future = threads.submit(complete)
+    threads.shutdown(wait=False)
+    _completing[target.parent.resolve()] = future
+    return future
+
+
+def _await_completion(target: Path, backend: Backend, future: Future | None) -> None:
+    """Wait for what `_complete` gave on rank 0; every rank fails if that does."""
+    with _nothing_left(target, backend), everywhere(backend, f"{target} cannot be written"):
+        if future is not None:
+            future.result()
+
+
+@contextmanager
+def _nothing_left(target: Path, backend: Backend) -> Iterator[None]:
+    """Remove what there is of a checkpoint that cannot be written; the error must come on every rank."""
+    try:
+        yield
     except UserError:
         if backend.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(_partial_of(target), ignore_errors=True)
         raise
-
-
-def _complete(partial: Path, target: Path, info: dict[str, Any]) -> None:
-    write_manifest(partial, info)
-    if target.exists():
-        remove_atomically(target)
-    partial.rename(target)
-    _flush(target.parent)
 
 
 @contextmanager
@@ -179,18 +268,11 @@ def write_all(*parts: Callable[[], None]) -> None:
         raise failures[0]
 
 
-def write_manifest(folder: Path, info: dict[str, Any]) -> None:
-    """Flush every file to the disk and list it with size and checksum."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    # a checksum takes about as long as the disk: both at once, and several files at once
-    with ThreadPoolExecutor(min(8, 2 * len(paths) or 1)) as threads:
-        flushed = [threads.submit(_flush, path) for path in paths]
-        sums = list(threads.map(sha256_of, paths))
-        for flush in flushed:
-            flush.result()
+def write_manifest(folder: Path, info: dict[str, Any], checksums: Mapping[Path, str]) -> None:
+    """List the files of a checkpoint, which are on the disk by now, with size and SHA-256; flush that too."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
-        for path, checksum in zip(paths, sums, strict=True)
+        for path, checksum in checksums.items()
     }
     (folder / MANIFEST).write_text(json.dumps({**info, "files": files}, indent=2))
     _flush(folder / MANIFEST)

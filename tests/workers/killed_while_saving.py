@@ -11,12 +11,12 @@ calls = 0
 write_manifest = checkpoint.write_manifest
 
 
-def killed_the_second_time(folder, info):
+def killed_the_second_time(*arguments):
     global calls
     calls += 1
     if calls == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    write_manifest(folder, info)
+    write_manifest(*arguments)
 
 
 checkpoint.write_manifest = killed_the_second_time

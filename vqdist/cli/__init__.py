@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             "vqdist: interrupted; the same command goes on from what was saved, if it saves anything",
             file=sys.stderr,
         )
-        return _leave(130)
+        return _leave(130, at_once=True)
     except BrokenPipeError:  # whoever read standard output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -58,8 +58,10 @@ def _peers():
     return sys.modules.get("vqdist.backends.peers")
 
 
-def _leave(code: int) -> int:
-    if _peers() is not None and _peers().in_company():
+def _leave(code: int, at_once: bool = False) -> int:
+    checkpoint = sys.modules.get("vqdist.checkpoint")
+    threads = at_once and checkpoint is not None and checkpoint.is_completing()
+    if _peers() is not None and (threads or _peers().in_company()):
         _peers().leave(code)
     return code
 

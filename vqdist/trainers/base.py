@@ -23,6 +23,7 @@ from vqdist.allocator import keep_freed_memory
 from vqdist.backends import Engine, create_backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.peers import naming_lost_peers
+from vqdist.checkpoint import wait_for_completion
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
@@ -169,6 +170,9 @@ class Trainer(RunFolder):
                         self.train_step()
                         self._stop_if_asked()
                 return self.finish()
+        except Exception:
+            wait_for_completion(self.checkpoints.folder)  # a process with peers does not come to its usual end
+            raise
         finally:
             self.signals = None
 
@@ -194,6 +198,7 @@ class Trainer(RunFolder):
     def _stop(self, number: int) -> None:
         if self._saved != self.step:
             self._save_checkpoint()
+        self.checkpoints.settle()
         if self.tracker is not None:
             self.tracker.close()
         stopped = Stopped(number, self.step, str(self.run_folder))
@@ -278,6 +283,7 @@ class Trainer(RunFolder):
         if self._pictured != self.step:
             self._draw()
         self._stop_if_undrawn()
+        self.checkpoints.settle()
         if self._bad_images:
             self.print(
                 f"{len(self._bad_images)} images could not be decoded and were skipped: {_some(self._bad_images)}"
@@ -310,6 +316,7 @@ class Trainer(RunFolder):
             self._log(numbers)
         broken = [name for name, value in numbers.items() if name.endswith("loss") and not math.isfinite(value)]
         if broken:
+            self.checkpoints.settle()
             newest = self.checkpoints.latest()
             kept = (
                 "there is no checkpoint yet: start" if newest is None else f"the newest checkpoint is {newest}: resume"
@@ -631,6 +638,7 @@ class Trainer(RunFolder):
     def close(self) -> None:
         """Leave the process group and the run folder, when every rank is done; call it at the end of a script."""
         self.backend.close()
+        wait_for_completion(self.checkpoints.folder)
         self._lock = None
 
 
