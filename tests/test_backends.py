@@ -214,11 +214,12 @@ def test_signals_are_exchanged_in_the_hosts_memory(device, group, monkeypatch):
     monkeypatch.setattr(dist, "new_group", lambda **options: made.append(options) or "hosts")
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     ranks = Ranks()
-    ranks.adopt_group(torch.device(device), group_timeout(3))
+    timeout = group_timeout(3, None)
+    ranks.adopt_group(torch.device(device), timeout)
     assert [ranks.largest_lately(number) for number in (0, 7, 0)] == [0, 5, 7]
     assert exchanged == [("cpu", group, dist.ReduceOp.MAX, True)] * 3
     assert waited == [2, 3]  # for the exchange before, while the next is under way
-    assert made == ([] if group is None else [{"backend": "gloo", "timeout": group_timeout(3)}])
+    assert made == ([] if group is None else [{"backend": "gloo", "timeout": timeout}])
 
 
 @pytest.mark.distributed

@@ -356,6 +356,7 @@ def test_images_that_changed_are_other_data(exports, tmp_path, quiet, capsys):
         (("--batch_size", 0), "batch_size 0 is not possible; it must be at least 1"),
         (("--shard_size", 0), "shard_size 0 is not possible; it must be at least 1"),
         (("--num_workers", -1), "num_workers -1 is not possible; it must be at least 0"),
+        (("--dist_timeout", 0), "dist_timeout 0.0 is not possible; it must be above 0 and at most 525600"),
         (("--image_size", 18), "image_size 18 is not a multiple of 4"),
         (("--on_bad_image", "ignore"), "on_bad_image 'ignore' is not known"),
         (("--data", "/nowhere/at/all"), "no such folder: /nowhere/at/all"),

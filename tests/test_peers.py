@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from launching import ROOT, environment, free_port, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
-from vqdist import cli
+from vqdist import DiscreteVAE, cli
 from vqdist.backends import peers
 from vqdist.backends.peers import Peers, is_lost_peer, naming_lost_peers
 from vqdist.checkpoint import complete_steps
@@ -33,18 +34,22 @@ TRAIN = [
 
 
 class Run:
-    """A training of two ranks without a launcher, so that each rank's exit code and words are seen as they are."""
+    """Two ranks without a launcher, so that each rank's exit code and words are seen as they are; by default they
+    train."""
 
-    def __init__(self, folder: Path, *options: str, of_second: tuple[str, ...] = ()):
+    def __init__(
+        self, folder: Path, *options: str, command: Sequence[str] | None = None, of_second: tuple[str, ...] = ()
+    ):
         self.out = folder / "run"
         self.logs = [folder / f"rank_{rank}.log" for rank in range(2)]
         port = str(free_port())
-        self.ranks = [self._start(rank, port, options + rank * of_second) for rank in range(2)]
+        command = [*(command or TRAIN), "--out", str(self.out), *options]
+        self.ranks = [self._start(rank, port, [*command, *(rank * of_second)]) for rank in range(2)]
 
-    def _start(self, rank: int, port: str, options: tuple[str, ...]) -> subprocess.Popen:
+    def _start(self, rank: int, port: str, command: list[str]) -> subprocess.Popen:
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "vqdist", *TRAIN, "--out", str(self.out), *options]
+        command = [sys.executable, "-m", "vqdist", *command]
         with self.logs[rank].open("w") as log:
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment(**place), stdout=log, stderr=log, start_new_session=True
@@ -105,6 +110,25 @@ def test_the_survivor_names_who_is_lost_and_leaves(victim, number, reason, limit
         assert f"the last complete checkpoint is {newest}: the same command goes on" in line
         assert (newest / "manifest.json").is_file()
         assert seconds < limit
+
+
+@pytest.mark.distributed
+def test_a_rank_that_encodes_gives_a_silent_one_up(tmp_path):
+    """It may wait for the last shard of another for days, and not for one that is frozen."""
+    DiscreteVAE(image_size=16, num_tokens=16, num_layers=2, hidden_dim=8).save_pretrained(tmp_path / "dvae")
+    command = ["encode", str(tmp_path / "dvae"), "--data", "synthetic:40000", "--dist_timeout", "0.1"]
+    with Run(tmp_path, *"--batch_size 1 --shard_size 4 --num_workers 0".split(), command=command) as run:
+        deadline = time.monotonic() + 200
+        while len(list(run.out.glob("codes_*.npy"))) < 3:
+            assert all(process.poll() is None for process in run.ranks), [log.read_text() for log in run.logs]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.ranks[1].send_signal(signal.SIGSTOP)
+        line, seconds = run.end_of(0)
+        print(f"left after {seconds:.1f} s: {line}")
+        assert run.ranks[0].returncode == 69
+        assert line.startswith("vqdist: error: lost rank 1 (host ")
+        assert line.endswith(": no answer within 0.1 minutes (dist_timeout); start the same command again")
 
 
 @pytest.mark.distributed
@@ -183,10 +207,10 @@ def company(monkeypatch):
     """A function that makes Peers of one store; pulses are quick, and all of them end with the test."""
     monkeypatch.setattr(peers, "PULSE", 0.02)
     monkeypatch.setattr(peers, "LOOK", 0.4)
-    store, made = dist.HashStore(), []
+    shared, made = dist.HashStore(), []
 
-    def make(rank: int, size: int = 3, timeout: float = 60.0) -> Peers:
-        made.append(Peers(store, rank, list("abc")[:size], timedelta(seconds=timeout)))
+    def make(rank: int, size: int = 3, timeout: float = 60.0, hosts: str = "abc", store=shared) -> Peers:
+        made.append(Peers(store, rank, list(hosts)[:size], timedelta(seconds=timeout)))
         return made[-1]
 
     yield make
@@ -256,10 +280,10 @@ class NoStore(dist.HashStore):
 
 
 def test_if_the_store_is_gone_so_is_its_host(company):
-    alone = Peers(NoStore(), 2, ["a", "a", "b"], timedelta(seconds=60))
+    alone = company(2, hosts="aab", store=NoStore())
     lost = alone.lost(RuntimeError("Broken pipe"))
     assert str(lost).startswith("lost rank 0 (host a), rank 1 (host a): broken pipe, and the ranks met there; ")
-    on_its_host = Peers(NoStore(), 1, ["a", "a", "b"], timedelta(seconds=60))
+    on_its_host = company(1, hosts="aab", store=NoStore())
     assert on_its_host.lost(RuntimeError("Broken pipe")).ranks == (0,)
 
 
@@ -271,7 +295,7 @@ def test_the_guard_ends_a_process_that_waits_without_end(company, monkeypatch, c
     time.sleep(0.1)
     assert not left
     other._read = None  # its pulse stops, and nobody is told
-    waiting.guarded = lambda: (" after step 3", "go on")
+    waiting.progress = lambda: (" after step 3", "go on")
     deadline = time.monotonic() + 20
     while not left and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -282,8 +306,8 @@ def test_the_guard_ends_a_process_that_waits_without_end(company, monkeypatch, c
 def test_the_guard_lets_a_rank_go_that_is_done(company, monkeypatch):
     left = []
     monkeypatch.setattr(peers, "leave", left.append)
-    busy, done = company(0, size=2, timeout=0.1), company(1, size=2)
-    busy.guarded = lambda: ("", "")
+    company(0, size=2, timeout=0.1)
+    done = company(1, size=2)
     time.sleep(0.2)
     done.close()
     time.sleep(3)

@@ -13,7 +13,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     for device in ("cpu", "meta"):  # meta stands for a GPU: nothing can be read from it
         ranks = Ranks()
-        ranks.adopt_group(torch.device(device), group_timeout(1))
+        ranks.adopt_group(torch.device(device), group_timeout(1, None))
         assert (ranks._host_group is None) == (device == "cpu")
         assert ranks._host_group is None or dist.get_backend(ranks._host_group) == "gloo"
         said = [[0, 0, 15, 0], [0, 2, 10, 0]][ranks.rank]

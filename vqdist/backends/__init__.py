@@ -44,6 +44,7 @@ def create_backend(
     grad_accum_every: int = 1,
     precision: str = "fp32",
     dist_timeout: float = 10.0,
+    exchange_timeout: float | None = None,
     micro_batch_size: int = 1,
     accelerate_kwargs: dict[str, Any] | None = None,
     deepspeed_config: str | dict | None = None,
@@ -60,7 +61,7 @@ def create_backend(
         from vqdist.backends.local import LocalBackend
 
         return LocalBackend(**common)
-    common["dist_timeout"] = dist_timeout
+    common |= {"dist_timeout": dist_timeout, "exchange_timeout": exchange_timeout}
     export_launch()
     if name == "accelerate":
         from vqdist.backends.accelerate import AccelerateBackend

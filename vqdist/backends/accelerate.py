@@ -47,7 +47,9 @@ class AccelerateBackend(DistributedBackend):
     Args:
         grad_accum_every: micro-batches per optimizer step.
         precision: "fp32" or "bf16".
-        dist_timeout: minutes that a rank waits for a peer.
+        dist_timeout: minutes that a rank waits for a peer that is silent.
+        exchange_timeout: minutes that an exchange may take, where ranks wait for one that has more to do; by default
+            `dist_timeout`.
         accelerate_kwargs: further arguments of `accelerate.Accelerator`; keys that the run owns are refused.
     """
 
@@ -59,6 +61,7 @@ class AccelerateBackend(DistributedBackend):
         grad_accum_every: int = 1,
         precision: str = "fp32",
         dist_timeout: float = 10.0,
+        exchange_timeout: float | None = None,
         accelerate_kwargs: dict[str, Any] | None = None,
     ):
         accelerate_kwargs = dict(accelerate_kwargs or {})
@@ -67,11 +70,12 @@ class AccelerateBackend(DistributedBackend):
         self.sharding = sharding_asked_for()
         self.grad_accum_every = grad_accum_every
         self.precision = precision
+        timeout = group_timeout(dist_timeout, exchange_timeout)
         handlers = [
             # Not static_graph: with a gradient penalty it silently drops the exchange. Buffers are codebooks, which
             # are synchronised where they change.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=group_timeout(dist_timeout)),
+            InitProcessGroupKwargs(timeout=timeout),
             *accelerate_kwargs.pop("kwargs_handlers", []),
         ]
         on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
@@ -85,7 +89,7 @@ class AccelerateBackend(DistributedBackend):
                 kwargs_handlers=handlers,
                 **accelerate_kwargs,
             )
-        self.adopt_group(self.accelerator.device, group_timeout(dist_timeout))
+        self.adopt_group(self.accelerator.device, timeout)
 
     @property
     def title(self) -> str:

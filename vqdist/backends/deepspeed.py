@@ -152,7 +152,9 @@ class DeepSpeedBackend(DistributedBackend):
     Args:
         grad_accum_every: micro-batches per optimizer step.
         precision: "fp32" or "bf16".
-        dist_timeout: minutes that a rank waits for a peer.
+        dist_timeout: minutes that a rank waits for a peer that is silent.
+        exchange_timeout: minutes that an exchange may take, where ranks wait for one that has more to do; by default
+            `dist_timeout`.
         micro_batch_size: images per process and micro-batch.
         config: path of a DeepSpeed JSON file or its content: what only DeepSpeed decides. None is ZeRO stage 0.
     """
@@ -165,6 +167,7 @@ class DeepSpeedBackend(DistributedBackend):
         grad_accum_every: int = 1,
         precision: str = "fp32",
         dist_timeout: float = 10.0,
+        exchange_timeout: float | None = None,
         micro_batch_size: int = 1,
         config: str | dict | None = None,
     ):
@@ -172,6 +175,7 @@ class DeepSpeedBackend(DistributedBackend):
         self.grad_accum_every = grad_accum_every
         self.precision = precision
         self.micro_batch_size = micro_batch_size
+        timeout = group_timeout(dist_timeout, exchange_timeout)
         _refuse_stale_build_lock()
         for logger in ("DeepSpeed", "deepspeed"):
             logging.getLogger(logger).setLevel(logging.WARNING)
@@ -183,13 +187,13 @@ class DeepSpeedBackend(DistributedBackend):
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=False,
-            timeout=group_timeout(dist_timeout),
+            timeout=timeout,
             verbose=False,
         )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(device)
-        self.adopt_group(device, group_timeout(dist_timeout))
+        self.adopt_group(device, timeout)
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
         self.broadcast_from_main(module)

@@ -27,10 +27,10 @@ class DistributedBackend(Backend):
         """Wait for all ranks and see that they reach each other: while a group starts, that takes until its time-out.
 
         Args:
-            dist_timeout: minutes to wait for a rank.
+            dist_timeout: minutes to wait for a rank, here and wherever one is silent.
         """
         require_address()
-        peers.meet(group_timeout(dist_timeout))
+        peers.meet(timedelta(minutes=dist_timeout))
 
     def adopt_group(self, device: torch.device, timeout: timedelta) -> None:
         """Take rank and size from the group that was started, and make sure that it is the one asked for.
@@ -130,6 +130,6 @@ def require_address() -> None:
         )
 
 
-def group_timeout(minutes: float) -> timedelta:
-    """How long a rank waits in a collective for a peer before it gives up."""
-    return timedelta(minutes=minutes)
+def group_timeout(dist_timeout: float, exchange_timeout: float | None) -> timedelta:
+    """How long a collective of the process group may take; both in minutes, see the backends."""
+    return timedelta(minutes=dist_timeout if exchange_timeout is None else exchange_timeout)

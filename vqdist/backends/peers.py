@@ -56,10 +56,11 @@ class Peers:
         store: where the ranks have met.
         rank: of this process.
         hosts: the host of each rank.
-        timeout: how long a collective waits for a peer, for messages.
+        timeout: how long a peer may be silent.
 
     Attributes:
         heard: what others have said of ranks that are gone; it is remembered, since the store may go with them.
+        progress: gives how far this process came, as " after step 7", and what to do, for what is said of lost ranks.
     """
 
     def __init__(self, store: dist.Store, rank: int, hosts: list[str], timeout: timedelta):
@@ -68,7 +69,7 @@ class Peers:
         self.hosts = hosts
         self.timeout = timeout
         self.heard: dict[int, str] = {}
-        self.guarded: Callable[[], tuple[str, str]] | None = None  # how far this process came, while it is guarded
+        self.progress: Callable[[], tuple[str, str]] = lambda: ("", "")
         self._neighbour = ""  # the pulse of the next rank
         self._closed = threading.Event()
         self._looking = threading.Event()
@@ -88,7 +89,7 @@ class Peers:
                     return
 
     def _guard(self) -> None:
-        """End this process if the next rank, or the store, is silent for longer than an exchange may take.
+        """End this process if the next rank, or the store, is silent for too long.
 
         An exchange that knows of its own time-out ends before: not all do, nor what waits for a device. But NCCL ends
         the whole process at its time-out, without a word of who is lost: there this is to come first. Seconds are
@@ -98,10 +99,10 @@ class Peers:
         limit = 0.9 * seconds if torch.cuda.is_available() else seconds + 3 * LOOK
         before, silent = "", 0.0
         while not self._closed.wait(PULSE) and self._neighbour != LEFT:
-            silent = silent + PULSE if self.guarded and self._neighbour == before else 0.0
+            silent = silent + PULSE if self._neighbour == before else 0.0
             before = self._neighbour
             if silent > limit and not self._looking.is_set():
-                lost = self.lost(TimeoutError("timed out"), self.guarded())
+                lost = self.lost(TimeoutError("timed out"), self.progress())
                 print(f"vqdist: error: {lost}", file=sys.stderr)
                 leave(EXIT_PEER_LOST)
 
@@ -372,25 +373,26 @@ def naming_lost_peers(progress: Callable[[], tuple[str, str]]) -> Iterator[None]
         progress: gives how far this process came, as " after step 7", and what to do about it. It is also asked, from
             another thread, where an exchange does not come to an end.
     """
-    guarded = _current
-    if guarded is not None:
-        guarded.guarded = progress
+    ranks = _current
+    if ranks is None:
+        yield
+        return
+    before, ranks.progress = ranks.progress, progress
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        account_for(error, progress)
+        account_for(error)
         raise
     finally:
-        if guarded is not None:
-            guarded.guarded = None
+        ranks.progress = before
 
 
-def account_for(error: BaseException, progress: Callable[[], tuple[str, str]] | None = None) -> None:
+def account_for(error: BaseException) -> None:
     """Raise `PeerLost` in place of an exchange's error; tell the others of any other error, which ends this rank."""
     if _current is None or isinstance(error, PeerLost):
         return
     if is_lost_peer(error):
-        raise _current.lost(error, progress() if progress else ("", "")) from error
+        raise _current.lost(error, _current.progress()) from error
     _current.say_why(one_line(error))
 
 

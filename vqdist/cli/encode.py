@@ -10,8 +10,8 @@ from pathlib import Path
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.errors import UserError
 
-# a rank that has written its last shard waits in a collective for those that have one more
-DIST_TIMEOUT = 12 * 60.0  # minutes
+# a rank that has written its last shard waits in an exchange for those that have one more
+EXCHANGE_TIMEOUT = 7 * 24 * 60.0  # minutes; one that is silent is given up after --dist_timeout
 
 
 def encode(arguments: list[str]) -> int:
@@ -24,7 +24,7 @@ def encode(arguments: list[str]) -> int:
 
     tokenizer, dataset = _open(options)
     writer = CodeWriter(tokenizer, dataset, options.out, batch_size=options.batch_size, shard_size=options.shard_size)
-    backend = create_backend(options.backend, dist_timeout=DIST_TIMEOUT)
+    backend = create_backend(options.backend, dist_timeout=options.dist_timeout, exchange_timeout=EXCHANGE_TIMEOUT)
     keep_freed_memory(backend.device)
     with _progress_bar(backend) as progress:
         numbers = writer.write(backend, num_workers=options.num_workers, progress=progress)
@@ -63,6 +63,12 @@ def _parser():
         help="Loader processes of each rank; by default up to 4, as the cores allow. 0 loads in the process itself.",
     )
     parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
+    parser.add_argument(
+        "--dist_timeout",
+        type=float,
+        default=10.0,
+        help="Minutes that a process waits for another that is silent before it gives up.",
+    )
     return parser
 
 
@@ -73,6 +79,8 @@ def _check(options) -> None:
         number = getattr(options, name)
         if number is not None and number < least:
             raise UserError(f"{name} {number} is not possible; it must be at least {least}")
+    if not 0 < options.dist_timeout <= 525_600:  # a year
+        raise UserError(f"dist_timeout {options.dist_timeout} is not possible; it must be above 0 and at most 525600")
     if not options.out:
         raise UserError("--out is empty; give the folder for the codes")
     if options.data.folder.startswith("codes:"):
