@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+# how a connection ends of which the other process is killed: it depends on what was on its way
+BROKEN = "connection closed by peer", "connection reset by peer", "broken pipe"
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -26,11 +32,63 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PATH": search, **extra}
 
 
+# Between the ports of Slurm jobs (launch/slurm/functions.sh) and those that the kernel gives to whoever asks for any;
+# some for each process of pytest-xdist.
+_PORTS = range(31_000, 32_760)
+_OF_A_WORKER = 220
+
+
+def _ports_in_turn() -> Iterator[int]:
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw7").removeprefix("gw"))
+    start = worker * _OF_A_WORKER % len(_PORTS)
+    ports = _PORTS[start : start + _OF_A_WORKER]
+    shift = os.getpid() % len(ports)
+    return itertools.cycle([*ports[shift:], *ports[:shift]])
+
+
+_ports = _ports_in_turn()
+
+
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A TCP port that is free now, and that nobody else is given soon."""
+    for port in _ports:
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """End a process and all that descend from it, such as torchrun's ranks, which have sessions of their own."""
+
+    def kill(pid: int) -> None:
+        with suppress(OSError):
+            children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+            os.kill(pid, signal.SIGKILL)
+            for child in sum(children, []):
+                kill(int(child))
+
+    if process.poll() is None:
+        kill(process.pid)
+
+
+def end_of(process: subprocess.Popen, timeout: float) -> tuple[str, str]:
+    """What a process with pipes writes to standard output and error until it ends; past the limit it is killed."""
+    try:
+        return process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+        stdout, stderr = process.communicate(timeout=60)
+        command = " ".join(map(str, process.args))
+        raise AssertionError(f"{command} took over {timeout} s\n{stdout[-3000:]}\n{stderr[-6000:]}") from None
+
+
+def last_step(out: Path) -> int:
+    """Of the last line of numbers that a run has written."""
+    path = out / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # one may be half written
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def run(command: list[str], *, timeout: float = 240, check: bool = True, cwd: Path = ROOT, **extra: str):
@@ -49,14 +107,7 @@ def run(command: list[str], *, timeout: float = 240, check: bool = True, cwd: Pa
         text=True,
         start_new_session=True,
     )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        raise AssertionError(
-            f"{' '.join(command)} took over {timeout} s\n{stdout[-3000:]}\n{stderr[-6000:]}"
-        ) from None
+    stdout, stderr = end_of(process, timeout)
     if check and process.returncode:
         raise AssertionError(f"{' '.join(command)} exited {process.returncode}\n{stdout[-3000:]}\n{stderr[-6000:]}")
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, environment, torchrun
+from launching import ROOT, environment, run, torchrun
 from scenarios import EVERYTHING, build_trainer, train_steps, weights_of
 
-from vqdist import checkpoint
+from vqdist import completion
 from vqdist.backends.local import LocalBackend
-from vqdist.checkpoint import MANIFEST, CheckpointStore, verify
+from vqdist.checkpoint import CheckpointStore, complete_steps, verify
+from vqdist.completion import MANIFEST
 from vqdist.errors import PeerLost, UserError
 
 
@@ -63,12 +65,12 @@ def test_a_write_that_fails_leaves_the_older_checkpoint_in_place(tmp_path):
 
 
 class Held:
-    """In place of `checkpoint.write_manifest`: it waits until it is let go, and may fail then."""
+    """In place of `completion.write_manifest`: it waits until it is let go, and may fail then."""
 
     def __init__(self, monkeypatch, error: Exception | None = None):
         self.error = error
-        self.let_go, self._original = threading.Event(), checkpoint.write_manifest
-        monkeypatch.setattr(checkpoint, "write_manifest", self)
+        self.let_go, self._original = threading.Event(), completion.write_manifest
+        monkeypatch.setattr(completion, "write_manifest", self)
 
     def __call__(self, *arguments) -> None:
         assert self.let_go.wait(60)
@@ -91,17 +93,79 @@ def test_training_goes_on_while_a_checkpoint_is_completed(tmp_path, monkeypatch)
     )
 
 
-def test_a_checkpoint_that_cannot_be_completed_ends_the_next_save(tmp_path, monkeypatch):
-    held = Held(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_checkpoint_that_cannot_be_completed_is_said_and_ends_the_next_save(tmp_path, monkeypatch, capsys):
+    held = Held(monkeypatch, FULL)
     checkpoints = store(tmp_path)
     checkpoints.save(5, write, {})
     held.let_go.set()
+    assert checkpoints.steps() == [] and list(tmp_path.iterdir()) == []
+    line = f"vqdist: warning: {tmp_path}/step_00000005 cannot be completed: No space left on device\n"
+    assert capsys.readouterr().err == line
     with pytest.raises(UserError, match="step_00000005 cannot be written: No space left on device$"):
         checkpoints.save(6, write, {})
-    assert list(tmp_path.iterdir()) == []
     held.error = None
     checkpoints.save(6, write, {})
     assert checkpoints.steps() == [6]
+
+
+def test_threads_that_cannot_be_started_are_a_failed_write_on_every_rank(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(completion.ThreadPoolExecutor, "submit", refuse)
+    checkpoints = store(tmp_path)
+    checkpoints.save(5, write, {})
+    with pytest.raises(UserError, match="step_00000005 cannot be written: can't start new thread$"):
+        checkpoints.settle()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_last_checkpoint_failed_is_saved_by_another_call(tmp_path, monkeypatch):
+    held = Held(monkeypatch, FULL)
+    held.let_go.set()
+    trainer = build_trainer(tmp_path, num_train_steps=1)
+    with pytest.raises(UserError, match="No space left on device"):
+        trainer.train()
+    held.error = None
+    trainer.train()
+    assert trainer.checkpoints.steps() == [1]
+
+
+def test_others_wait_while_threads_write(tmp_path, monkeypatch):
+    """The folder is locked until they are done; who looks for checkpoints, cleans up or loads one waits."""
+    held = Held(monkeypatch)
+    trainer = build_trainer(tmp_path / "run", save_model_every=1)
+    trainer.train_step()
+    path = trainer.checkpoints.path(1)
+    assert trainer.checkpoints.in_doubt() == path and trainer.checkpoints.latest(patience=0.1) is None
+    del trainer
+    gc.collect()
+    lock = [
+        sys.executable,
+        "-c",
+        f"from vqdist.files import lock_folder as f; from pathlib import Path as P; f(P({str(tmp_path / 'run')!r}))",
+    ]
+    assert "another process writes" in run(lock, check=False).stderr
+    other = build_trainer(tmp_path / "other")
+    threading.Timer(0.5, held.let_go.set).start()
+    other.load(path)
+    assert other.step == 1
+    gc.collect()
+    run(lock)
+
+
+def test_a_checkpoint_is_completed_where_it_was_begun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    held = Held(monkeypatch)
+    checkpoints = store(Path("run"), keep=1)
+    folder = checkpoints.folder.absolute()
+    checkpoints.save(5, write, {})
+    monkeypatch.chdir("/")
+    held.let_go.set()
+    assert complete_steps(folder) == [5]
 
 
 @pytest.mark.parametrize("error", [UserError("a mistake"), PeerLost((), "lost rank 1")])
@@ -129,10 +193,10 @@ import sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
 from scenarios import build_trainer
-from vqdist import checkpoint
+from vqdist import completion
 
-sums = checkpoint.sha256_of
-checkpoint.sha256_of = lambda path: time.sleep(0.2) or sums(path)
+sums = completion.sha256_of
+completion.sha256_of = lambda path: time.sleep(0.2) or sums(path)
 build_trainer(Path({str(tmp_path)!r}), save_model_every=1).train_step()
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)

@@ -254,6 +254,7 @@ def deepspeed(out: Path, *arguments: str) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(1200)  # for a busy machine
 def test_zero_2_with_the_optimizer_on_the_host_trains_and_resumes(tmp_path, one_process):
     """Two engines, clipped, two micro-batches, Adam fused as on a GPU; then again from the middle, to the bit."""
     arguments = [*VQGAN, "--trainer.fused_adam", "true"]

@@ -31,7 +31,7 @@ from scenarios import (
 WORKER = str(ROOT / "tests" / "workers" / "backend_worker.py")
 BACKENDS = ("accelerate", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]  # with what the fixtures run
 
 
 class Ranks(NamedTuple):
@@ -53,7 +53,7 @@ def launch(tmp_path_factory) -> Callable[[str], Ranks]:
     @functools.cache
     def launched(name: str) -> Ranks:
         folder = tmp_path_factory.mktemp(name)
-        torchrun([WORKER, name, str(folder)], timeout=500)
+        torchrun([WORKER, name, str(folder)], timeout=900)
         return Ranks(name, folder, torch.load(folder / "results.pt"))
 
     return launched

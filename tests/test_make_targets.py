@@ -49,6 +49,7 @@ def manifest(run_folder: Path) -> dict:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(1200)  # for a busy machine
 def test_from_images_to_samples(tmp_path):
     """Five targets, each over what the one before left: on one process and two, by DDP and by ZeRO 2."""
     images, codes, sheet = tmp_path / "two words" / "dvae", tmp_path / "codes", tmp_path / "samples.png"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from launching import ROOT, environment, free_port, torchrun
+from launching import BROKEN, ROOT, environment, free_port, kill_all, last_step, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,7 +28,7 @@ from vqdist.errors import PeerLost, UserError
 TRAIN = [
     *"train dvae --data synthetic:64 --image_size 16 --num_tokens 16 --num_layers 2 --hidden_dim 8".split(),
     *"--emb_dim 8 --num_resnet_blocks 0 --batch_size 4 --trainer.log_every 1 --trainer.save_results_every 0".split(),
-    *"--trainer.validate_every 0 --dist_timeout 0.1 --trainer.save_model_every 10 --data.num_workers 0".split(),
+    *"--trainer.validate_every 0 --trainer.save_model_every 10 --data.num_workers 0".split(),
 ]
 
 
@@ -81,42 +80,39 @@ class Run:
         return printed.strip().splitlines()[-1], time.monotonic() - began
 
 
-def last_step(out: Path) -> int:
-    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("victim", "number", "reason", "limit"),
+    ("victim", "number", "reasons"),
     [
-        (1, signal.SIGKILL, "connection ", 30),
-        (0, signal.SIGKILL, ", and the ranks met there", 30),
+        (1, signal.SIGKILL, BROKEN),
+        (0, signal.SIGKILL, [", and the ranks met there"]),
         # as if the network were gone: its connections are open and nothing comes
-        (1, signal.SIGSTOP, "no answer within 0.1 minutes (dist_timeout)", 60),
+        (1, signal.SIGSTOP, ["no answer within 0.2 minutes (dist_timeout)"]),
     ],
 )
-def test_the_survivor_names_who_is_lost_and_leaves(victim, number, reason, limit, tmp_path):
-    with Run(tmp_path, "--trainer.num_train_steps", "100000", "--data.num_workers", "1") as run:
+def test_the_survivor_names_who_is_lost_and_leaves(victim, number, reasons, tmp_path):
+    silent = ["--dist_timeout", "0.2"] if number == signal.SIGSTOP else []
+    with Run(tmp_path, "--trainer.num_train_steps", "100000", "--data.num_workers", "1", *silent) as run:
         run.wait_for_step(12)
-        run.ranks[victim].send_signal(number)
+        os.killpg(run.ranks[victim].pid, number)  # its loader's process holds its connections, too
         line, seconds = run.end_of(1 - victim)
         print(f"left {seconds:.1f} s after {number.name}: {line}")
         assert run.ranks[1 - victim].returncode == 69
-        assert line.startswith(f"vqdist: error: lost rank {victim} (host ") and reason in line
+        assert line.startswith(f"vqdist: error: lost rank {victim} (host ")
+        assert any(reason in line for reason in reasons), line
         step = int(line.partition("after step ")[2].partition(":")[0])
         assert 12 <= step <= last_step(run.out) + 1
         newest = sorted(path for path in (run.out / "checkpoints").iterdir() if path.suffix != ".partial")[-1]
         assert f"the last complete checkpoint is {newest}: the same command goes on" in line
         assert (newest / "manifest.json").is_file()
-        assert seconds < limit
+        assert seconds < 100
 
 
 @pytest.mark.distributed
 def test_a_rank_that_encodes_gives_a_silent_one_up(tmp_path):
     """It may wait for the last shard of another for days, and not for one that is frozen."""
     DiscreteVAE(image_size=16, num_tokens=16, num_layers=2, hidden_dim=8).save_pretrained(tmp_path / "dvae")
-    command = ["encode", str(tmp_path / "dvae"), "--data", "synthetic:40000", "--dist_timeout", "0.1"]
+    command = ["encode", str(tmp_path / "dvae"), "--data", "synthetic:40000", "--dist_timeout", "0.2"]
     with Run(tmp_path, *"--batch_size 1 --shard_size 4 --num_workers 0".split(), command=command) as run:
         deadline = time.monotonic() + 200
         while len(list(run.out.glob("codes_*.npy"))) < 3:
@@ -128,7 +124,7 @@ def test_a_rank_that_encodes_gives_a_silent_one_up(tmp_path):
         print(f"left after {seconds:.1f} s: {line}")
         assert run.ranks[0].returncode == 69
         assert line.startswith("vqdist: error: lost rank 1 (host ")
-        assert line.endswith(": no answer within 0.1 minutes (dist_timeout); start the same command again")
+        assert line.endswith(": no answer within 0.2 minutes (dist_timeout); start the same command again")
 
 
 @pytest.mark.distributed
@@ -162,6 +158,8 @@ def test_ranks_that_were_told_different_things_do_not_train(tmp_path):
         assert not (run.out / "config.json").exists()
 
 
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
 def test_torchrun_starts_a_killed_rank_again_and_the_end_is_the_same(tmp_path):
     def train(name: str, port: int) -> subprocess.Popen:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]
@@ -183,10 +181,9 @@ def test_torchrun_starts_a_killed_rank_again_and_the_end_is_the_same(tmp_path):
             time.sleep(0.02)
         children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        assert killed.wait(200) == 0, (tmp_path / "killed.log").read_text()[-4000:]
+        assert killed.wait(400) == 0, (tmp_path / "killed.log").read_text()[-4000:]
     finally:
-        if killed.poll() is None:
-            os.killpg(killed.pid, signal.SIGKILL)
+        kill_all(killed)
     assert "resumed " in (tmp_path / "killed.log").read_text()
     arguments = ["-m", "vqdist", *TRAIN, "--out", str(tmp_path / "whole"), "--trainer.num_train_steps", "200"]
     torchrun(arguments)
@@ -206,7 +203,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_end_is_the_same(tmp_path):
 def company(monkeypatch):
     """A function that makes Peers of one store; pulses are quick, and all of them end with the test."""
     monkeypatch.setattr(peers, "PULSE", 0.02)
-    monkeypatch.setattr(peers, "LOOK", 0.4)
+    monkeypatch.setattr(peers, "LOOK", 1.0)
     shared, made = dist.HashStore(), []
 
     def make(rank: int, size: int = 3, timeout: float = 60.0, hosts: str = "abc", store=shared) -> Peers:
@@ -247,13 +244,15 @@ def test_exceptions_of_torch_distributed_are_of_lost_peers():
 
 def test_who_has_no_pulse_is_lost(company):
     first, second, third = (company(rank) for rank in range(3))
-    time.sleep(0.1)
     third.close()
-    time.sleep(0.1)
-    lost = second.lost(RuntimeError("Connection reset by peer"), (" after step 7", "go on"))
+    third._pulse.join()
+    second.progress = lambda: (" after step 7", "go on")
+    lost = second.lost(RuntimeError("Connection reset by peer"))
     assert lost.ranks == (2,)
     assert str(lost) == "lost rank 2 (host c) after step 7: connection reset by peer; go on"
-    time.sleep(0.1)
+    deadline = time.monotonic() + 20
+    while not first.heard and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert first.heard == {2: "connection reset by peer"}  # should the store go too
 
 
@@ -323,6 +322,22 @@ def test_train_raises_peer_lost_and_leaves_other_errors_alone(company, monkeypat
     with pytest.raises(UserError, match="mine"), naming_lost_peers(lambda: ("", "")):
         raise UserError("mine")
     assert peers._current.store.get("gone/0") == b"it ended with: mine"
+
+
+def test_who_is_lost_is_found_before_progress_is_asked(company):
+    """To say it may take rank 0 half a minute, in which the others have looked and left."""
+    first, second, third = (company(rank) for rank in range(3))
+
+    def progress() -> tuple[str, str]:
+        second.close()
+        time.sleep(0.5)
+        return " after step 7", "go on"
+
+    first.progress = progress
+    third._read = None
+    third._pulse.join()
+    lost = first.lost(RuntimeError("Connection reset by peer"))
+    assert str(lost) == "lost rank 2 (host c) after step 7: connection reset by peer; go on"
 
 
 def test_alone_nothing_is_a_lost_peer():

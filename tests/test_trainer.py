@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from vqdist import UserError, VQGanVAE, VQGanVAETrainer
-from vqdist.checkpoint import MANIFEST
+from vqdist.completion import MANIFEST
 from vqdist.schedules import learning_rate
 from vqdist.trainers.base import Trainer, mark_last
 

@@ -1,64 +1,61 @@
 """Checkpoints: complete or absent. The engines write the bytes; this file says when a folder counts.
 
 `run/checkpoints/step_00000020/` is written as `step_00000020.partial`; when every rank is done, rank 0 flushes
-everything to the disk, writes `manifest.json` (size and SHA-256 of each file) and renames. A folder without the suffix
-is complete. Whatever a killed process left is found by its suffix and removed.
-
-Training waits until the files are written. What rank 0 does then takes as long again or longer, and is done by threads
-while the next steps are made.
+everything to the disk, writes `manifest.json` (size and SHA-256 of each file) and renames: see `completion.py`. A
+folder without the suffix is complete. Whatever a killed process left is found by its suffix and removed.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from vqdist.backends.base import Backend
+from vqdist.completion import (
+    MANIFEST,
+    PARTIAL,
+    WRITE_ERRORS,
+    partial_of,
+    reason_of,
+    remove_atomically,
+    start_completion,
+    wait_for_completion,
+)
 from vqdist.errors import PeerLost, UserError
-from vqdist.files import read_json, sha256_of
+from vqdist.files import FolderLock, read_json, sha256_of
 
-MANIFEST = "manifest.json"
-PARTIAL = ".partial"
-# what a full disk raises: of the system, of torch, of safetensors, and of those here that say it in words
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
-PATIENCE = 30.0  # seconds that a question about checkpoints waits for the one that is being completed
-
-# by folder of checkpoints: what threads of this process are completing there
-_completing: weakref.WeakValueDictionary[Path, Future] = weakref.WeakValueDictionary()
+PATIENCE = 30.0  # seconds that a run which fails waits for a checkpoint that is being completed
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Rank 0 completes the newest one while training goes on.
 
     Args:
         folder: holds one folder per step.
         backend: every method but `latest` and `steps` is called by every rank.
         keep: how many of the newest to keep; None keeps all.
+        lock: of the run folder, which is held as long as this store is used or threads write.
     """
 
-    def __init__(self, folder: Path, backend: Backend, *, keep: int | None):
+    def __init__(self, folder: Path, backend: Backend, *, keep: int | None, lock: FolderLock | None = None):
         self.folder = folder
         self.backend = backend
         self.keep = keep
-        self._unsettled: tuple[Path, Future | None] | None = None  # the last checkpoint; rank 0 completes it
+        self.lock = lock
+        self._unsettled: tuple[Path, Future | None] | None = None  # the newest; the future is rank 0's
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
+        """Steps with a complete checkpoint, ascending; rank 0 waits for the one that it is completing."""
         return complete_steps(self.folder)
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        steps = self.steps()
+    def latest(self, patience: float | None = None) -> Path | None:
+        """The newest complete checkpoint; rank 0 waits for the one that it is completing, at most so many seconds."""
+        steps = complete_steps(self.folder, patience)
         return self.path(steps[-1]) if steps else None
 
     def path(self, step: int) -> Path:
@@ -67,19 +64,22 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a killed process left. Call once, before the first save."""
-        wait_for_completion(self.folder)
         with everywhere(self.backend, f"what a killed run left in {self.folder} cannot be removed"):
             if self.backend.is_main and self.folder.is_dir():
+                wait_for_completion(self.folder)
                 for left in self.folder.glob(f"*{PARTIAL}"):
                     shutil.rmtree(left)
 
     def save(self, step: int, write: Callable[[Path], None], info: dict[str, Any]) -> Path:
-        """Write the checkpoint of this step; rank 0 completes it meanwhile.
+        """Write the files of this step's checkpoint, which is complete after the next `settle`.
 
         Args:
             step: finished optimizer steps.
             write: called on every rank with the folder to write into.
             info: goes into the manifest, for people and for messages.
+
+        Returns:
+            Where the checkpoint will be.
 
         Raises:
             UserError: a rank cannot write this checkpoint, or the one before was not completed.
@@ -87,28 +87,44 @@ class CheckpointStore:
         self.settle()
         target = self.path(step)
         _write_partial(target, self.backend, write)
-        future = _complete(target, {"step": step, **info}, self._remove_old) if self.backend.is_main else None
+        future = start_completion(target, {"step": step, **info}, self._remove_old) if self.backend.is_main else None
         self._unsettled = target, future
         return target
 
     def settle(self) -> None:
-        """Wait until the last checkpoint is complete.
+        """Wait until the newest checkpoint is complete.
 
         Raises:
-            UserError: it cannot be completed; on every rank, and nothing of it is left.
+            UserError: it cannot be completed, or old ones cannot be removed; on every rank.
         """
         if self._unsettled is not None:
             (target, future), self._unsettled = self._unsettled, None
-            _await_completion(target, self.backend, future)
+            _settle(target, self.backend, future)
 
-    def _remove_old(self) -> None:
+    def in_doubt(self) -> Path | None:
+        """The newest checkpoint if rank 0 was left completing it and it is not there yet."""
+        if self._unsettled is None or (self._unsettled[0] / MANIFEST).is_file():
+            return None
+        return self._unsettled[0]
+
+    @contextmanager
+    def outlasting_errors(self) -> Iterator[None]:
+        """Within this context an error lets the newest checkpoint be completed first, in `PATIENCE` seconds: a process
+        that knows of other ranks leaves without its usual end, and so without its threads."""
+        try:
+            yield
+        except Exception:
+            wait_for_completion(self.folder, PATIENCE)
+            raise
+
+    def _remove_old(self, folder: Path) -> None:
         if self.keep is None:
             return
         try:
-            for old in _steps_in(self.folder)[: -self.keep]:
-                remove_atomically(self.path(old))
+            for old in _steps_in(folder)[: -self.keep]:
+                remove_atomically(checkpoint_path(folder, old))
         except OSError as error:
-            raise UserError(f"old checkpoints in {self.folder} cannot be removed: {error.strerror}") from error
+            raise UserError(f"old checkpoints in {folder} cannot be removed: {error.strerror}") from error
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -116,22 +132,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint in this folder, ascending; waits for the one that this process completes."""
-    wait_for_completion(folder)
+def complete_steps(folder: Path, patience: float | None = None) -> list[int]:
+    """Steps with a complete checkpoint in this folder, ascending; waits, at most so many seconds, for what this
+    process is completing."""
+    wait_for_completion(folder, patience)
     return _steps_in(folder)
-
-
-def wait_for_completion(folder: Path) -> None:
-    """Let threads of this process come to an end with a checkpoint in this folder; no longer than `PATIENCE`."""
-    future = _completing.get(folder.resolve())
-    if future is not None:
-        wait([future], timeout=PATIENCE)
-
-
-def is_completing() -> bool:
-    """Whether threads of this process are completing a checkpoint; its usual end waits for them."""
-    return any(not future.done() for future in _completing.values())
 
 
 def _steps_in(folder: Path) -> list[int]:
@@ -154,16 +159,12 @@ def write_atomically(target: Path, backend: Backend, write: Callable[[Path], Non
         UserError: a rank could not write; on every rank, and nothing of the folder is left.
     """
     _write_partial(target, backend, write)
-    _await_completion(target, backend, _complete(target, info) if backend.is_main else None)
-
-
-def _partial_of(target: Path) -> Path:
-    return target.with_name(target.name + PARTIAL)
+    _settle(target, backend, start_completion(target, info) if backend.is_main else None)
 
 
 def _write_partial(target: Path, backend: Backend, write: Callable[[Path], None]) -> None:
-    partial = _partial_of(target)
-    with _nothing_left(target, backend):
+    partial = partial_of(target)
+    try:
         with everywhere(backend, f"{target} cannot be written"):
             if backend.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -171,53 +172,17 @@ def _write_partial(target: Path, backend: Backend, write: Callable[[Path], None]
         with everywhere(backend, f"{target} cannot be written"):
             partial.mkdir(parents=True, exist_ok=True)  # it is there; NFS else says for a while what it said before
             write(partial)
-
-
-def _complete(target: Path, info: dict[str, Any], afterwards: Callable[[], None] = lambda: None) -> Future[None]:
-    """Flush, add up checksums, write the manifest and rename, in threads.
-
-    All of it is handed to them at once: a process that comes to its end lets threads finish what they have got, and
-    gives them nothing more.
-    """
-    partial = _partial_of(target)
-    paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    threads = ThreadPoolExecutor(min(8, 2 * len(paths)) + 1, thread_name_prefix="checkpoint")
-    # a checksum takes about as long as the disk: both at once, and several files at once
-    flushed = [threads.submit(_flush, path) for path in paths]
-    sums = {path: threads.submit(sha256_of, path) for path in paths}
-
-    def complete() -> None:
-        for flush in flushed:
-            flush.result()
-        write_manifest(partial, info, {path: checksum.result() for path, checksum in sums.items()})
-        if target.exists():
-            remove_atomically(target)
-        partial.rename(target)
-        _flush(target.parent)
-        afterwards()
-
-    future = threads.submit(complete)
-    threads.shutdown(wait=False)
-    _completing[target.parent.resolve()] = future
-    return future
-
-
-def _await_completion(target: Path, backend: Backend, future: Future | None) -> None:
-    """Wait for what `_complete` gave on rank 0; every rank fails if that does."""
-    with _nothing_left(target, backend), everywhere(backend, f"{target} cannot be written"):
-        if future is not None:
-            future.result()
-
-
-@contextmanager
-def _nothing_left(target: Path, backend: Backend) -> Iterator[None]:
-    """Remove what there is of a checkpoint that cannot be written; the error must come on every rank."""
-    try:
-        yield
     except UserError:
         if backend.is_main:
-            shutil.rmtree(_partial_of(target), ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _settle(target: Path, backend: Backend, completion: Future | None) -> None:
+    """Wait for rank 0's completion of this checkpoint; every rank fails if that does."""
+    with everywhere(backend, f"{target} cannot be written"):
+        if completion is not None:
+            completion.result()
 
 
 @contextmanager
@@ -237,21 +202,10 @@ def everywhere(backend: Backend, message: str) -> Iterator[None]:
     except UserError as error:
         problem = error
     except WRITE_ERRORS as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        problem = UserError(f"{message}: {reason[:200]}")
+        problem = UserError(f"{message}: {reason_of(error)}")
         problem.__cause__ = error
     if backend.any(problem is not None):
         raise problem or UserError(f"{message}: another rank says why")
-
-
-def remove_atomically(folder: Path) -> None:
-    """Remove a checkpoint so that no moment shows half of it as a whole one.
-
-    What somebody still reads a network file system may not let go; `clean` removes it at the next start.
-    """
-    doomed = folder.with_name(folder.name + ".removed" + PARTIAL)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_all(*parts: Callable[[], None]) -> None:
@@ -268,24 +222,13 @@ def write_all(*parts: Callable[[], None]) -> None:
         raise failures[0]
 
 
-def write_manifest(folder: Path, info: dict[str, Any], checksums: Mapping[Path, str]) -> None:
-    """List the files of a checkpoint, which are on the disk by now, with size and SHA-256; flush that too."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
-        for path, checksum in checksums.items()
-    }
-    (folder / MANIFEST).write_text(json.dumps({**info, "files": files}, indent=2))
-    _flush(folder / MANIFEST)
-    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _flush(path)
-
-
 def verify(folder: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its manifest and return the manifest.
 
     Raises:
         UserError: naming the folder and what is wrong with it.
     """
+    wait_for_completion(folder.parent)
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or one that was never finished")
     manifest = read_json(folder / MANIFEST)
@@ -302,11 +245,3 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"{path} is damaged (size or checksum differs); remove {folder} to resume from an older one"
             )
     return manifest
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

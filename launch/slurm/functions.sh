@@ -54,18 +54,19 @@ run_on_nodes() {
   # of the job, so that two on one node do not meet; below the ports that the kernel gives to clients
   MASTER_PORT=$((15000 + SLURM_JOB_ID % 16000))
   export MASTER_ADDR MASTER_PORT
+  # shellcheck disable=SC2034 # told is for the sbatch files
+  signals=0 told='' step=''
+  trap 'signals=$((signals + 1)); [ -n "$told" ] || [ -z "$step" ] || tell_step "$answer"; told=yes' USR1 TERM
   logs=${VQDIST_LOGS:-runs/slurm}/$SLURM_JOB_ID/start_${SLURM_RESTART_COUNT:-0}
   mkdir -p "$logs" || die "the folder of the logs, $logs, cannot be made; set VQDIST_LOGS"
   echo "job $(job), start ${SLURM_RESTART_COUNT:-0}: ${#nodes[@]} nodes x $VQDIST_PROCESSES processes, rendezvous" \
     "$MASTER_ADDR:$MASTER_PORT, logs $logs"
-  # shellcheck disable=SC2034 # told is for the sbatch files
-  signals=0 told=''
   # A node whose ranks ended is no reason to kill the others at once: rank 0 may still be writing. --cpu-bind: one task
   # is one launcher, whose ranks use all cores of the job.
   srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
     --wait=100 --label bash "$root/launch/slurm/node.sh" "$root" "$launcher" "$logs" "$@" &
   step=$!
-  trap 'signals=$((signals + 1)); [ -n "$told" ] || tell_step "$answer"; told=yes' USR1 TERM
+  [ -z "$told" ] || tell_step "$answer" # a signal came before there was anybody to tell
   wait_for "$step"
 }
 

@@ -45,6 +45,9 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=5
 JobRequeue=1
 KillWait=30
+MinJobAge=86400
+MessageTimeout=60
+BatchStartTimeout=120
 {nodes}
 PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """

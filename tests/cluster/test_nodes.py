@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, run, vqdist
+from launching import BROKEN, ROOT, last_step, run, vqdist
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,11 +35,6 @@ def weights(out: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
 
 def manifest(out: Path, steps: int = STEPS) -> dict:
     return json.loads((out / "checkpoints" / f"step_{steps:08d}" / "manifest.json").read_text())
-
-
-def last_step(out: Path) -> int:
-    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -89,7 +84,7 @@ def test_a_launcher_trains_one_model_on_two_nodes(launcher, nodes, reference, tm
 
 def fault(nodes: Nodes, out: Path, *more: str) -> dict:
     """A training on two nodes that has made its first checkpoint."""
-    more = (*more, "--dist_timeout", "0.1", "--trainer.save_model_every", "5")
+    more = (*more, "--trainer.save_model_every", "5")
     ranks = nodes.ranks(["train", *options(out, *more, steps=100_000)], PORT)
     deadline = time.monotonic() + 200
     while last_step(out) < 12:
@@ -97,10 +92,6 @@ def fault(nodes: Nodes, out: Path, *more: str) -> dict:
         assert all(process.poll() is None for process in ranks.values()) and time.monotonic() < deadline, printed
         time.sleep(0.05)
     return ranks
-
-
-# how a connection ends of which the other process is killed: it depends on what was on its way
-BROKEN = "connection closed by peer", "connection reset by peer", "broken pipe"
 
 
 def assert_left(process, gone: str, *reasons: str, limit: float) -> None:
@@ -131,21 +122,21 @@ def goes_on(nodes: Nodes, out: Path) -> None:
 def test_a_killed_node_is_named_and_the_run_goes_on(nodes, tmp_path):
     ranks = fault(nodes, tmp_path / "run")
     nodes.kill("b")
-    assert_left(ranks["a"], "rank 1 (host b)", *BROKEN, limit=30)
+    assert_left(ranks["a"], "rank 1 (host b)", *BROKEN, limit=100)
     goes_on(nodes, tmp_path / "run")
 
 
 def test_a_killed_first_node_is_named(nodes, tmp_path):
     ranks = fault(nodes, tmp_path / "run")
     nodes.kill("a")
-    assert_left(ranks["b"], "rank 0 (host a)", "and the ranks met there", limit=30)
+    assert_left(ranks["b"], "rank 0 (host a)", "and the ranks met there", limit=100)
 
 
 def test_a_cut_cable_is_named_on_both_sides_and_the_run_goes_on(nodes, tmp_path):
-    ranks = fault(nodes, tmp_path / "run")
+    ranks = fault(nodes, tmp_path / "run", "--dist_timeout", "0.2")
     nodes.cut()
-    assert_left(ranks["a"], "rank 1 (host b)", "no answer within 0.1 minutes (dist_timeout)", limit=60)
-    assert_left(ranks["b"], "rank 0 (host a)", "no answer within 0.1 minutes (dist_timeout)", limit=60)
+    assert_left(ranks["a"], "rank 1 (host b)", "no answer within 0.2 minutes (dist_timeout)", limit=100)
+    assert_left(ranks["b"], "rank 0 (host a)", "no answer within 0.2 minutes (dist_timeout)", limit=100)
     nodes.mend()
     goes_on(nodes, tmp_path / "run")
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from scenarios import build_trainer
 
-from vqdist import checkpoint
+from vqdist import completion
 from vqdist.backends import state
 from vqdist.errors import UserError
 from vqdist.trainers import run_folder
@@ -38,7 +38,7 @@ def failing(error: Exception, when=lambda *_: True):
 CASES = {
     "first network": (0, state, "save_file", failing(SafetensorError("No space left")), "No space left"),
     "random state": (1, torch, "save", failing(RuntimeError("unexpected pos 64 vs 0")), "unexpected pos 64 vs 0"),
-    "manifest": (0, checkpoint, "write_manifest", failing(FULL), "cannot be written: No space left on device"),
+    "manifest": (0, completion, "write_manifest", failing(FULL), "cannot be written: No space left on device"),
     "export": (0, run_folder.RunFolder, "_export", failing(FULL), "export cannot be written: No space left on device"),
 }
 
@@ -57,7 +57,7 @@ def main() -> None:
             trainer._save_checkpoint()
             trainer.checkpoints.settle()
         setattr(module, function, original)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 100
         trainer.checkpoints.settle()  # where only the export failed
         trainer.backend.barrier()
         whole = [1] if name == "export" else []

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from scenarios import build_dvae_trainer
 
-from vqdist import checkpoint
+from vqdist import completion
+from vqdist.checkpoint import verify
 from vqdist.stopping import Stopped
 from vqdist.trainers.base import Trainer
 
@@ -105,16 +106,16 @@ def during_a_save(folder: Path, **backend) -> None:
     trainer = build_dvae_trainer(
         folder / "save", **{**VALIDATING, "validate_every": 0, "save_model_every": 2}, **backend
     )
-    written = checkpoint.write_manifest
-    checkpoint.write_manifest = signal_at(1, written, 0, trainer)
+    written = completion.write_manifest
+    completion.write_manifest = signal_at(1, written, 0, trainer)
     try:
         stopped(trainer)
     finally:
-        checkpoint.write_manifest = written
+        completion.write_manifest = written
     trainer.backend.barrier()
     # training goes on meanwhile, and another rank hears of the signal a step later
     assert trainer.checkpoints.steps() == [2, 3][: trainer.step - 1]
-    checkpoint.verify(trainer.checkpoints.latest())
+    verify(trainer.checkpoints.latest())
 
 
 def during_a_picture(folder: Path, **backend) -> None:

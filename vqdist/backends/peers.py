@@ -33,6 +33,7 @@ from vqdist.errors import EXIT_PEER_LOST, PeerLost, UserError
 PULSE = 1.0  # seconds
 LEFT = "left"  # the pulse of a rank that is done
 LOOK = 6.0  # seconds after which a pulse that has not moved has stopped
+PROGRESS = 60.0  # seconds in which to say how far this process came: the disk may be gone too
 FIRST_EXCHANGE = timedelta(seconds=60)
 
 # what gloo, NCCL and the store say when a peer is gone, beside the exceptions of torch.distributed
@@ -102,7 +103,7 @@ class Peers:
             silent = silent + PULSE if self._neighbour == before else 0.0
             before = self._neighbour
             if silent > limit and not self._looking.is_set():
-                lost = self.lost(TimeoutError("timed out"), self.progress())
+                lost = self.lost(TimeoutError("timed out"))
                 print(f"vqdist: error: {lost}", file=sys.stderr)
                 leave(EXIT_PEER_LOST)
 
@@ -110,6 +111,7 @@ class Peers:
         news = self._read("news")
         if news:
             self.heard |= {int(rank): reason for rank, reason in json.loads(news).items()}
+            self.store.set(f"heard/{self.rank}", "yes")
 
     def close(self) -> None:
         """Stop the pulse; the others are told that this is no accident."""
@@ -118,36 +120,39 @@ class Peers:
 
     def say_why(self, reason: str) -> None:
         """Tell the others why this rank is about to end by itself."""
-        reason = f"it ended with: {reason}"
-        _within(2 * PULSE, lambda: self._tell({self.rank: reason}))
-        if self.rank == 0:
-            time.sleep(2 * PULSE)  # the store may end with this process: let them hear it first
+        _within(LOOK, lambda: self._say_why(f"it ended with: {reason}"))
+        if self.rank == 0:  # the store may end with this process
+            _within(LOOK, self._wait_until_heard)
+
+    def _say_why(self, reason: str) -> None:
+        self._tell({self.rank: reason})
+        self.store.set(f"heard/{self.rank}", "yes")  # who ends by itself listens no more
+
+    def _wait_until_heard(self) -> None:
+        while not all(self._read(f"heard/{rank}") for rank in range(1, len(self.hosts))):
+            time.sleep(PULSE / 4)
 
     def _tell(self, gone: dict[int, str]) -> None:
         for rank, reason in gone.items():
             self.store.set(f"gone/{rank}", reason)
         self.store.set("news", json.dumps(gone))
 
-    def lost(self, error: BaseException, progress: tuple[str, str] = ("", "")) -> PeerLost:
-        """What to raise for an exchange that failed: it names who is gone. Takes some seconds.
-
-        Args:
-            error: of the exchange.
-            progress: how far this process came, as " after step 7", and what to do.
-        """
+    def lost(self, error: BaseException) -> PeerLost:
+        """What to raise for an exchange that failed: it names who is gone. Takes some seconds, and those of
+        `progress`."""
         self._looking.set()
         reason = self._reason(error)
         # one question first: without an answer to it a look has no end
         answers = _within(LOOK, lambda: self.store.check(["pulse/0"]))
         gone = answers and _within(2 * LOOK + PULSE, lambda: self._look(reason))
+        # only now: the others look at the same time, and then they leave
+        when, remedy = _within(PROGRESS, self.progress) or ("", "")
+        remedy = remedy or "start the same command again"
         if gone is None and not self.heard and self._store_is_of_torchrun_here():
-            when, remedy = progress
             where = f"the launcher (torchrun) of host {self.hosts[0]}, where the ranks met{when}"
-            return PeerLost((), f"lost {where}: {reason}; {remedy or 'start the same command again'}")
+            return PeerLost((), f"lost {where}: {reason}; {remedy}")
         if gone is None:
             gone = self.heard or dict.fromkeys(self._beside_the_store(), f"{reason}, and the ranks met there")
-        when, remedy = progress
-        remedy = remedy or "start the same command again"
         if not gone:
             what = f"an exchange between the ranks failed{when}, though all of them are alive: {reason}"
             return PeerLost((), f"{what}; {remedy}")
@@ -392,7 +397,7 @@ def account_for(error: BaseException) -> None:
     if _current is None or isinstance(error, PeerLost):
         return
     if is_lost_peer(error):
-        raise _current.lost(error, _current.progress()) from error
+        raise _current.lost(error) from error
     _current.say_why(one_line(error))
 
 

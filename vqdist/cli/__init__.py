@@ -59,8 +59,9 @@ def _peers():
 
 
 def _leave(code: int, at_once: bool = False) -> int:
-    checkpoint = sys.modules.get("vqdist.checkpoint")
-    threads = at_once and checkpoint is not None and checkpoint.is_completing()
+    """End the process where others would have to wait for it, or it for the others; at once, for threads too."""
+    completion = sys.modules.get("vqdist.completion")
+    threads = at_once and completion is not None and completion.is_completing()
     if _peers() is not None and (threads or _peers().in_company()):
         _peers().leave(code)
     return code

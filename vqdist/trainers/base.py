@@ -23,7 +23,7 @@ from vqdist.allocator import keep_freed_memory
 from vqdist.backends import Engine, create_backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.peers import naming_lost_peers
-from vqdist.checkpoint import wait_for_completion
+from vqdist.checkpoint import PATIENCE
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
@@ -161,7 +161,11 @@ class Trainer(RunFolder):
         """
         self.log_fn = log_fn
         try:
-            with StopSignals() as self.signals, naming_lost_peers(self._how_far):
+            with (
+                StopSignals() as self.signals,
+                self.checkpoints.outlasting_errors(),
+                naming_lost_peers(self._how_far),
+            ):
                 with self._progress_bar() as self.bar:
                     if self._validation_broken_off:  # in the run that this one resumes
                         self.run_evaluation()
@@ -170,17 +174,16 @@ class Trainer(RunFolder):
                         self.train_step()
                         self._stop_if_asked()
                 return self.finish()
-        except Exception:
-            wait_for_completion(self.checkpoints.folder)  # a process with peers does not come to its usual end
-            raise
         finally:
             self.signals = None
 
     def _how_far(self) -> tuple[str, str]:
         """How far this run came, and how it goes on, for `PeerLost`."""
-        newest = self.checkpoints.latest()
+        newest, in_doubt = self.checkpoints.latest(PATIENCE), self.checkpoints.in_doubt()
         kept = "there is no complete checkpoint yet" if newest is None else f"the last complete checkpoint is {newest}"
-        return f" after step {self.step}", f"{kept}: the same command {'starts anew' if newest is None else 'goes on'}"
+        then = "starts anew" if newest is None else "goes on"
+        doubt = f" ({in_doubt.name} was being completed)" if in_doubt is not None else ""
+        return f" after step {self.step}", f"{kept}: the same command {then}{doubt}"
 
     def _asked_to_stop(self) -> int:
         """The signal that a rank received lately, or 0: the same on every rank. Every rank calls this as often."""
@@ -198,7 +201,7 @@ class Trainer(RunFolder):
     def _stop(self, number: int) -> None:
         if self._saved != self.step:
             self._save_checkpoint()
-        self.checkpoints.settle()
+        self._settle()
         if self.tracker is not None:
             self.tracker.close()
         stopped = Stopped(number, self.step, str(self.run_folder))
@@ -283,7 +286,7 @@ class Trainer(RunFolder):
         if self._pictured != self.step:
             self._draw()
         self._stop_if_undrawn()
-        self.checkpoints.settle()
+        self._settle()
         if self._bad_images:
             self.print(
                 f"{len(self._bad_images)} images could not be decoded and were skipped: {_some(self._bad_images)}"
@@ -316,7 +319,7 @@ class Trainer(RunFolder):
             self._log(numbers)
         broken = [name for name, value in numbers.items() if name.endswith("loss") and not math.isfinite(value)]
         if broken:
-            self.checkpoints.settle()
+            self._settle()
             newest = self.checkpoints.latest()
             kept = (
                 "there is no checkpoint yet: start" if newest is None else f"the newest checkpoint is {newest}: resume"
@@ -638,8 +641,8 @@ class Trainer(RunFolder):
     def close(self) -> None:
         """Leave the process group and the run folder, when every rank is done; call it at the end of a script."""
         self.backend.close()
-        wait_for_completion(self.checkpoints.folder)
-        self._lock = None
+        self.checkpoints.latest()  # waits for what is being completed
+        self._lock = self.checkpoints.lock = None
 
 
 def _stderr():

@@ -24,7 +24,6 @@ from vqdist.backends import Backend, Engine, peers
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.state import load_tensors, save_tensors
 from vqdist.checkpoint import (
-    MANIFEST,
     CheckpointStore,
     checkpoint_path,
     complete_steps,
@@ -33,6 +32,7 @@ from vqdist.checkpoint import (
     write_all,
     write_atomically,
 )
+from vqdist.completion import MANIFEST
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split
 from vqdist.errors import UserError
@@ -142,6 +142,14 @@ class RunFolder(ABC):
         self._saved = self.step
         self._clock += time.perf_counter() - paused
 
+    def _settle(self) -> None:
+        """Wait until the newest checkpoint is complete; every rank calls this, and fails if it cannot be."""
+        try:
+            self.checkpoints.settle()
+        except UserError:
+            self._saved = -1
+            raise
+
     def _state_info(self) -> dict[str, Any]:
         return {
             "step": self.step,
@@ -218,7 +226,7 @@ class RunFolder(ABC):
 
     def _load_newest(self) -> None:
         self.checkpoints = CheckpointStore(
-            self.run_folder / "checkpoints", self.backend, keep=self.config.keep_checkpoints
+            self.run_folder / "checkpoints", self.backend, keep=self.config.keep_checkpoints, lock=self._lock
         )
         self.checkpoints.clean()
         found = torch.tensor([self.checkpoints.steps()[-1:] or [-1]], device=self.device)
