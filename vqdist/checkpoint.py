@@ -103,9 +103,8 @@ class CheckpointStore:
 
     def in_doubt(self) -> Path | None:
         """The newest checkpoint if rank 0 was left completing it and it is not there yet."""
-        if self._unsettled is None or (self._unsettled[0] / MANIFEST).is_file():
-            return None
-        return self._unsettled[0]
+        unsettled = self._unsettled  # another thread may ask while it changes
+        return unsettled[0] if unsettled is not None and not (unsettled[0] / MANIFEST).is_file() else None
 
     @contextmanager
     def outlasting_errors(self) -> Iterator[None]:
