@@ -116,7 +116,7 @@ test-dist: install ## run the tests that start several processes
 
 test-cluster: install ## run the tests on a real Slurm, two nodes and MPI (root; installs them with apt)
 	bash tests/cluster/install.sh
-	OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n 0 tests/cluster $(ARGS)
+	OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/cluster $(ARGS)
 
 support-table: install ## write docs/support.md anew: what works on which backend, by what two processes come to
 	VQDIST_WRITE_SUPPORT_TABLE=1 OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest tests/test_distributed.py $(ARGS)
