@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """End a process and all that descend from it, such as torchrun's ranks, which have sessions of their own."""
+    """End a process that leads its session, and all that descend from it: torchrun's ranks lead their own."""
 
     def kill(pid: int) -> None:
         with suppress(OSError):
@@ -70,6 +70,8 @@ def kill_all(process: subprocess.Popen) -> None:
 
     if process.poll() is None:
         kill(process.pid)
+    with suppress(OSError):  # of those whose parent has ended
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def end_of(process: subprocess.Popen, timeout: float) -> tuple[str, str]:

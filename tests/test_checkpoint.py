@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -112,15 +115,55 @@ def test_a_checkpoint_that_cannot_be_completed_is_said_and_ends_the_next_save(tm
 
 
 def test_threads_that_cannot_be_started_are_a_failed_write_on_every_rank(tmp_path, monkeypatch):
-    def refuse(*_arguments, **_options):
-        raise RuntimeError("can't start new thread")
+    started, start = itertools.count(1), threading.Thread.start
 
-    monkeypatch.setattr(completion.ThreadPoolExecutor, "submit", refuse)
+    def refuse_the_last(thread: threading.Thread) -> None:
+        if thread.name.startswith("checkpoint") and next(started) == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    sums = completion.sha256_of
+    monkeypatch.setattr(completion, "sha256_of", lambda path: time.sleep(0.3) or sums(path))  # none is idle
+    monkeypatch.setattr(completion, "_flush", lambda path: time.sleep(0.3))
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_last)
     checkpoints = store(tmp_path)
     checkpoints.save(5, write, {})
     with pytest.raises(UserError, match="step_00000005 cannot be written: can't start new thread$"):
         checkpoints.settle()
+    time.sleep(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_rank_0_completes_is_in_doubt_until_it_says_so(tmp_path, monkeypatch):
+    class SecondRank(LocalBackend):
+        is_main = False
+
+    checkpoints = CheckpointStore(tmp_path, SecondRank(), keep=None)
+    (tmp_path / "step_00000005.partial").mkdir()
+    checkpoints.save(5, write, {})
+    assert checkpoints.in_doubt() == tmp_path / "step_00000005"
+
+    def lost(_flag: bool) -> bool:
+        raise PeerLost((0,), "lost rank 0")
+
+    monkeypatch.setattr(checkpoints.backend, "any", lost)
+    with pytest.raises(PeerLost):
+        checkpoints.settle()
+    assert checkpoints.in_doubt() == tmp_path / "step_00000005"
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_said(tmp_path, monkeypatch, capsys):
+    checkpoints = store(tmp_path, keep=1)
+    complete(checkpoints, 5, {})
+
+    def refuse(_folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("vqdist.checkpoint.remove_atomically", refuse)
+    words = f"old checkpoints in {tmp_path} cannot be removed: Permission denied"
+    with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+        complete(checkpoints, 6, {})
+    assert capsys.readouterr().err == f"vqdist: warning: {words}\n" and checkpoints.steps() == [5, 6]
 
 
 def test_a_run_whose_last_checkpoint_failed_is_saved_by_another_call(tmp_path, monkeypatch):
@@ -168,9 +211,9 @@ def test_a_checkpoint_is_completed_where_it_was_begun(tmp_path, monkeypatch):
     assert complete_steps(folder) == [5]
 
 
-@pytest.mark.parametrize("error", [UserError("a mistake"), PeerLost((), "lost rank 1")])
+@pytest.mark.parametrize("error", [UserError("a mistake"), RuntimeError("a defect")])
 def test_an_error_lets_the_checkpoint_be_completed(tmp_path, monkeypatch, error):
-    """Whoever leaves by `os._exit`, as ranks with peers do, waits for no thread."""
+    """Whoever leaves by `os._exit`, as ranks with peers do, waits for no thread; what is said of lost ranks waits."""
     held = Held(monkeypatch)
     trainer = build_trainer(tmp_path, save_model_every=1, num_train_steps=5, **EVERYTHING)
     update = trainer.update
@@ -178,6 +221,8 @@ def test_an_error_lets_the_checkpoint_be_completed(tmp_path, monkeypatch, error)
     def update_once(micro_batches):
         if trainer.step == 1:
             threading.Timer(0.5, held.let_go.set).start()
+            if isinstance(error, RuntimeError):
+                assert "step_00000001: the same command goes on" in trainer._how_far()[1]
             raise error
         return update(micro_batches)
 

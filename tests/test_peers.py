@@ -305,12 +305,28 @@ def test_the_guard_ends_a_process_that_waits_without_end(company, monkeypatch, c
 def test_the_guard_lets_a_rank_go_that_is_done(company, monkeypatch):
     left = []
     monkeypatch.setattr(peers, "leave", left.append)
-    company(0, size=2, timeout=0.1)
-    done = company(1, size=2)
-    time.sleep(0.2)
+    monkeypatch.setattr(peers, "LOOK", 0.05)
+    busy, done = company(0, size=2, timeout=0.1), company(1, size=2)
+    busy.progress = lambda: ("", "")
     done.close()
-    time.sleep(3)
+    done._pulse.join()
+    time.sleep(1)
     assert not left
+
+
+def test_the_guard_ends_a_process_whose_peer_has_crashed(company, monkeypatch):
+    """It waits in an exchange that has no time-out, or one of days; the peer's process ended in the usual way."""
+    left = []
+    monkeypatch.setattr(peers, "leave", left.append)
+    monkeypatch.setattr(peers, "LOOK", 0.2)
+    busy, crashed = company(0, size=2, timeout=0.1), company(1, size=2)
+    busy.progress = lambda: ("", "")
+    crashed.say_why("out of memory")
+    crashed.close()
+    deadline = time.monotonic() + 20
+    while not left and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left[0] == 69
 
 
 def test_train_raises_peer_lost_and_leaves_other_errors_alone(company, monkeypatch):

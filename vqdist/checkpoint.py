@@ -29,7 +29,7 @@ from vqdist.completion import (
 from vqdist.errors import PeerLost, UserError
 from vqdist.files import FolderLock, read_json, sha256_of
 
-PATIENCE = 30.0  # seconds that a run which fails waits for a checkpoint that is being completed
+PATIENCE = 15.0  # seconds that a run which fails waits for a checkpoint that is being completed
 
 
 class CheckpointStore:
@@ -37,7 +37,7 @@ class CheckpointStore:
 
     Args:
         folder: holds one folder per step.
-        backend: every method but `latest` and `steps` is called by every rank.
+        backend: every rank of it calls the methods that clean, save or settle.
         keep: how many of the newest to keep; None keeps all.
         lock: of the run folder, which is held as long as this store is used or threads write.
     """
@@ -97,21 +97,32 @@ class CheckpointStore:
         Raises:
             UserError: it cannot be completed, or old ones cannot be removed; on every rank.
         """
-        if self._unsettled is not None:
-            (target, future), self._unsettled = self._unsettled, None
-            _settle(target, self.backend, future)
+        if self._unsettled is None:
+            return
+        try:
+            _settle(*self._unsettled, self.backend)
+        except UserError:
+            self._unsettled = None
+            raise
+        self._unsettled = None  # only now: if rank 0 is lost meanwhile, this one is in doubt
 
     def in_doubt(self) -> Path | None:
-        """The newest checkpoint if rank 0 was left completing it and it is not there yet."""
-        unsettled = self._unsettled  # another thread may ask while it changes
-        return unsettled[0] if unsettled is not None and not (unsettled[0] / MANIFEST).is_file() else None
+        """The newest checkpoint if rank 0 may still be completing it, and it is not there yet; any rank may ask."""
+        if self._unsettled is None:
+            return None
+        target, future = self._unsettled
+        done = future is not None and future.done()
+        return None if done or (target / MANIFEST).is_file() else target
 
     @contextmanager
     def outlasting_errors(self) -> Iterator[None]:
         """Within this context an error lets the newest checkpoint be completed first, in `PATIENCE` seconds: a process
-        that knows of other ranks leaves without its usual end, and so without its threads."""
+        that knows of other ranks leaves without its usual end, and so without its threads. (`PeerLost` does not: who
+        raises it has asked what is complete, and waited for that.)"""
         try:
             yield
+        except PeerLost:
+            raise
         except Exception:
             wait_for_completion(self.folder, PATIENCE)
             raise
@@ -158,7 +169,7 @@ def write_atomically(target: Path, backend: Backend, write: Callable[[Path], Non
         UserError: a rank could not write; on every rank, and nothing of the folder is left.
     """
     _write_partial(target, backend, write)
-    _settle(target, backend, start_completion(target, info) if backend.is_main else None)
+    _settle(target, start_completion(target, info) if backend.is_main else None, backend)
 
 
 def _write_partial(target: Path, backend: Backend, write: Callable[[Path], None]) -> None:
@@ -177,7 +188,7 @@ def _write_partial(target: Path, backend: Backend, write: Callable[[Path], None]
         raise
 
 
-def _settle(target: Path, backend: Backend, completion: Future | None) -> None:
+def _settle(target: Path, completion: Future | None, backend: Backend) -> None:
     """Wait for rank 0's completion of this checkpoint; every rank fails if that does."""
     with everywhere(backend, f"{target} cannot be written"):
         if completion is not None:

@@ -41,9 +41,9 @@ def start_completion(
         afterwards: called by a thread, when the checkpoint is there, with the folder that holds it.
 
     Returns:
-        A future that fails if anything does: then a line has said so, and nothing of the checkpoint is left.
+        A future that fails if anything does: then nothing of the checkpoint is left, unless only `afterwards` failed.
     """
-    target = target.absolute()  # the process may go to another folder meanwhile
+    target = target.parent.resolve() / target.name  # the process may go to another folder meanwhile
     try:
         future = _hand_out(target, info, afterwards)
     except WRITE_ERRORS as error:
@@ -65,6 +65,9 @@ def _hand_out(target: Path, info: dict[str, Any], afterwards: Callable[[Path], N
         flushed = [threads.submit(_flush, path) for path in paths]
         sums = {path: threads.submit(sha256_of, path) for path in paths}
         return threads.submit(_complete, target, info, flushed, sums, afterwards)
+    except BaseException:  # of a thread that cannot be started; there may be others
+        threads.shutdown(wait=True, cancel_futures=True)
+        raise
     finally:
         threads.shutdown(wait=False)
 
@@ -88,7 +91,8 @@ def _complete(
         _flush(target.parent)
         afterwards(target.parent)
     except WRITE_ERRORS as error:
-        print(f"vqdist: warning: {target} cannot be completed: {reason_of(error)}", file=sys.stderr, flush=True)
+        said = str(error) if isinstance(error, UserError) else f"{target} cannot be completed: {reason_of(error)}"
+        print(f"vqdist: warning: {said}", file=sys.stderr, flush=True)
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -100,7 +104,7 @@ def wait_for_completion(folder: Path, patience: float | None = None) -> None:
         folder: holds the checkpoints.
         patience: seconds to wait at most.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     wait([future for target, future in _under_way.items() if target.parent == folder], timeout=patience)
 
 

@@ -45,7 +45,8 @@ use_environment() {
 # the ranks at once. Returns srun's exit code; afterwards `told` says whether there was a signal, and `logs` is the
 # folder with a file of each rank.
 run_on_nodes() {
-  local launcher=$1 answer=$2 nodes
+  local launcher=$1 nodes
+  answer=$2 # for the trap, also after this function
   shift 2
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # all nodes are asked for as many ranks: the GPUs of the first, what --ntasks-per-node says, or one

@@ -35,6 +35,7 @@ LEFT = "left"  # the pulse of a rank that is done
 LOOK = 6.0  # seconds after which a pulse that has not moved has stopped
 PROGRESS = 60.0  # seconds in which to say how far this process came: the disk may be gone too
 FIRST_EXCHANGE = timedelta(seconds=60)
+Progress = Callable[[], tuple[str, str]]
 
 # what gloo, NCCL and the store say when a peer is gone, beside the exceptions of torch.distributed
 SIGNS = re.compile(
@@ -61,7 +62,8 @@ class Peers:
 
     Attributes:
         heard: what others have said of ranks that are gone; it is remembered, since the store may go with them.
-        progress: gives how far this process came, as " after step 7", and what to do, for what is said of lost ranks.
+        progress: gives how far this process came, as " after step 7", and what to do, for what is said of lost ranks;
+            None where nobody guards this process.
     """
 
     def __init__(self, store: dist.Store, rank: int, hosts: list[str], timeout: timedelta):
@@ -70,7 +72,8 @@ class Peers:
         self.hosts = hosts
         self.timeout = timeout
         self.heard: dict[int, str] = {}
-        self.progress: Callable[[], tuple[str, str]] = lambda: ("", "")
+        self.progress: Progress | None = None
+        self._ended_with_error = False
         self._neighbour = ""  # the pulse of the next rank
         self._closed = threading.Event()
         self._looking = threading.Event()
@@ -86,11 +89,13 @@ class Peers:
                 self._neighbour = self._read(f"pulse/{following}")
                 self._listen()
                 if self._closed.wait(PULSE):
-                    self.store.set(f"pulse/{self.rank}", LEFT)
+                    if not self._ended_with_error:
+                        self.store.set(f"pulse/{self.rank}", LEFT)
                     return
 
     def _guard(self) -> None:
-        """End this process if the next rank, or the store, is silent for too long.
+        """End this process, while it is guarded, if the next rank or the store is silent for too long, or if it has
+        been known for so long that a rank is gone.
 
         An exchange that knows of its own time-out ends before: not all do, nor what waits for a device. But NCCL ends
         the whole process at its time-out, without a word of who is lost: there this is to come first. Seconds are
@@ -99,8 +104,9 @@ class Peers:
         seconds = self.timeout.total_seconds()
         limit = 0.9 * seconds if torch.cuda.is_available() else seconds + 3 * LOOK
         before, silent = "", 0.0
-        while not self._closed.wait(PULSE) and self._neighbour != LEFT:
-            silent = silent + PULSE if self._neighbour == before else 0.0
+        while not self._closed.wait(PULSE):
+            still = self._neighbour == before != LEFT
+            silent = silent + PULSE if self.progress and (still or self.heard) else 0.0
             before = self._neighbour
             if silent > limit and not self._looking.is_set():
                 lost = self.lost(TimeoutError("timed out"))
@@ -125,12 +131,14 @@ class Peers:
             _within(LOOK, self._wait_until_heard)
 
     def _say_why(self, reason: str) -> None:
+        self._ended_with_error = True
         self._tell({self.rank: reason})
         self.store.set(f"heard/{self.rank}", "yes")  # who ends by itself listens no more
 
     def _wait_until_heard(self) -> None:
-        while not all(self._read(f"heard/{rank}") for rank in range(1, len(self.hosts))):
-            time.sleep(PULSE / 4)
+        for rank in range(1, len(self.hosts)):
+            while not self._read(f"heard/{rank}") and self._read(f"pulse/{rank}") != LEFT:
+                time.sleep(PULSE / 4)
 
     def _tell(self, gone: dict[int, str]) -> None:
         for rank, reason in gone.items():
@@ -146,7 +154,7 @@ class Peers:
         answers = _within(LOOK, lambda: self.store.check(["pulse/0"]))
         gone = answers and _within(2 * LOOK + PULSE, lambda: self._look(reason))
         # only now: the others look at the same time, and then they leave
-        when, remedy = _within(PROGRESS, self.progress) or ("", "")
+        when, remedy = self.progress and _within(PROGRESS, self.progress) or ("", "")
         remedy = remedy or "start the same command again"
         if gone is None and not self.heard and self._store_is_of_torchrun_here():
             where = f"the launcher (torchrun) of host {self.hosts[0]}, where the ranks met{when}"
@@ -371,8 +379,9 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 @contextmanager
-def naming_lost_peers(progress: Callable[[], tuple[str, str]]) -> Iterator[None]:
-    """Within this context an exchange that fails raises `PeerLost`; what else ends this rank is told to the others.
+def naming_lost_peers(progress: Progress = lambda: ("", "")) -> Iterator[None]:
+    """Within this context an exchange that fails raises `PeerLost`; what else ends this rank is told to the others;
+    and a rank that is silent for the time-out ends this process.
 
     Args:
         progress: gives how far this process came, as " after step 7", and what to do about it. It is also asked, from

@@ -20,13 +20,14 @@ def encode(arguments: list[str]) -> int:
     _check(options)
     from vqdist.allocator import keep_freed_memory
     from vqdist.backends import create_backend
+    from vqdist.backends.peers import naming_lost_peers
     from vqdist.encoding import CodeWriter
 
     tokenizer, dataset = _open(options)
     writer = CodeWriter(tokenizer, dataset, options.out, batch_size=options.batch_size, shard_size=options.shard_size)
     backend = create_backend(options.backend, dist_timeout=options.dist_timeout, exchange_timeout=EXCHANGE_TIMEOUT)
     keep_freed_memory(backend.device)
-    with _progress_bar(backend) as progress:
+    with naming_lost_peers(), _progress_bar(backend) as progress:
         numbers = writer.write(backend, num_workers=options.num_workers, progress=progress)
     if backend.is_main:
         _report(options.out, numbers)

@@ -41,6 +41,7 @@ tokenizer's numbers too."""
 def evaluate(arguments: list[str]) -> int:
     """Measure a run over a set of images, its reconstructions or predictions, and its samples; one JSON object."""
     from vqdist.backends import create_backend
+    from vqdist.backends.peers import naming_lost_peers
     from vqdist.models.autoregressive import AutoregressiveModel
     from vqdist.models.pretrained import load_model_of_any_type
 
@@ -51,7 +52,8 @@ def evaluate(arguments: list[str]) -> int:
     is_generator = isinstance(model, AutoregressiveModel)
     measured = _open_generator(model, options) if is_generator else _open_tokenizer(model, run, export, options)
     backend = create_backend(options.backend)
-    numbers = measured.on(backend).numbers()
+    with naming_lost_peers():
+        numbers = measured.on(backend).numbers()
     if backend.is_main:
         print(json.dumps(numbers))
     backend.close()

@@ -19,6 +19,7 @@ MOST = 10**9
 def sample(arguments: list[str]) -> int:
     """Draw images: `vqdist sample RUN --num 64 --class 3 --cfg 2 --out samples.png`."""
     from vqdist.backends import create_backend
+    from vqdist.backends.peers import naming_lost_peers
     from vqdist.drawing import draw_batches, gather_images
 
     parser = make_parser("vqdist sample", "Draw images from a run of a prior, VAR or VQ-AR model.")
@@ -62,14 +63,15 @@ def sample(arguments: list[str]) -> int:
     model.to(backend.device)
     batches = draw_batches(model, labels, drawn, seed=options.seed, batch_size=options.batch_size, backend=backend)
     batches = with_progress(batches, options, backend)
-    if options.out.suffix.lower() == ".png":
-        size = model.image_size
-        images = gather_images(batches, (options.num, model.channels, size, size), backend)
-        if backend.is_main:
-            _save_sheet(images, options)
-    else:
-        _save_each(batches, options.out)
-        backend.barrier()
+    with naming_lost_peers():
+        if options.out.suffix.lower() == ".png":
+            size = model.image_size
+            images = gather_images(batches, (options.num, model.channels, size, size), backend)
+            if backend.is_main:
+                _save_sheet(images, options)
+        else:
+            _save_each(batches, options.out)
+            backend.barrier()
     if backend.is_main:
         print(options.out)
     backend.close()
