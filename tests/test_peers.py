@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -215,6 +215,21 @@ def company(monkeypatch):
         each.close()
 
 
+@pytest.fixture
+def left(monkeypatch) -> list[int]:
+    """The codes with which this process would have ended at once."""
+    codes: list[int] = []
+    monkeypatch.setattr(peers, "leave", codes.append)
+    return codes
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Until it holds, or for so long that it never will."""
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -250,9 +265,7 @@ def test_who_has_no_pulse_is_lost(company):
     lost = second.lost(RuntimeError("Connection reset by peer"))
     assert lost.ranks == (2,)
     assert str(lost) == "lost rank 2 (host c) after step 7: connection reset by peer; go on"
-    deadline = time.monotonic() + 20
-    while not first.heard and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: first.heard)
     assert first.heard == {2: "connection reset by peer"}  # should the store go too
 
 
@@ -286,25 +299,19 @@ def test_if_the_store_is_gone_so_is_its_host(company):
     assert on_its_host.lost(RuntimeError("Broken pipe")).ranks == (0,)
 
 
-def test_the_guard_ends_a_process_that_waits_without_end(company, monkeypatch, capsys):
+def test_the_guard_ends_a_process_that_waits_without_end(company, left, capsys):
     """Of exchanges with no time-out of their own: DeepSpeed's through shared memory, what waits for a device."""
-    left = []
-    monkeypatch.setattr(peers, "leave", left.append)
     waiting, other = company(0, size=2, timeout=0.2), company(1, size=2)
     time.sleep(0.1)
     assert not left
     other._read = None  # its pulse stops, and nobody is told
     waiting.progress = lambda: (" after step 3", "go on")
-    deadline = time.monotonic() + 20
-    while not left and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: left)
     assert left[0] == 69
     assert "lost rank 1 (host b) after step 3: no answer within" in capsys.readouterr().err
 
 
-def test_the_guard_lets_a_rank_go_that_is_done(company, monkeypatch):
-    left = []
-    monkeypatch.setattr(peers, "leave", left.append)
+def test_the_guard_lets_a_rank_go_that_is_done(company, left, monkeypatch):
     monkeypatch.setattr(peers, "LOOK", 0.05)
     busy, done = company(0, size=2, timeout=0.1), company(1, size=2)
     busy.progress = lambda: ("", "")
@@ -314,18 +321,14 @@ def test_the_guard_lets_a_rank_go_that_is_done(company, monkeypatch):
     assert not left
 
 
-def test_the_guard_ends_a_process_whose_peer_has_crashed(company, monkeypatch):
+def test_the_guard_ends_a_process_whose_peer_has_crashed(company, left, monkeypatch):
     """It waits in an exchange that has no time-out, or one of days; the peer's process ended in the usual way."""
-    left = []
-    monkeypatch.setattr(peers, "leave", left.append)
     monkeypatch.setattr(peers, "LOOK", 0.2)
     busy, crashed = company(0, size=2, timeout=0.1), company(1, size=2)
     busy.progress = lambda: ("", "")
     crashed.say_why("out of memory")
     crashed.close()
-    deadline = time.monotonic() + 20
-    while not left and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: left)
     assert left[0] == 69
 
 

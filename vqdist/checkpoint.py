@@ -108,9 +108,10 @@ class CheckpointStore:
 
     def in_doubt(self) -> Path | None:
         """The newest checkpoint if rank 0 may still be completing it, and it is not there yet; any rank may ask."""
-        if self._unsettled is None:
+        unsettled = self._unsettled  # once: another thread may ask while it changes
+        if unsettled is None:
             return None
-        target, future = self._unsettled
+        target, future = unsettled
         done = future is not None and future.done()
         return None if done or (target / MANIFEST).is_file() else target
 

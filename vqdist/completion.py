@@ -58,8 +58,8 @@ def _hand_out(target: Path, info: dict[str, Any], afterwards: Callable[[Path], N
     """All work is given to the threads at once: a process that ends lets them do what they have, and adds nothing."""
     partial = partial_of(target)
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    with_one_that_waits = min(8, 2 * len(paths)) + 1
-    threads = ThreadPoolExecutor(with_one_that_waits, thread_name_prefix="checkpoint")
+    working, waiting = min(8, 2 * len(paths)), 1
+    threads = ThreadPoolExecutor(working + waiting, thread_name_prefix="checkpoint")
     try:
         # a checksum takes about as long as the disk: both at once, and several files at once
         flushed = [threads.submit(_flush, path) for path in paths]
