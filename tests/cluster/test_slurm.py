@@ -188,6 +188,29 @@ def test_a_job_that_is_told_to_go_while_it_starts_goes_back_into_the_queue(slurm
         newest(tmp_path)
 
 
+def test_make_submits_a_training(slurm, tmp_path):
+    """`make slurm-submit`, on two nodes with ZeRO 2."""
+    sizes = "--image_size 16 --num_tokens 16 --num_layers 2 --hidden_dim 8 --batch_size 4 --trainer.num_train_steps 4"
+    variables = {
+        "MODEL": "dvae",
+        "DATA": "synthetic:64",
+        "OUT": tmp_path / "run",
+        "NODES": 2,
+        "NPROC": 1,
+        "BACKEND": "deepspeed",
+        "ZERO": 2,
+        "SBATCH": f"--parsable --output {slurm.folder}/%A_%a.log",
+        "ARGS": f"{sizes} --data.num_workers 0 --trainer.validate_every 0",
+    }
+    logs = {"VQDIST_LOGS": str(slurm.folder / "logs")}
+    words = [f"{name}={value}" for name, value in variables.items()]
+    nothing_of_a_surrounding_make = {"MAKEFLAGS": "", "MFLAGS": "", "MAKELEVEL": ""}
+    job = slurm.do("make", "--silent", "slurm-submit", *words, **nothing_of_a_surrounding_make, **logs)
+    assert slurm.wait(job)["JobState"] == "COMPLETED", slurm.log(job)[-4000:]
+    _, manifest = newest(tmp_path / "run")
+    assert (manifest["world_size"], manifest["backend"], manifest["step"]) == (2, "deepspeed", 4)
+
+
 def test_a_wrong_option_fails_the_job_and_is_named_in_its_log(slurm, tmp_path):
     wrong = {
         slurm.sbatch(
