@@ -1,0 +1,139 @@
+"""Parts by name, by import path and as objects, and the one line that each mistake gets."""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol, runtime_checkable
+
+import pytest
+
+from vqdist.errors import UserError
+from vqdist.parts import Registry, Spec, import_path, recorded, trusting
+
+
+class Shape:
+    def __init__(self, size: int = 1):
+        self.size = size
+
+
+class Named:
+    pass
+
+
+@runtime_checkable
+class Sided(Protocol):
+    sides: int
+
+    def area(self) -> float: ...
+
+
+@pytest.fixture
+def shapes(tmp_path, monkeypatch) -> Registry[Shape]:
+    (tmp_path / "my_shapes.py").write_text(
+        "from test_parts import Shape\n"
+        "class Wide(Shape):\n"
+        "    def __init__(self, width, size=3):\n"
+        "        super().__init__(size)\n"
+        "        self.width = width\n"
+        "class Other:\n"
+        "    pass\n"
+        "def make(size):\n"
+        "    return Shape(size)\n"
+        "def make_other():\n"
+        "    return Other()\n"
+    )
+    (tmp_path / "broken.py").write_text("import a_module_that_nobody_has\n")
+    (tmp_path / "raises.py").write_text("raise ValueError('at\\nimport')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry("shape", Shape)
+    registry.add("plain")(Shape)
+    yield registry
+    for name in ("my_shapes", "broken", "raises"):
+        sys.modules.pop(name, None)
+
+
+def test_three_forms_give_the_same_kind_of_part(shapes):
+    assert shapes.build("plain").size == 1
+    assert shapes.build({"class_path": "plain", "init_args": {"size": 5}}).size == 5
+    wide = shapes.build({"class_path": "my_shapes.Wide", "init_args": {"width": 2}})
+    assert (type(wide).__name__, wide.width, wide.size) == ("Wide", 2, 3)
+    assert shapes.build({"class_path": "my_shapes.make", "init_args": {"size": 7}}).size == 7
+    assert shapes.build(wide) is wide
+
+
+def test_context_goes_to_parts_that_ask_for_it_and_gives_way(shapes):
+    assert shapes.build("plain", size=9, unknown=1).size == 9
+    assert shapes.build({"class_path": "plain", "init_args": {"size": 2}}, size=9).size == 2
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("plane", ["shape", "'plane'", "nearest: plain", "import path"]),
+        ("my_shape.Wide", ["no module 'my_shape'", "PYTHONPATH"]),
+        ("my_shapes.Wied", ["my_shapes has no 'Wied'", "nearest: Wide"]),
+        ("my_shapes.Other", ["shape my_shapes.Other", "no Shape", "test_parts.Shape"]),
+        ("my_shapes.make_other", ["no Shape"]),
+        ("broken.Wide", ["a_module_that_nobody_has"]),
+        ("raises.Wide", ["cannot be imported", "ValueError: at import"]),
+        ({"class_path": "my_shapes.Wide"}, ["width", "init_args"]),
+        (
+            {"class_path": "my_shapes.Wide", "init_args": {"width": 1, "siez": 2}},
+            ["no argument 'siez'", "nearest: size", "width, size"],
+        ),
+        ({"class_path": "plain", "init_arg": {}}, ["'init_arg'", "init_args"]),
+        ({"init_args": {}}, ["class_path"]),
+        ({"class_path": 3}, ["class_path", "3"]),
+        ({"class_path": "plain", "init_args": [1]}, ["init_args", "[1]"]),
+        (Named(), ["Named", "no Shape"]),
+        ("", ["''", "no"]),
+    ],
+)
+def test_a_mistake_is_one_line(shapes, given, expected):
+    with pytest.raises(UserError) as raised:
+        shapes.build(given)
+    message = str(raised.value)
+    assert "\n" not in message
+    for words in expected:
+        assert words in message
+
+
+def test_a_protocol_says_what_an_object_lacks():
+    registry = Registry("figure", Sided)
+    with pytest.raises(UserError, match=r"figure Named is no Sided; it lacks area, sides"):
+        registry.build(Named())
+
+
+def test_a_name_is_given_once(shapes):
+    with pytest.raises(UserError, match="'plain' already"):
+        shapes.add("plain")(Named)
+    shapes.add("plain")(Shape)  # the same again: its module was imported twice
+
+
+def test_code_from_elsewhere_is_built_only_if_trusted(shapes):
+    with trusting(False):
+        assert shapes.build("plain").size == 1
+        assert shapes.build("test_parts.Shape").size == 1  # registered, by its path
+        for given in ("my_shapes.Wide", {"class_path": "my_shapes.make"}, {"class_path": "os.getcwd"}):
+            with pytest.raises(UserError, match="trust_code"):
+                shapes.build(given)
+        assert "my_shapes" not in sys.modules
+    assert shapes.build({"class_path": "my_shapes.make", "init_args": {"size": 7}}).size == 7
+
+
+def test_what_is_recorded_builds_the_part_again_or_asks_for_it(shapes):
+    given = {"class_path": "my_shapes.Wide", "init_args": {"width": 2}}
+    assert recorded(given) == given and recorded("plain") == "plain" and recorded(None) is None
+    written = recorded(shapes.build(given))
+    assert written["class_path"] == "my_shapes.Wide"
+    with pytest.raises(UserError, match="object of my_shapes.Wide.*give the object again"):
+        shapes.build(written)
+
+
+def test_a_specification_reads_back_what_it_writes():
+    for spec in (Spec("fsq"), Spec("my_nets.Encoder"), Spec("fsq", {"levels": [8, 5]})):
+        assert Spec.of(spec.as_config()) == spec
+
+
+def test_import_paths_reach_into_classes():
+    assert import_path("test_parts.Shape.__init__") is Shape.__init__

@@ -1,0 +1,368 @@
+"""Parts: what a user may bring, by name, by import path or as an object.
+
+A quantizer, an encoder, a term of the loss, an optimizer, a tracker: each kind has one `Registry`. A part is given in
+one of three forms, and all kinds take all of them:
+
+- a name that vqdist or the user registered: `fsq`;
+- an import path with arguments: `{class_path: my_nets.Encoder, init_args: {width: 32}}`, or the path alone. The words
+  are those of jsonargparse and of Lightning's command line;
+- in Python also an object that is built already.
+
+The specification, not the object, goes to config.json, so that a run can be resumed and its export loaded. Of an object
+that was given built, only its import path is known: loading asks for the object again. An import path in a file from
+elsewhere is code of somebody else: within `trusting(False)` only registered parts are built. See docs/extend.md for an
+example of each kind.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from vqdist.errors import UserError
+
+T = TypeVar("T")
+
+PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+KEYS = ("class_path", "init_args")
+GIVEN_BUILT = "given_as_object"
+"""Key of a recorded part whose arguments nobody knows, since it was given as an object."""
+
+PartSpec = str | dict[str, Any]
+"""A part as a configuration says it: a name, an import path, or both keys of `KEYS`."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to build: a registered name or an import path, and the arguments.
+
+    Attributes:
+        target: the name or the path.
+        init_args: keyword arguments.
+    """
+
+    target: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: PartSpec, what: str = "part") -> Spec:
+        """Read a specification.
+
+        Args:
+            given: the name, the path, or the dictionary.
+            what: it is called in the message.
+
+        Raises:
+            UserError: for anything else.
+        """
+        if isinstance(given, str) and given.strip():
+            return cls(given.strip())
+        if not isinstance(given, Mapping) or "class_path" not in given:
+            raise UserError(
+                f"{what} {given!r} is not possible; give a name, or class_path and init_args, as "
+                "{class_path: my_module.MyClass, init_args: {width: 32}}"
+            )
+        if given.get(GIVEN_BUILT):
+            raise UserError(
+                f"{what} was given as an object of {given['class_path']}, whose arguments nobody recorded; give the "
+                f"object again, as in from_pretrained(..., {what.replace(' ', '_')}=my_object)"
+            )
+        for key in given:
+            if key not in KEYS:
+                raise UserError(f"{what} has the key {key!r}; expected class_path and init_args{_near(key, KEYS)}")
+        path, arguments = given["class_path"], given.get("init_args") or {}
+        if not isinstance(path, str) or not path.strip():
+            raise UserError(f"the class_path of {what} is {path!r}; give a name or an import path, my_module.MyClass")
+        if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+            raise UserError(f"the init_args of {what} are {arguments!r}; give arguments by name, as {{width: 32}}")
+        return cls(path.strip(), dict(arguments))
+
+    def as_config(self) -> PartSpec:
+        """Return what `of` reads: a name without arguments alone, anything else with both keys."""
+        if not self.init_args and not PATH.fullmatch(self.target):
+            return self.target
+        return {"class_path": self.target, "init_args": dict(self.init_args)}
+
+
+_TRUSTED: ContextVar[bool] = ContextVar("vqdist_trusts_code", default=True)
+
+
+@contextmanager
+def trusting(code: bool) -> Iterator[None]:
+    """Within this context, parts that are not registered are built only if `code` is true."""
+    token = _TRUSTED.set(code)
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(token)
+
+
+class Registry(Generic[T]):
+    """The parts of one kind, by name; it also builds those that are named by import path.
+
+    It reads as a dictionary of the registered factories.
+
+    Args:
+        kind: what it is called in messages and in --help, in the singular: "quantizer".
+        base: what a part must be: a class or a runtime-checkable protocol; None for anything.
+        contract: the methods and attributes that a part needs, for the message; by default the name of `base`.
+        modules: imported before the first look-up, since they register their parts when imported.
+    """
+
+    def __init__(
+        self, kind: str, base: type[T] | None = None, *, contract: str | None = None, modules: tuple[str, ...] = ()
+    ):
+        self.kind = kind
+        self.base = base
+        self.contract = contract or (base.__name__ if base is not None else kind)
+        self._modules = modules
+        self._factories: dict[str, Callable[..., T]] = {}
+
+    def add(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """Register a class or function under a name: `@QUANTIZERS.add("bsq")`.
+
+        Raises:
+            UserError: another part has the name.
+        """
+
+        def register(factory: Callable[..., T]) -> Callable[..., T]:
+            known = self._factories.get(name)
+            if known is not None and _path_of(known) != _path_of(factory):
+                raise UserError(f"there is a {self.kind} {name!r} already, {_path_of(known)}; choose another name")
+            self._factories[name] = factory
+            return factory
+
+        return register
+
+    def names(self) -> list[str]:
+        """Return the registered names in the order of registration."""
+        self._import_modules()
+        return list(self._factories)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __getitem__(self, name: str) -> Callable[..., T]:
+        self._import_modules()
+        return self._factories[name]
+
+    def items(self) -> list[tuple[str, Callable[..., T]]]:
+        """Return names and factories."""
+        self._import_modules()
+        return list(self._factories.items())
+
+    def factory(self, target: str) -> Callable[..., T]:
+        """Return the factory of a name, or the class or function of an import path.
+
+        Raises:
+            UserError: there is none; the message names the nearest, the module that is missing, or the base class.
+        """
+        if target in self:
+            return self._factories[target]
+        if not PATH.fullmatch(target):
+            known = ", ".join(self.names())
+            raise UserError(
+                f"there is no {self.kind} {target!r}{_near(target, self.names())}; there are {known}, or give the "
+                "import path of your own, my_module.MyClass"
+            )
+        for factory in self._factories.values():
+            if _path_of(factory) == target:
+                return factory
+        if not _TRUSTED.get():
+            raise UserError(
+                f"{self.kind} {target} is code that does not come with vqdist; load it with trust_code=True (on the "
+                "command line --trust_code true) if you know what it does, or give the built object"
+            )
+        found = import_path(target, self.kind)
+        if not callable(found):
+            raise UserError(f"{self.kind} {target} is a {type(found).__name__}; give a class or a function")
+        if inspect.isclass(found) and self.base is not None and not _may_be(found, self.base):
+            raise UserError(f"{self.kind} {target} is no {self.contract}; derive it from {_path_of(self.base)}")
+        return found
+
+    def build(self, given: PartSpec | T, /, *arguments: Any, **context: Any) -> T:
+        """Build a part, or return the object that was given.
+
+        Args:
+            given: a name, a path, a specification, or the built part.
+            *arguments: passed first, to every part of this kind.
+            **context: facts that a part may want, as `dim`; passed where the factory has a parameter of that name and
+                `init_args` does not say it.
+
+        Raises:
+            UserError: there is no such part, an argument is unknown or missing, or the result is of another kind.
+        """
+        if not isinstance(given, (str, Mapping)):
+            return self.check(given, type(given).__name__)
+        spec = Spec.of(given, self.kind)
+        factory = self.factory(spec.target)
+        taken = _parameters(factory)
+        known = {name: value for name, value in context.items() if taken is None or name in taken}
+        keywords = {**known, **spec.init_args}
+        self._check_arguments(spec, factory, arguments, keywords, hidden=known.keys() - spec.init_args.keys())
+        return self.check(factory(*arguments, **keywords), spec.target)
+
+    def check(self, part: Any, called: str) -> T:
+        """Return a built part; raise `UserError` unless it is of this kind."""
+        if self.base is not None and not isinstance(part, self.base):
+            missing = missing_members(part, self.base)
+            lacks = f"; it lacks {', '.join(missing)}" if missing else ""
+            raise UserError(f"{self.kind} {called} is no {self.contract}{lacks}")
+        return part
+
+    def help_line(self) -> str:
+        """Return the words for --help that list what may be given."""
+        return f"{self.kind}: {', '.join(f'`{name}`' for name in self.names())}, or class_path and init_args"
+
+    def _import_modules(self) -> None:
+        modules, self._modules = self._modules, ()
+        for module in modules:
+            importlib.import_module(module)
+
+    def _check_arguments(
+        self,
+        spec: Spec,
+        factory: Callable[..., T],
+        arguments: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        hidden: set[str],
+    ) -> None:
+        """Raise `UserError` for arguments that the factory does not take, or lacks."""
+        taken = _parameters(factory)
+        if taken is not None:
+            for name in spec.init_args:
+                if name not in taken:
+                    rest = [known for known in taken if known not in hidden]
+                    raise UserError(
+                        f"{self.kind} {spec.target} has no argument {name!r}{_near(name, rest)}; "
+                        f"it takes {', '.join(rest) or 'none'}"
+                    )
+        try:
+            inspect.signature(factory).bind(*arguments, **keywords)
+        except TypeError as error:
+            raise UserError(f"{self.kind} {spec.target}: {error}; give it in init_args") from error
+        except ValueError:  # a class of an extension has no signature: the call says what is wrong
+            return
+
+
+def import_path(path: str, what: str = "part") -> Any:
+    """Return the object at an import path, `package.module.Name` or deeper.
+
+    Raises:
+        UserError: the module is not found, cannot be imported, or has no such name; the nearest is named.
+    """
+    module_name, _, rest = path.rpartition(".")
+    names = [rest]
+    while True:
+        try:
+            found: Any = importlib.import_module(module_name)
+            break
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if missing != module_name and not module_name.startswith(f"{missing}."):
+                raise UserError(f"{what} {path}: {module_name} needs a module that is missing: {missing}") from error
+            if "." not in module_name:
+                raise UserError(
+                    f"{what} {path}: there is no module {module_name!r} here; start the command in the folder that "
+                    "holds it, or put that folder on PYTHONPATH"
+                ) from error
+            module_name, _, name = module_name.rpartition(".")
+            names.insert(0, name)
+        except UserError:
+            raise
+        except Exception as error:  # a module of a user may raise anything while it is imported
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{what} {path}: {module_name} cannot be imported ({reason})") from error
+    for name in names:
+        if not hasattr(found, name):
+            public = [known for known in dir(found) if not known.startswith("_")]
+            raise UserError(f"{what} {path}: {_name_of(found)} has no {name!r}{_near(name, public)}")
+        found = getattr(found, name)
+    return found
+
+
+def recorded(given: Any) -> Any:
+    """Return what config.json holds of a part: its specification, or of an object its import path, marked as such."""
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, Mapping):
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [recorded(part) for part in given]
+    return {"class_path": _path_of(type(given)), GIVEN_BUILT: True}
+
+
+def arguments_of(factory: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a class or function, for --help."""
+    try:
+        return list(inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def missing_members(part: Any, base: type) -> list[str]:
+    """Return the members of a protocol that an object lacks; none where `base` is no protocol."""
+    if not getattr(base, "_is_protocol", False):
+        return []
+    classes = [cls for cls in base.__mro__ if getattr(cls, "_is_protocol", False) and cls.__module__ != "typing"]
+    members = {name for cls in classes for name in (*vars(cls).get("__annotations__", ()), *vars(cls))}
+    return sorted(name for name in members if not name.startswith("_") and not hasattr(part, name))
+
+
+def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
+    """Return the one error for a name that is not known: it tells the nearest, and lists all where they are few.
+
+    Args:
+        what: kind of thing: "option", "model".
+        name: as given.
+        known: names that there are.
+        hint: added at the end.
+    """
+    known = list(known)
+    listed = f"; there are {', '.join(known)}" if len(known) <= 12 else ""
+    return UserError(f"there is no {what} {name!r}{_near(name, known)}{listed}{hint}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def _parameters(factory: Callable[..., Any]) -> list[str] | None:
+    """Names of keyword arguments; None where any is taken or nobody can tell."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
+
+def _may_be(cls: type, base: type) -> bool:
+    """Whether instances of a class may be of a base; of protocols with attributes only instances tell."""
+    if getattr(base, "_is_protocol", False):
+        return True
+    return issubclass(cls, base)
+
+
+def _path_of(thing: Any) -> str:
+    return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__name__)}"
+
+
+def _name_of(thing: Any) -> str:
+    return getattr(thing, "__name__", type(thing).__name__)
