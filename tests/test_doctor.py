@@ -74,7 +74,7 @@ def test_interface_that_does_not_exist(monkeypatch):
         (1, "RuntimeError: Gloo connectFullMesh failed", "cannot reach each other", "GLOO_SOCKET_IFNAME=lo"),
         (1, "OSError: [Errno -2] Name or service not known", "does not resolve", "/etc/hosts"),
         (1, "DistNetworkError: EADDRINUSE, address already in use", "port was taken", "run vqdist doctor again"),
-        (1, "wrong sum: [1.0] where every element should be 3.0", "wrong numbers", "NCCL_P2P_DISABLE"),
+        (doctor.EXIT_WRONG_SUM, "[1.0] where every element should be 3.0", "wrong numbers", "NCCL_P2P_DISABLE"),
         (-11, "", "ended with -11", "TORCH_DISTRIBUTED_DEBUG=DETAIL"),
     ],
 )

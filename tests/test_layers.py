@@ -27,7 +27,7 @@ PARTS = {
     "vqdist.version": set(),
     "vqdist.seeding": LEAVES,
     "vqdist.allocator": set(),
-    "vqdist.stopping": set(),
+    "vqdist.stopping": LEAVES,
     "vqdist.schedules": LEAVES,
     "vqdist.losses": LEAVES,
     "vqdist.sampling": {*LEAVES, "vqdist.losses"},

@@ -18,7 +18,7 @@ from launching import ROOT, end_of, environment, free_port, kill_all, last_step,
 from safetensors.torch import load_file
 from workers.stopping_worker import SCENARIOS
 
-from vqdist.stopping import BrokenOff, LeaveAtOnce, Stopped, StopSignals
+from vqdist.stopping import BrokenOff, LeaveAtOnce, Stopped, StopSignals, record_stop
 
 TRAIN = [
     *"train dvae --data synthetic:64 --image_size 16 --num_tokens 16 --num_layers 2 --hidden_dim 8".split(),
@@ -35,9 +35,9 @@ def launch(out: Path, *options: str, ranks: int = 1, **variables: str) -> subpro
     return subprocess.Popen(command, env=environment(**variables), start_new_session=True, **pipes)
 
 
-def start(out: Path, *options: str, ranks: int = 1) -> subprocess.Popen:
+def start(out: Path, *options: str, ranks: int = 1, **variables: str) -> subprocess.Popen:
     """A training in a process group of its own, which has made its first steps when this returns."""
-    process = launch(out, *options, ranks=ranks)
+    process = launch(out, *options, ranks=ranks, **variables)
     wait_until(lambda: last_step(out) >= 3, process)
     return process
 
@@ -108,7 +108,8 @@ def pid_of_rank(torchrun: subprocess.Popen, rank: int) -> int:
 
 @pytest.mark.distributed
 def test_a_signal_to_one_rank_stops_all(tmp_path):
-    process = start(tmp_path, "--trainer.num_train_steps", "100000", ranks=2)
+    records = tmp_path / "records"
+    process = start(tmp_path, "--trainer.num_train_steps", "100000", ranks=2, VQDIST_STOP_DIR=str(records))
     os.kill(pid_of_rank(process, 1), signal.SIGUSR1)
     errors = finish(process)
     assert process.returncode != 0  # torchrun's own code, whatever its workers' is
@@ -117,6 +118,10 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     assert "exitcode  : 75" in errors
     manifest = json.loads((tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
     assert manifest["world_size"] == 2 and manifest["position"] == step * 8
+    stop = {"signal": "SIGUSR1", "exit_code": 75, "saved": True, "step": step, "run": str(tmp_path)}
+    assert {path.name: json.loads(path.read_text()) for path in records.iterdir()} == {
+        f"stopped_rank_0000{rank}.json": {**stop, "rank": rank} for rank in (0, 1)
+    }
 
 
 @pytest.mark.distributed
@@ -203,7 +208,9 @@ def test_what_one_process_does_alone_is_broken_off():
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_leaving_at_once(number, code, capfd):
+def test_leaving_at_once(number, code, capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("VQDIST_STOP_DIR", str(tmp_path / "records"))
+    monkeypatch.setenv("RANK", "12")
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as error, LeaveAtOnce():
         os.kill(os.getpid(), number)
@@ -212,6 +219,21 @@ def test_leaving_at_once(number, code, capfd):
     assert capfd.readouterr().err.startswith(f"vqdist: stopped by {number.name} before training began")
     with LeaveAtOnce():
         pass
+    (path,) = (tmp_path / "records").iterdir()
+    stop = {"signal": number.name, "exit_code": code, "saved": False, "step": None, "rank": 12, "run": None}
+    assert path.name == "stopped_rank_00012.json" and json.loads(path.read_text()) == stop
+
+
+def test_a_record_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VQDIST_STOP_DIR", str(tmp_path / "file"))
+    record_stop(signal.SIGTERM, step=3, run="runs/a")
+    warning = capfd.readouterr().err
+    assert warning.startswith(f"vqdist: warning: {tmp_path}/file/stopped_rank_00000.json cannot be written")
+    assert warning.count("\n") == 1
+    monkeypatch.delenv("VQDIST_STOP_DIR")
+    record_stop(signal.SIGTERM, step=3, run="runs/a")
+    assert capfd.readouterr().err == ""
 
 
 def test_signals_are_noted_and_given_back():

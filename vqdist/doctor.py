@@ -26,6 +26,7 @@ BACKENDS = {"local": "torch", "accelerate": "accelerate", "deepspeed": "deepspee
 
 IMPORT_SECONDS = 120
 GROUP_SECONDS = 60
+EXIT_WRONG_SUM = 3  # of a probe's process: the exchange works and its numbers are wrong
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ def sum_over_ranks(backend: str, rank: int, world_size: int, port: int) -> None:
     dist.all_reduce(value)
     expected = world_size * (world_size + 1) / 2
     if value.tolist() != [expected] * 4:
-        raise SystemExit(f"wrong sum: {value.tolist()} where every element should be {expected}")
+        print(f"wrong sum: {value.tolist()} where every element should be {expected}")
+        raise SystemExit(EXIT_WRONG_SUM)
     dist.destroy_process_group()
 
 
@@ -228,6 +230,8 @@ def likely_cause(backend: str, code: int | None, output: str) -> tuple[str, str]
     variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     interfaces = ", ".join(name for _, name in socket.if_nameindex())
     named = os.environ.get(variable)
+    if code == EXIT_WRONG_SUM:
+        return "the exchange gives wrong numbers", "try NCCL_P2P_DISABLE=1; compare driver, CUDA and NCCL versions"
     if named and ("unable to find address" in text or "no socket interface" in text):
         return f"{variable}={named} is no usable interface here, there are {interfaces}", f"unset {variable}"
     if any(sign in text for sign in ("not known", "name resolution", "resolve", "getaddrinfo", "gethostbyname")):
@@ -236,8 +240,6 @@ def likely_cause(backend: str, code: int | None, output: str) -> tuple[str, str]
         return "/dev/shm is too small", "start the container with --ipc=host or --shm-size=8g"
     if "address already in use" in text:
         return "the port was taken meanwhile", "run vqdist doctor again"
-    if "wrong sum" in text:
-        return "the exchange gives wrong numbers", "try NCCL_P2P_DISABLE=1; compare driver, CUDA and NCCL versions"
     local = f"export {variable}=lo (one machine) or the interface that joins the nodes, of {interfaces}"
     if code is None:
         return f"no answer within {GROUP_SECONDS} s: a firewall, or an interface that does not reach itself", local

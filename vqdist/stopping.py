@@ -15,8 +15,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from vqdist.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +31,41 @@ EXIT_INTERRUPTED = 130  # what shells make of SIGINT
 
 
 def exit_code(number: int) -> int:
-    """With which code a run ends that a signal stopped: 75 where it should be started again, 130 after Ctrl-C."""
+    """Return the exit code of a run that a signal stopped: 75 if it should be started again, 130 after Ctrl-C."""
     return EXIT_REQUEUE if number in REQUEUE else EXIT_INTERRUPTED
+
+
+def record_stop(number: int, *, step: int | None = None, run: str | None = None) -> None:
+    """Write the record of this rank's end, stopped_rank_00000.json, into the folder that VQDIST_STOP_DIR names.
+
+    Launchers return their own exit code, so a script that starts them reads these records (launch/slurm/functions.sh).
+    Without the variable nothing is written. A folder that cannot be written costs a warning, not the run.
+
+    The fields, one a line: `signal`, `exit_code`, `saved` (whether a checkpoint holds every step made), `step`, `rank`
+    and `run`, the run folder. Before training began, `saved` is false, and `step` and `run` are null.
+
+    Args:
+        number: the signal.
+        step: the last step, which is saved; None before training began.
+        run: the run folder.
+    """
+    folder = os.environ.get("VQDIST_STOP_DIR")
+    if not folder:
+        return
+    record = {
+        "signal": signal.Signals(number).name,
+        "exit_code": exit_code(number),
+        "saved": step is not None,
+        "step": step,
+        "rank": (rank := int(os.environ.get("RANK") or 0)),
+        "run": run,
+    }
+    path = Path(folder) / f"stopped_rank_{rank:05d}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    except OSError as error:
+        print(f"vqdist: warning: {path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 class BrokenOff(BaseException):
@@ -157,6 +193,7 @@ class LeaveAtOnce:
         if self._said:
             return
         self._said = True
+        record_stop(number)
         ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
         name = signal.Signals(number).name + ("" if ranks == "1" else f" (rank {rank})")
         print(

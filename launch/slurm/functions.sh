@@ -1,7 +1,7 @@
 # What the sbatch files share, and node.sh. Sourced; needs `root`, the folder of the repository.
 # shellcheck shell=bash disable=SC2154
 
-EXIT_REQUEUE=75 # vqdist's: saved, the same command goes on
+EXIT_REQUEUE=75 # of vqdist/stopping.py: the same command may be started again
 
 die() {
   echo "vqdist: error: $*" >&2
@@ -43,7 +43,8 @@ use_environment() {
 # run_on_nodes LAUNCHER SIGNAL ARGUMENTS...: one LAUNCHER (accelerate, torchrun) on each node, which together start
 # `vqdist ARGUMENTS`. When the batch shell gets USR1 or TERM, srun gets SIGNAL: it passes USR1 on, and of TERM it kills
 # the ranks at once. Returns srun's exit code; afterwards `told` says whether there was a signal, and `logs` is the
-# folder with a file of each rank.
+# folder with a log of each rank, a record of each that was stopped and a file told_node_N of each node that got a
+# signal.
 run_on_nodes() {
   local launcher=$1 nodes
   answer=$2 # for the trap, also after this function
@@ -90,13 +91,22 @@ requeue() {
   exit "$EXIT_REQUEUE"
 }
 
+# has_field FILE FIELD VALUE: whether a record that a stopped rank left says so; it has a line for each field.
+has_field() {
+  grep -qsE "^ *\"$2\": $3,?\$" "$1"
+}
+
 # finish_training CODE: requeue what was told to stop and lost nothing; else end with the code. torchrun exits with 1
-# whatever its processes exit with, so it is their own word that counts.
+# whatever its processes exit with, so the records of the ranks count (`record_stop` in vqdist/stopping.py).
 finish_training() {
-  if [ "$1" -ne 0 ] &&
-    grep -rqsE 'stopped by SIG(USR1|TERM) .*the same command (goes on from there|starts again)' "$logs"; then
-    requeue
-  fi
+  local record
+  for record in "$logs"/stopped_rank_*.json; do
+    if [ "$1" -eq 0 ] || ! has_field "$record" exit_code "$EXIT_REQUEUE"; then continue; fi
+    # A rank that was still starting may have got its SIGTERM from the launcher, because another rank had failed.
+    if has_field "$record" saved true || [ -n "$told" ] || compgen -G "$logs/told_node_*" >/dev/null; then
+      requeue
+    fi
+  done
   # of the signal itself dies only what has not started anything yet
   case $told$1 in yes138 | yes143) requeue ;; esac
   exit "$1"

@@ -8,6 +8,8 @@
 trap '' USR1 TERM # until there is something to pass a signal on to: it comes again
 set -u
 root=$1 launcher=$2 logs=$3/node_$SLURM_NODEID
+export VQDIST_STOP_DIR=$3 # where ranks that are stopped leave their records
+signal_came=$3/told_node_$SLURM_NODEID
 shift 3
 # shellcheck source=launch/slurm/functions.sh
 . "$root/launch/slurm/functions.sh"
@@ -18,6 +20,7 @@ stop() {
   local ranks
   signals=$((signals + 1))
   [ -n "$launched" ] || return
+  : >"$signal_came"
   if [ "$command_of_vqdist" = train ]; then
     read -ra ranks < <(cat /proc/"$launched"/task/*/children | tr '\n' ' ')
     kill -USR1 "${ranks[@]}"

@@ -62,6 +62,12 @@ def trained(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def stops(slurm: Slurm, job: str, start: int) -> list[dict]:
+    """The records that the ranks of a job's start left when they were stopped, by rank."""
+    folder = slurm.folder / "logs" / job / f"start_{start}"
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("stopped_rank_*.json"))]
+
+
 def wait_for_steps(slurm: Slurm, job: str, out: Path, before: int) -> None:
     """Until a job has trained for some steps more than so many lines of numbers tell."""
 
@@ -140,7 +146,8 @@ def test_a_job_that_is_preempted_requeued_and_killed_ends_where_an_undisturbed_o
     slurm.do("scancel", "--batch", "--signal=USR1", job)
     slurm.requeued(job, restarts=1)
     path, manifest = newest(tmp_path)
-    assert f"stopped by SIGUSR1 after step {manifest['step']}, which is saved" in slurm.log(job)
+    stop = {"signal": "SIGUSR1", "exit_code": 75, "saved": True, "step": manifest["step"], "run": str(tmp_path)}
+    assert stops(slurm, job, start=0) == [{**stop, "rank": rank} for rank in (0, 1)]
     assert (path / "manifest.json").stat().st_mtime - asked < 100
 
     lines = trained(tmp_path)
@@ -149,7 +156,9 @@ def test_a_job_that_is_preempted_requeued_and_killed_ends_where_an_undisturbed_o
     slurm.requeued(job, restarts=2)
     assert f"resumed {path}: step {manifest['step']}" in slurm.log(job)
     path, manifest = newest(tmp_path)
-    assert re.search(rf"stopped by SIG(TERM|USR1) after step {manifest['step']}, which is saved", slurm.log(job))
+    for record in stops(slurm, job, start=1):
+        assert record.pop("signal") in ("SIGTERM", "SIGUSR1")
+        assert (record["saved"], record["step"]) == (True, manifest["step"])
 
     lines = trained(tmp_path)
     wait_for_steps(slurm, job, tmp_path, lines)

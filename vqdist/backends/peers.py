@@ -109,7 +109,7 @@ class Peers:
             silent = silent + PULSE if self.progress and (still or self.heard) else 0.0
             before = self._neighbour
             if silent > limit and not self._looking.is_set():
-                lost = self.lost(TimeoutError("timed out"))
+                lost = self.lost(TimeoutError())
                 print(f"vqdist: error: {lost}", file=sys.stderr)
                 leave(EXIT_PEER_LOST)
 
@@ -203,7 +203,7 @@ class Peers:
         return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
 
     def _reason(self, error: BaseException) -> str:
-        if TIMED_OUT.search(str(error)):
+        if isinstance(error, TimeoutError) or TIMED_OUT.search(str(error)):
             return f"no answer within {self.timeout.total_seconds() / 60:g} minutes (dist_timeout)"
         words = SIGNS.search(str(error))
         return words[0].lower() if words else one_line(error)

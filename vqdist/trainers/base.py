@@ -27,7 +27,7 @@ from vqdist.data.loader import Batch, Split, default_workers, split_indices, tra
 from vqdist.errors import UserError
 from vqdist.ranks import check_ranks_agree
 from vqdist.schedules import learning_rate
-from vqdist.stopping import Stopped, StopSignals
+from vqdist.stopping import Stopped, StopSignals, record_stop
 from vqdist.tracking import Tracker, check_trackers
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
 from vqdist.trainers.reporting import Reporting
@@ -202,6 +202,7 @@ class Trainer(Reporting, RunFolder):
         self._settle()
         if self.tracker is not None:
             self.tracker.close()
+        record_stop(number, step=self.step, run=str(self.run_folder))
         stopped = Stopped(number, self.step, str(self.run_folder))
         self.print(stopped.message)
         raise stopped
