@@ -8,10 +8,10 @@ one of three forms, and all kinds take all of them:
   are those of jsonargparse and of Lightning's command line;
 - in Python also an object that is built already.
 
-The specification, not the object, goes to config.json, so that a run can be resumed and its export loaded. Of an object
-that was given built only the import path is known: loading asks for the object again. An import path in a file from
-elsewhere is code of somebody else: within `trusting(False)` only registered parts are built. docs/extend.md has an
-example of each kind.
+The specification, not the object, goes to config.json, so that a run can be resumed and its export loaded. Of an
+object that was given built only the import path is known: loading asks for the object again. An import path in a file
+from elsewhere is code of somebody else: within `trusting(False)` only registered parts are built. docs/extend.md has
+an example of each kind.
 """
 
 from __future__ import annotations
