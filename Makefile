@@ -31,7 +31,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist test-cluster support-table lint quality style bench dalle-checkpoint digit-classifier \
+.PHONY: help install demo test test-fast test-dist test-cluster test-latest support-table lint quality style bench dalle-checkpoint digit-classifier \
   doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
 
 # What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
@@ -118,6 +118,15 @@ test-cluster: install ## run the tests on a real Slurm, two nodes and MPI (root;
 	bash tests/cluster/install.sh
 	OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/cluster $(ARGS)
 
+# setup.py leaves out the upper bounds where VQDIST_LATEST is set. The metadata that the installation leaves beside the
+# sources would hide those of $(VENV).
+LATEST := .venv-latest
+test-latest: ## run every test with the newest version of each library, in an environment of its own (.venv-latest)
+	rm -f $(LATEST)/.vqdist-installed
+	VQDIST_LATEST=1 $(MAKE) install VENV=$(LATEST)
+	rm -rf vqdist.egg-info
+	$(MAKE) test VENV=$(LATEST)
+
 support-table: install ## write docs/support.md anew: what works on which backend, by what two processes come to
 	VQDIST_WRITE_SUPPORT_TABLE=1 OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest tests/test_distributed.py $(ARGS)
 
@@ -200,15 +209,16 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "could not create $(VENV); on Debian and Ubuntu the module comes with: apt-get install python3-venv" >&2; exit 1; }
 
+UPGRADE := $(if $(VQDIST_LATEST),--upgrade)
 # uv installs several times faster; where it cannot be had, pip does the same.
 $(STAMP): setup.py pyproject.toml vqdist/version.py | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
 	@if $(BIN)/python -m pip install --quiet uv; then \
 	  echo "installing vqdist[$(EXTRAS)] with uv"; \
-	  $(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRAS)]'; \
+	  $(BIN)/uv pip install $(UPGRADE) --python $(BIN)/python -e '.[$(EXTRAS)]'; \
 	else \
 	  echo "uv cannot be had here: installing vqdist[$(EXTRAS)] with pip"; \
-	  $(BIN)/python -m pip install -e '.[$(EXTRAS)]'; \
+	  $(BIN)/python -m pip install $(UPGRADE) -e '.[$(EXTRAS)]'; \
 	fi
 	@$(OPS) $(BIN)/python -m vqdist.backends.build_ops
 	@touch $@

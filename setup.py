@@ -1,5 +1,7 @@
 """What vqdist is called, what it needs and what it installs; settings of the tools are in pyproject.toml."""
 
+import os
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -19,21 +21,38 @@ def read_readme() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+def lifted(requirements: list[str]) -> list[str]:
+    """Return the requirements, without their upper bounds where VQDIST_LATEST is set, as `make test-latest` does."""
+    if not os.environ.get("VQDIST_LATEST"):
+        return requirements
+    return [re.sub(r",<[\w.]+", "", requirement) for requirement in requirements]
+
+
+# An upper bound says that vqdist relies on a detail that the library does not promise; the comment names it. Another
+# minor version needs a look at that detail and a run of `make test-latest`.
 CORE = [
     "torch>=2.6",
     "torchvision>=0.21",
-    "accelerate>=1.6",
+    # AcceleratorState._reset_state; the environment variables by which `accelerate launch` hands on its configuration
+    "accelerate>=1.15,<1.16",
     "ema-pytorch>=0.7",
     "einops>=0.8",
-    # vqdist repairs one function of this library (vqdist/models/quantizers.py): another minor version needs a look.
+    # one of its functions is repaired, and its modules' attributes are read, in vqdist/models/quantizers.py
     "vector-quantize-pytorch>=1.32,<1.33",
-    "x-transformers>=2.0",
+    # the names of its weights, which stand in checkpoints; the fields of its cache (vqdist/models/var.py)
+    "x-transformers>=2.31,<2.32",
     "pillow>=10.0",
     "safetensors>=0.4.3",
-    "huggingface_hub>=0.25",
-    "torchmetrics>=1.6",
-    "torch-fidelity>=0.4",  # before it, which of precision and recall is which was the other way round
-    "jsonargparse[signatures]>=4.40",
+    # _from_pretrained, _load_as_safetensor and _load_as_pickle are overridden: unpickling must stay refused
+    "huggingface_hub>=0.25,<3",
+    # the padding inside its SSIM, which decides how small an image may be (vqdist/metrics.py)
+    "torchmetrics>=1.9,<1.10",
+    # its metric_* modules, which are not its interface; before 0.4 precision and recall were exchanged
+    "torch-fidelity>=0.4,<0.5",
+    # its messages, which vqdist/cli/parsing.py makes into one line, and the parser's _actions
+    "jsonargparse[signatures]>=4.53,<4.54",
+    "docstring_parser>=0.16",
+    "filelock>=3.12",
     "tqdm>=4.66",
     "pyyaml>=6.0",
     "numpy>=1.26",
@@ -41,8 +60,14 @@ CORE = [
 ]
 
 EXTRAS = {
-    # setuptools: torch imports it when DeepSpeed compiles its op, and an environment of Python 3.12 has none.
-    "deepspeed": ["deepspeed>=0.18", "ninja>=1.11", "setuptools>=77.0.3"],
+    "deepspeed": [
+        # how its optimizers link and make their state, and the attributes of its partitions (backends/deepspeed.py,
+        # zero3.py); its constants, which name the keys of a configuration (deepspeed_config.py)
+        "deepspeed>=0.19,<0.20",
+        "ninja>=1.11",
+        # torch imports it when DeepSpeed compiles its op, and an environment of Python 3.12 has none
+        "setuptools>=77.0.3",
+    ],
     "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
     "data": ["webdataset>=0.2.100", "datasets>=3.0"],
 }
@@ -69,8 +94,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["vqdist", "vqdist.*"]),
     package_data={"vqdist": ["py.typed", "data/digits/*"]},
-    install_requires=CORE,
-    extras_require=EXTRAS,
+    install_requires=lifted(CORE),
+    extras_require={extra: lifted(requirements) for extra, requirements in EXTRAS.items()},
     entry_points={"console_scripts": ["vqdist = vqdist.cli:main"]},
     zip_safe=False,
     keywords=["vqgan", "vector quantization", "image tokenizer", "distributed training", "deepspeed", "accelerate"],

@@ -1,5 +1,6 @@
 """What is installed and what it promises: the wheel, its metadata, the Makefile, the linter's bans, import time."""
 
+import ast
 import email
 import os
 import re
@@ -7,9 +8,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "vqdist")
@@ -78,8 +83,63 @@ def test_metadata(metadata):
     assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "tracking", "data", "dev"}
     required = metadata.get_all("Requires-Dist")
     assert "torch>=2.6" in required
-    assert "vector-quantize-pytorch<1.33,>=1.32" in required
     assert not [line for line in required if "deepspeed" in line and "extra ==" not in line]
+
+
+def imported_by(folder: str) -> set[str]:
+    """The distributions, by normal name, of every import in the Python files of a folder, inside functions too."""
+    known = packages_distributions()
+    own = {path.stem for path in ROOT.rglob("*.py")} | {path.name for path in ROOT.iterdir()} | {"cluster", "workers"}
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
+    foreign = names - sys.stdlib_module_names - own
+    assert foreign <= known.keys(), f"{foreign - known.keys()} of {folder} are not installed"
+    return {canonicalize_name(known[name][0]) for name in foreign}
+
+
+def test_every_import_is_declared(metadata):
+    required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    of_users = {canonicalize_name(one.name) for one in required if "dev" not in str(one.marker)}
+    in_package = imported_by("vqdist")
+    assert {"torch", "filelock", "docstring-parser", "webdataset"} <= in_package
+    assert in_package - of_users == set()
+    assert imported_by("tests") - {canonicalize_name(one.name) for one in required} == set()
+
+
+BOUNDED = (
+    "accelerate deepspeed jsonargparse torch-fidelity torchmetrics vector-quantize-pytorch x-transformers".split()
+)
+
+
+def test_libraries_of_which_details_are_used_are_bounded_to_the_minor_that_was_tried(metadata):
+    bounds = {}
+    for line in metadata.get_all("Requires-Dist"):
+        one = Requirement(line)
+        bounds[one.name] = {specifier.operator: Version(specifier.version) for specifier in one.specifier}
+    for name in BOUNDED:
+        low, high = bounds[name][">="], bounds[name]["<"]
+        assert (high.major, high.minor) == (low.major, low.minor + 1), name
+
+
+def test_bounds_can_be_lifted(tmp_path):
+    lifted = {**os.environ, "VQDIST_LATEST": "1"}
+    call(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, env=lifted)
+    lines = (tmp_path / "vqdist.egg-info" / "requires.txt").read_text().splitlines()
+    assert "accelerate>=1.15" in lines and "deepspeed>=0.19" in lines and not [line for line in lines if "<" in line]
+    assert [line for line in lines if line.startswith("ruff==")], "what formats and checks the code stays exact"
+
+
+def test_the_newest_versions_have_an_environment_of_their_own():
+    commands = make("--dry-run", "test-latest", "TESTS=tests/test_losses.py").stdout
+    assert (
+        ".venv-latest/bin/python -m pytest" in commands and "pip install --upgrade --python .venv-latest" in commands
+    )
+    assert ".venv/bin" not in commands
 
 
 def test_console_script(wheel):

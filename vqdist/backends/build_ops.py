@@ -179,7 +179,7 @@ def load_op() -> None:
     try:
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     except ImportError as error:
-        raise BuildError(f"this DeepSpeed has no {OP_NAME} ({error}): vqdist needs deepspeed>=0.18") from error
+        raise BuildError(f"this DeepSpeed has no {OP_NAME} ({error}): vqdist needs deepspeed>=0.19") from error
     builder = ShareMemCommBuilder()
     if not builder.is_compatible():
         print(f"{OP_NAME} does not exist for this platform: DeepSpeed will use gloo alone")
