@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from vqdist import (
     VQGanVAETrainer,
     VQImageAutoregressiveAutoencoder,
 )
+from vqdist.models.pretrained import load_model_of_any_type
 from vqdist.trainers.base import Trainer
 
 IMAGE_SIZE = 16
@@ -204,6 +206,31 @@ def build_ar_trainer(folder: Path, /, kind: str = "prior", *, model: dict | None
     classes = {} if kind == "vq_ar" else {"num_classes": 10}
     settings = {**QUIET, "image_size": None, "num_train_steps": 4, "num_images_save": 4, "results_folder": str(folder)}
     return ARTrainer(AR_MODELS[kind](**{**classes, **(model or {})}), **{**settings, **options})
+
+
+# what runs to its end on every backend, with an average and without: a model of two players, and one over a tokenizer
+WHOLE_RUNS = {
+    "vqgan": partial(build_trainer, quantizer="vq", **{**EVERYTHING, "apply_grad_penalty_every": 0}),
+    "prior": partial(build_ar_trainer, kind="prior", **AR_PARITY["prior"]),
+}
+
+
+def whole_run(folder: Path, kind: str, *, average: bool, **options) -> Trainer:
+    """A run of two steps, and of all that belongs to its end, by `train()`."""
+    length = {"num_train_steps": 2, "use_ema": average}
+    trainer = WHOLE_RUNS[kind](folder / f"end_{kind}_{average}", **length, **options)
+    assert trainer.train()["images"] == 16
+    return trainer
+
+
+def exported_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """The tensors of the exported network, and those of the tokenizer beside it, as `from_pretrained` loads them."""
+    model = load_model_of_any_type(trainer.run_folder / "export")
+    tensors = dict(model.saved_part().state_dict())
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        tensors |= {f"tokenizer.{name}": tensor for name, tensor in tokenizer.state_dict().items()}
+    return tensors
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -20,12 +20,15 @@ from scenarios import (
     EVERYTHING,
     LINEAR,
     SHARDED,
+    WHOLE_RUNS,
     build_ar_trainer,
     build_dvae_trainer,
     build_trainer,
+    exported_weights,
     largest_difference,
     train_steps,
     weights_of,
+    whole_run,
 )
 
 WORKER = str(ROOT / "tests" / "workers" / "backend_worker.py")
@@ -105,6 +108,9 @@ def reference(tmp_path_factory) -> dict:
     options = {**AR_PARITY["prior"], "precision": "bf16", "grad_accum_every": 2, "batch_size": 8}
     trainer = build_ar_trainer(folder / "prior_bf16", "prior", **options)
     results["logs_prior_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
+    for kind, average in itertools.product(WHOLE_RUNS, (True, False)):
+        trainer = whole_run(folder, kind, average=average, batch_size=8)
+        results[f"export_{kind}_{average}"] = exported_weights(trainer)
     return results
 
 
@@ -113,6 +119,15 @@ def test_weights_are_those_of_one_process(ranks, reference, quantizer):
     expected = reference[ranks.of_reference(f"parity_{quantizer}")]
     difference, name = largest_difference(expected, ranks.results[f"parity_{quantizer}"])
     assert difference <= 1e-6, f"{name} differs by {difference}"
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("kind", WHOLE_RUNS)
+def test_the_export_of_a_whole_run_is_that_of_one_process(ranks, reference, kind, average):
+    expected, exported = (results[f"export_{kind}_{average}"] for results in (reference, ranks.results))
+    difference, name = largest_difference(expected, exported)
+    assert difference <= 1e-6, f"{name} differs by {difference}"
+    assert largest_difference(exported, ranks.results[f"export_{kind}_{not average}"])[0] > 1e-6  # it was the average
 
 
 @pytest.mark.parametrize("draw", DVAE_DRAWS)

@@ -7,6 +7,7 @@ Rank 0 writes FOLDER/results.pt; assertions that concern the ranks themselves ar
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from functools import partial
@@ -24,12 +25,15 @@ from scenarios import (
     EVERYTHING,
     LINEAR,
     SHARDED,
+    WHOLE_RUNS,
     build_ar_trainer,
     build_dvae_trainer,
     build_trainer,
+    exported_weights,
     largest_difference,
     train_steps,
     weights_of,
+    whole_run,
 )
 
 from vqdist.errors import RanksDiverged, UserError
@@ -183,6 +187,14 @@ def flags_and_means(trainer) -> None:
     assert backend.gather(torch.tensor([backend.rank])).tolist() == [[0], [1]]
 
 
+def ends(backend: dict, folder: Path, results: dict) -> None:
+    """`train()` to its end with an average and without: what `from_pretrained` loads of the export."""
+    for kind, average in itertools.product(WHOLE_RUNS, (True, False)):
+        trainer = whole_run(folder, kind, average=average, **backend)
+        if trainer.is_main:
+            results[f"export_{kind}_{average}"] = exported_weights(trainer)
+
+
 def whole_runs(backend: dict, folder: Path) -> None:
     """Validation, pictures, checkpoints and exports of shards: the export holds the average, and so does its file."""
     options = {"save_results_every": 2, "save_model_every": 2, "validate_every": 2, **backend}
@@ -302,6 +314,7 @@ def main() -> None:
     discrete_vae(backend, folder, results)
     autoregressive(backend, folder, results)
     gradients_do_not_leak(backend, folder)
+    ends(backend, folder, results)
     if name in SHARDED:
         whole_runs(backend, folder)
         channels_last(backend, folder)

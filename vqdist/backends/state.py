@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from vqdist.backends.base import Engine
 from vqdist.errors import UserError
 from vqdist.files import follow_umask
+from vqdist.storage import with_own_storage
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -28,24 +29,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as one safetensors file, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(_with_own_storage(tensors), path)
+        save_file(with_own_storage(tensors), path)
     except SafetensorError as error:
         raise UserError(f"{path} cannot be written ({error}); the checkpoints before it are whole") from error
     follow_umask(path)
-
-
-def _with_own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the host's memory. Safetensors refuses those that share storage (a codebook shared by residual
-    levels): these are copied."""
-    own, storages = {}, set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        storage = value.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:
-            value = value.clone()
-        storages.add(value.untyped_storage().data_ptr())
-        own[name] = value
-    return own
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

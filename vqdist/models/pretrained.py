@@ -14,11 +14,12 @@ from typing import Any, ClassVar, TypeVar
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import nn
 
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json
+from vqdist.storage import save_module
 
 M = TypeVar("M", bound="PretrainedModel")
 
@@ -52,7 +53,7 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         path = save_directory / "model.safetensors"
-        save_model(self.saved_part(), str(path))
+        save_module(self.saved_part(), path)
         follow_umask(path)
         config = {**self._hub_mixin_config, "model_type": self.model_type, "image_size": self.image_size}
         (save_directory / "config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
