@@ -36,6 +36,7 @@ PARTS = {
     "vqdist.data": {*LEAVES, "vqdist.seeding", "vqdist.stopping"},
     "vqdist.backends": LEAVES,
     "vqdist.completion": LEAVES,
+    "vqdist.export": LEAVES,
     "vqdist.checkpoint": {*LEAVES, "vqdist.backends", "vqdist.completion"},
     "vqdist.ranks": {*LEAVES, "vqdist.backends"},
     "vqdist.tracking": LEAVES,

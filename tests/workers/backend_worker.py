@@ -188,9 +188,13 @@ def flags_and_means(trainer) -> None:
 
 
 def ends(backend: dict, folder: Path, results: dict) -> None:
-    """`train()` to its end with an average and without: what `from_pretrained` loads of the export."""
+    """`train()` to its end with an average and without, and once more when the export was damaged: what is loaded."""
     for kind, average in itertools.product(WHOLE_RUNS, (True, False)):
         trainer = whole_run(folder, kind, average=average, **backend)
+        if trainer.is_main:
+            (trainer.run_folder / "export" / "model.safetensors").unlink()
+        trainer.backend.barrier()
+        trainer = whole_run(folder, kind, average=average, **backend)  # which is at its end already
         if trainer.is_main:
             results[f"export_{kind}_{average}"] = exported_weights(trainer)
 

@@ -158,6 +158,7 @@ class Trainer(Reporting, RunFolder):
                 validation is broken off; the resumed run makes it again.
         """
         self.log_fn = log_fn
+        self._exported = -1  # somebody may have removed it
         try:
             with (
                 StopSignals() as self.signals,
@@ -279,6 +280,8 @@ class Trainer(Reporting, RunFolder):
         """Save, measure and draw the end of the run, if that was not done at this very step."""
         if self._saved != self.step:  # first, in case that whoever stops the run has little patience
             self._save_checkpoint()
+        if self._exported != self.step:  # resumed at its end: whoever killed it may have done so before the export
+            self._export_step()
         numbers = self.last_evaluation[1] if self.last_evaluation[0] == self.step else self.run_evaluation()
         if self._validation_broken_off:
             self._stop(self._stopping)

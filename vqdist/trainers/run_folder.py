@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 import uuid
 import zlib
@@ -36,6 +35,7 @@ from vqdist.completion import MANIFEST
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split
 from vqdist.errors import UserError
+from vqdist.export import mend_export, write_export
 from vqdist.files import LEASE_SECONDS, FolderLock, lock_folder, read_json, write_json
 from vqdist.metrics import RunningMeans
 from vqdist.models.pretrained import PretrainedModel
@@ -74,6 +74,7 @@ class RunFolder(ABC):
     num_train_steps: int
     global_batch: int
     _lock: FolderLock | None = None  # of the run folder, on rank 0
+    _exported: int = -1  # the step of which `train` has looked after the export
 
     @abstractmethod
     def averaged_model(self) -> AbstractContextManager[PretrainedModel]:
@@ -85,21 +86,17 @@ class RunFolder(ABC):
         return {}
 
     def export(self, folder: Path) -> None:
-        """Write the averaged model with `save_pretrained`, whole or not at all; every rank calls it, rank 0 writes."""
+        """Write the averaged model and its step; every rank calls it, rank 0 writes with `save_pretrained`.
+
+        It appears whole or not at all, and an equal one stays.
+        """
         with self.averaged_model() as model:
             if self.is_main:
                 self._export(model, folder)
 
     def _export(self, model: PretrainedModel, folder: Path) -> None:
-        new, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
         model.image_size = self.config.image_size
-        model.save_pretrained(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        write_export(folder, model.save_pretrained, self.step)
 
     # ------------------------------------------------------------------------------------- save and load
 
@@ -118,7 +115,7 @@ class RunFolder(ABC):
         self.step, self.position = info["step"], info["position"]
         self._validation_broken_off = info.get("validation_broken_off", False)
         self._batches = None
-        self._saved = self.step
+        self._saved, self._exported = self.step, -1
         self._load_rank_state(path, info)
         self._restart_clock()
 
@@ -137,10 +134,15 @@ class RunFolder(ABC):
     def _save_checkpoint(self) -> None:
         paused = time.perf_counter()
         self.checkpoints.save(self.step, self._write_state, self._state_info())
-        with everywhere(self.backend, f"{self.run_folder / 'export'} cannot be written"):
-            self.export(self.run_folder / "export")
+        self._export_step()
         self._saved = self.step
         self._clock += time.perf_counter() - paused
+
+    def _export_step(self) -> None:
+        """Let `export/` be that of this step; every rank calls this, and fails if it cannot be written."""
+        with everywhere(self.backend, f"{self.run_folder / 'export'} cannot be written"):
+            self.export(self.run_folder / "export")
+        self._exported = self.step
 
     def _settle(self) -> None:
         """Wait until the newest checkpoint is complete; every rank calls this, and fails if it cannot be."""
@@ -229,6 +231,7 @@ class RunFolder(ABC):
             self.run_folder / "checkpoints", self.backend, keep=self.config.keep_checkpoints, lock=self._lock
         )
         self.checkpoints.clean()
+        self._write_on_main(lambda: mend_export(self.run_folder / "export"))
         found = torch.tensor([self.checkpoints.steps()[-1:] or [-1]], device=self.device)
         if bool((self.backend.gather(found) != found).any()):
             raise UserError(f"processes see different checkpoints in {self.run_folder}; use a shared file system")
