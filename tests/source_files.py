@@ -23,7 +23,7 @@ def encoded(value=0, extension="png"):
 
 
 def message_of(call, *args, **kwargs):
-    """The text of the `UserError` that a call raises: always one line."""
+    """Return the text of the `UserError` that a call raises: always one line."""
     with pytest.raises(UserError) as info:
         call(*args, **kwargs)
     assert "\n" not in str(info.value)

@@ -26,6 +26,7 @@ PARTS = {
     "vqdist.files": {"vqdist.errors"},
     "vqdist.storage": set(),
     "vqdist.version": set(),
+    "vqdist.parts": LEAVES,
     "vqdist.seeding": LEAVES,
     "vqdist.allocator": set(),
     "vqdist.stopping": LEAVES,

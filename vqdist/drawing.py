@@ -22,7 +22,7 @@ def draw_batches(
     batch_size: int,
     backend: Backend,
 ) -> Iterator[tuple[range, Tensor]]:
-    """This rank's batches of the images 0 .. len(labels) - 1.
+    """Return this rank's batches of the images 0 .. len(labels) - 1.
 
     An image depends on (seed, its number) and its label. Batches are cut by number, whatever the number of ranks, and
     taken by the ranks in turn: the same products of the same shapes, so the same picture to the bit on the same kind
@@ -48,7 +48,7 @@ def draw_batches(
 def draw_numbers(
     model: AutoregressiveModel, numbers: Sequence[int], labels: Tensor, options: DrawOptions, *, seed: int
 ) -> Tensor:
-    """The images (b, c, h, w) in [0, 1] of these numbers, with labels (b,)."""
+    """Return the images (b, c, h, w) in [0, 1] of these numbers, with labels (b,)."""
     seeds = (derive_seed("sample", seed, number) for number in numbers)
     return model.sample_from(uniform_per_image(model.num_codes, seeds), labels, options)
 

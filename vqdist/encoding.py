@@ -36,7 +36,7 @@ from vqdist.data.codes import (
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, default_workers, listed_loader
 from vqdist.errors import UserError
-from vqdist.files import LEASE_SECONDS, LOCK, lock_folder, read_json, sha256_of, write_json
+from vqdist.files import LEASE_SECONDS, LOCK, FolderLock, lock_folder, read_json, sha256_of, write_json
 from vqdist.metrics import code_histogram, codebook_usage
 from vqdist.models.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ class CodeWriter:
         try:
             return self._write(backend, num_workers, progress)
         finally:
-            self._lock = None
+            self._lock: FolderLock | None = None
 
     def _write(self, backend: Backend, num_workers: int | None, progress: Progress) -> dict[str, Any]:
         self._begin(backend)
@@ -172,9 +172,9 @@ class CodeWriter:
 
     def _array(self, kind: str, shard: int) -> np.ndarray:
         """A file of a shard, memory-mapped; `UserError` unless it is whole."""
-        dtype, row = LABEL_DTYPE, ()
-        if kind == "codes":
-            dtype, row = code_dtype(self.plan["codebook_size"]), self._row_shape
+        codes = kind == "codes"
+        dtype = code_dtype(self.plan["codebook_size"]) if codes else LABEL_DTYPE
+        row = self._row_shape if codes else ()
         return map_array(self.folder / shard_file(kind, shard), dtype, (len(self._rows(shard)), *row))
 
     @property

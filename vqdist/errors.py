@@ -1,4 +1,4 @@
-"""What ends a command with one line instead of a traceback."""
+"""The exceptions that end a command with one line instead of a traceback."""
 
 EXIT_PEER_LOST = 69  # EX_UNAVAILABLE of sysexits.h: not 75, since the same may happen again if nobody looks
 

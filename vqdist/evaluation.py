@@ -1,4 +1,4 @@
-"""How well images are reconstructed, and codes predicted, over a set of images that is spread over ranks."""
+"""Quality of reconstructions and of predicted codes, over a set of images that is spread over ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def evaluate_reconstruction(
 def evaluate_prediction(
     model: AutoregressiveModel, batches: Iterable[tuple[Tensor, Tensor]], backend: Backend
 ) -> dict[str, float]:
-    """How well the codes of images are predicted, see `CodePredictionMetrics`. Every rank calls this.
+    """Measure the prediction of the codes of images, see `CodePredictionMetrics`; every rank calls this.
 
     Args:
         model: evaluated in eval mode and float32; its mode is restored.

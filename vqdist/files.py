@@ -17,7 +17,7 @@ from vqdist.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; `UserError` naming the file if there is none."""
+    """Return the JSON object in a file; `UserError` naming the file if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -110,7 +110,7 @@ def lock_folder(folder: Path, *, patience: float = 0.0) -> FolderLock | None:
 
 
 def _try_lock(path: Path) -> FolderLock | None:
-    """The lock, or None if it is another process's or its file went away in between."""
+    """Return the lock, or None if it is another process's or its file went away in between."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 
 def reconstruction_loss(recon: Tensor, image: Tensor, kind: Literal["l1", "l2", "smooth_l1"] = "l1") -> Tensor:
@@ -73,7 +74,7 @@ def gradient_penalty(
 ) -> Tensor:
     """weight * mean over images of (|d D(image) / d image| - 1)^2, with D summed over patches.
 
-    As in arXiv 1704.00028, but at real images only.
+    The penalty of arXiv 1704.00028, but at real images only.
 
     Args:
         discriminator: images (b, c, h, w) -> logits (b, ...); the bare network, whose weights get the gradient.
@@ -87,7 +88,7 @@ def gradient_penalty(
 
 
 def gradient_penalty_of_logits(logits: Tensor, image: Tensor, weight: float = 10.0) -> Tensor:
-    """As `gradient_penalty`, of logits that were computed already: saves a forward where they are needed anyway.
+    """Return `gradient_penalty` of logits that were computed already: saves a forward where they are needed anyway.
 
     Args:
         logits: (b, ...), the discriminator's for `image`.
@@ -103,7 +104,7 @@ def gradient_penalty_of_logits(logits: Tensor, image: Tensor, weight: float = 10
 def adaptive_weight(
     reference_grad: Tensor, adversarial_grad: Tensor, max_weight: float = 1e4, eps: float = 1e-8
 ) -> Tensor:
-    """The weight that gives the adversarial loss as much gradient as the reference (arXiv 2012.09841, equation 7).
+    """Return the weight that gives the adversarial loss as much gradient as the reference (arXiv 2012.09841, eq. 7).
 
     Args:
         reference_grad: of the perceptual or reconstruction loss with respect to the last layer's weight, any shape.
@@ -143,10 +144,10 @@ def last_layer_grads(
     Returns:
         (k, elements of the weight): one tensor, so that one exchange averages all of them over ranks.
     """
-    hidden, *output_grads = at_least_float32(hidden, *output_grads)
+    hidden, *gradients = at_least_float32(hidden, *output_grads)
     layer = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     with _no_autocast(hidden):
-        grads = [torch.nn.grad.conv2d_weight(hidden, tuple(weight_shape), grad, **layer) for grad in output_grads]
+        grads = [conv2d_weight(hidden, tuple(weight_shape), grad, **layer) for grad in gradients]
     return torch.stack([grad.flatten() for grad in grads])
 
 

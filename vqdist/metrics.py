@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from vqdist.backends.base import Backend
@@ -116,14 +117,13 @@ class ReconstructionMetrics:
     def __init__(self, network: TokenizerNetwork, backend: Backend, image_size: int):
         self.backend = backend
         side = max(1, (image_size - 1) // 2 * 2 - 1)  # odd, with room for the padding that torchmetrics reflects
-        window = {} if image_size >= 11 else {"gaussian_kernel": False, "kernel_size": side}
-        self.metrics = nn.ModuleDict(
-            {
-                "l1": MeanMetric(),
-                "psnr": PeakSignalNoiseRatio(data_range=1.0),
-                "ssim": StructuralSimilarityIndexMeasure(data_range=1.0, **window),
-            }
-        ).to(backend.device)
+        window: dict[str, Any] = {} if image_size >= 11 else {"gaussian_kernel": False, "kernel_size": side}
+        metrics: dict[str, Metric] = {
+            "l1": MeanMetric(),
+            "psnr": PeakSignalNoiseRatio(data_range=1.0),
+            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0, **window),
+        }
+        self.metrics = {name: metric.to(backend.device) for name, metric in metrics.items()}
         self.codes = CodeHistogram(network, backend.device)
         self.images = torch.zeros((), dtype=torch.int64, device=backend.device)
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from vqdist.errors import UserError
 
@@ -41,7 +41,7 @@ PartSpec = str | dict[str, Any]
 
 @dataclass(frozen=True)
 class Spec:
-    """What to build: a registered name or an import path, and the arguments.
+    """A part to build: a registered name or an import path, and the arguments.
 
     Attributes:
         target: the name or the path.
@@ -207,7 +207,7 @@ class Registry(Generic[T]):
         """
         if not isinstance(given, (str, Mapping)):
             return self.check(given, type(given).__name__)
-        spec = Spec.of(given, self.kind)
+        spec = Spec.of(cast(PartSpec, given), self.kind)
         factory = self.factory(spec.target)
         taken = _parameters(factory)
         known = {name: value for name, value in context.items() if taken is None or name in taken}

@@ -12,7 +12,7 @@ from vqdist.errors import RanksDiverged
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """A 0-d int64 number that depends on every bit of the tensor."""
+    """Return a 0-d int64 number that depends on every bit of the tensor."""
     bits = (
         tensor.detach()
         .contiguous()

@@ -21,9 +21,9 @@ DRAWN_AT_ONCE = 2**23
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
-    """How codes are drawn from a generator's logits.
+    """The options by which codes are drawn from a generator's logits.
 
-    What is cut off is decided by the model's own probabilities, before the temperature; where several limits are given
+    The cut is decided by the model's own probabilities, before the temperature; where several limits are given
     a code must pass all of them.
     """
 
@@ -74,7 +74,7 @@ def draw(logits: Tensor, uniform: Tensor, options: DrawOptions) -> Tensor:
 
 
 def _draw(logits: Tensor, uniform: Tensor, options: DrawOptions) -> Tensor:
-    """As `draw` of (m, v), all at once."""
+    """Return `draw` of (m, v), all at once."""
     kept = keep_likely(logits, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p)
     probabilities = (kept.double() / options.temperature).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
@@ -88,7 +88,7 @@ def _draw(logits: Tensor, uniform: Tensor, options: DrawOptions) -> Tensor:
 def keep_likely(
     logits: Tensor, *, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> Tensor:
-    """The logits with those of unlikely codes at -inf; see `DrawOptions`. The most probable code always stays."""
+    """Return the logits, those of unlikely codes at -inf; see `DrawOptions`. The most probable code stays."""
     (kept,) = at_least_float32(logits)
     probabilities = kept.softmax(dim=-1)
     drop = torch.zeros_like(kept, dtype=torch.bool)
@@ -118,7 +118,7 @@ def uniform_per_image(num_draws: int, seeds: Iterable[int]) -> Tensor:
 def gumbel_noise(
     shape: tuple[int, ...], device: torch.device | str = "cpu", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Standard Gumbel noise: -log(-log(u)), u uniform in (0, 1); float32."""
+    """Return standard Gumbel noise: -log(-log(u)), u uniform in (0, 1); float32."""
     uniform = torch.rand(shape, device=device, generator=generator)
     return _gumbel_of_(uniform)
 
@@ -159,7 +159,7 @@ def straight_through(soft: Tensor) -> Tensor:
 
 
 def reinmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """A one-hot draw from softmax(logits) with ReinMax's second-order gradient (arXiv 2304.08612, algorithm 2).
+    """Return a one-hot draw from softmax(logits) with ReinMax's second-order gradient (arXiv 2304.08612, algorithm 2).
 
     With the draw d and p0 = softmax(logits), Heun's method takes the gradient half at p0 and half at d: that of
     2 * p1 - p0 / 2, where p1 is the mean of d and softmax(logits / temperature), reached by a constant shift of the

@@ -19,7 +19,7 @@ def learning_rate(
     epoch: int = 0,
     decay_rate: float = 1.0,
 ) -> float:
-    """The learning rate of the update that follows `step` finished ones.
+    """Return the learning rate of the update that follows `step` finished ones.
 
     It rises linearly over the first `warmup_steps` updates to `peak`; then it is constant, or falls to 0 at
     `total_steps` along half a cosine (SGDR, arXiv 1608.03983, without restarts), or is `peak * decay_rate ** epoch`
@@ -45,7 +45,7 @@ def linear_ramp(step: int, *, start: int, length: int) -> float:
 
 
 def temperature(step: int, *, start: float, rate: float, lowest: float) -> float:
-    """The Gumbel-softmax temperature of the update that follows `step` finished ones.
+    """Return the Gumbel-softmax temperature of the update that follows `step` finished ones.
 
     max(start * exp(-rate * step), lowest)
     """

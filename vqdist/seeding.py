@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part, in order; near parts give unrelated seeds."""
+    """Return a 63-bit seed that depends on every part, in order; near parts give unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -25,13 +25,14 @@ def seed_everything(*parts: int | str) -> None:
 
 
 def generator_states() -> dict[str, Tensor]:
-    """The state of every generator that training draws from, as byte tensors (`torch.load(weights_only=True)`)."""
+    """Return the state of each generator that training draws from, as tensors for `torch.load(weights_only=True)`."""
     python = torch.tensor(list(repr(random.getstate()).encode()), dtype=torch.uint8)
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    numpy_tail = torch.tensor([position, has_gauss, cached], dtype=torch.float64)
+    of_numpy = np.random.get_state(legacy=False)
+    twister = of_numpy["state"]
+    numpy_tail = torch.tensor([twister["pos"], of_numpy["has_gauss"], of_numpy["gauss"]], dtype=torch.float64)
     states = {
         "python": python,
-        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_keys": torch.from_numpy(twister["key"].astype(np.int64)),
         "numpy_tail": numpy_tail,
         "torch": torch.get_rng_state(),
     }

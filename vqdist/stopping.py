@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vqdist.files import write_json
 
@@ -69,8 +69,10 @@ def record_stop(number: int, *, step: int | None = None, run: str | None = None)
 
 
 class BrokenOff(BaseException):
-    """A signal ended a validation or a picture; whoever began it catches this. Like KeyboardInterrupt it is no
-    `Exception`, which a library might catch."""
+    """The end of a validation or a picture by a signal; the caller that began it catches this.
+
+    Like KeyboardInterrupt it is no `Exception`, which a library might catch.
+    """
 
 
 class Stopped(SystemExit):
@@ -106,7 +108,7 @@ class StopSignals:
         self._breaks_off = False
 
     def __enter__(self) -> StopSignals:
-        self._before = {}
+        self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in NOTED}
         training_flag().fill_(1)
@@ -145,8 +147,9 @@ class StopSignals:
 
 
 class LeaveAtOnce:
-    """Within this context SIGTERM, SIGUSR1 and SIGINT end the process with their code and one line: for a start-up,
-    when there is nothing to save.
+    """Within this context SIGTERM, SIGUSR1 and SIGINT end the process with their code and one line.
+
+    It is for a start-up, when there is nothing to save.
 
     Python runs its handlers between two of its own instructions only. A process that waits in a library for a peer, or
     compiles, comes to none: then a thread ends it, `PATIENCE` seconds after the signal.
@@ -155,7 +158,8 @@ class LeaveAtOnce:
     PATIENCE = 3.0
 
     def __enter__(self) -> LeaveAtOnce:
-        self._before, self._said, self._over = {}, False, threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+        self._said, self._over = False, threading.Event()
         if threading.current_thread() is threading.main_thread():
             self._listen()
         return self

@@ -2,7 +2,7 @@
 # What the tests of this folder start: installed with apt where it is missing; nothing to do where all is there.
 set -eu
 missing=()
-for needed in sbatch:slurm-wlm slurmctld:slurmctld slurmd:slurmd munged:munge ip:iproute2 mpirun:openmpi-bin shellcheck:shellcheck; do
+for needed in sbatch:slurm-wlm slurmctld:slurmctld slurmd:slurmd munged:munge ip:iproute2 mpirun:openmpi-bin; do
   PATH=$PATH:/usr/sbin:/sbin command -v "${needed%%:*}" >/dev/null || missing+=("${needed##*:}")
 done
 [ ${#missing[@]} -gt 0 ] || exit 0

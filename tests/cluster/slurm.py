@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launching import ROOT, environment, free_port, run
 
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "shellcheck")
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 NODES = ("n1", "n2")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 

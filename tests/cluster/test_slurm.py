@@ -82,12 +82,6 @@ def wait_for_steps(slurm: Slurm, job: str, out: Path, before: int) -> None:
 # --------------------------------------------------------------------------------------------- the files
 
 
-def test_the_scripts_are_clean():
-    for script in SCRIPTS:
-        run(["bash", "-n", str(script)])
-    run(["shellcheck", "--external-sources", *map(str, SCRIPTS)])
-
-
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.stem)
 def test_a_script_asks_for_time_to_save_and_names_no_site(script):
     lines = script.read_text().splitlines()

@@ -37,7 +37,7 @@ class Numbered(Dataset):
 
 
 def build(kind: str, folder: Path, **options) -> Trainer:
-    """A trainer whose losses are linear in the batch, and whose noise belongs to the image."""
+    """Return a trainer whose losses are linear in the batch, and whose noise belongs to the image."""
     if kind == "dvae":
         return build_dvae_trainer(folder, dataset=Numbered(), **{**DVAE_EVERYTHING, **OPTIONS, **options})
     return build_ar_trainer(folder, kind, dataset=Numbered(), **{**AR_PARITY[kind], **OPTIONS, **options})

@@ -25,7 +25,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def failing(error: Exception, when=lambda *_: True):
-    """A function that raises, where `when` of its arguments says so."""
+    """Return a function that raises, where `when` of its arguments says so."""
 
     def fail(*arguments, **_options):
         if when(*arguments):

@@ -15,7 +15,7 @@ BACKENDS = ("local", "accelerate", "deepspeed")
 
 
 def resolve_backend(name: str) -> str:
-    """The backend that a name stands for: "auto" is accelerate under a launcher and local without one.
+    """Return the backend that a name stands for: "auto" is accelerate under a launcher and local without one.
 
     Raises:
         UserError: there is no such backend, or this launch would train separate models.

@@ -97,7 +97,7 @@ class AccelerateBackend(DistributedBackend):
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
         self.broadcast_from_main(module)
-        options = {
+        options: dict[str, Any] = {
             "max_grad_norm": max_grad_norm,
             "grad_accum_every": self.grad_accum_every,
             "precision": self.precision,

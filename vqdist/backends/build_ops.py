@@ -94,7 +94,7 @@ def find_locks(folder: Path | None = None) -> list[Lock]:
 
 
 def find_stale_lock() -> Path | None:
-    """The lock on which a start in this environment would wait for ever, None when it would not."""
+    """Return the lock on which a start in this environment would wait for ever, None when it would not."""
     suspects = [lock.path for lock in find_locks() if lock.blocks and lock.stale]
     if suspects:
         time.sleep(0.5)  # torch closes its lock a moment before it removes it
@@ -122,7 +122,7 @@ def locks_block() -> bool:
 
 
 def lock_holders(path: Path, proc: Path = Path("/proc")) -> tuple[int, ...] | None:
-    """Processes of this machine that hold `path` open: torch keeps its lock open for as long as it builds."""
+    """Return processes of this machine that hold `path` open: torch keeps its lock open for as long as it builds."""
     if not (proc / "self" / "fd").is_dir():
         return None
     target = str(path.resolve())
@@ -157,7 +157,7 @@ def clear_locks(folder: Path, say=print) -> None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that torch will call, None when there is none."""
+    """Return the C++ compiler that torch will call, None when there is none."""
     return shutil.which(os.environ.get("CXX", "c++"))
 
 

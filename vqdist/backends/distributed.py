@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ class DistributedBackend(Backend):
         self._exchange: tuple[Tensor, dist.Work] | None = None  # of `largest_lately`
         self._host_group: dist.ProcessGroup | None = None  # the default one
         if self.world_size > 1 and self.device.type != "cpu":
-            self._host_group = dist.new_group(backend="gloo", timeout=timeout)
+            self._host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
     def _check_group(self, timeout: timedelta) -> None:
         """Whether the group talks as it should on this device, and at all."""

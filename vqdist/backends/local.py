@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class TorchEngine(Engine):
         self.module = module
         self.optimizer = optimizer
         self.backend = backend
-        self.wrapped = module if wrapped is None else wrapped
+        self.wrapped: Any = module if wrapped is None else wrapped  # of DDP it has no_sync
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self.grad_accum_every = grad_accum_every
         self.precision = precision

@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = "\n".join(f"  {name:<12} {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
     return (
         "usage: vqdist COMMAND [options]\n\n"
         "Distributed training of image tokenizers and autoregressive image models.\n\ncommands:\n"
@@ -118,7 +118,7 @@ def doctor(arguments: list[str]) -> int:
     """Say what this machine has, what works, and what mends the rest."""
     from vqdist.doctor import run
 
-    parse(make_parser("vqdist doctor", doctor.__doc__), arguments)
+    parse(make_parser("vqdist doctor", doctor.__doc__ or ""), arguments)
     return run()
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqdist.cli.parsing import DATA_ALIASES, Alias
+
+if TYPE_CHECKING:
+    from vqdist.trainers.base import Trainer
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class TrainedModel:
     aliases_note: str = ""
     over_tokenizer: bool = False
 
-    def load(self) -> tuple[type, type]:
+    def load(self) -> tuple[type, type[Trainer]]:
         """The class of the model and the class of its trainer."""
         return _load(self.model), _load(self.trainer)
 

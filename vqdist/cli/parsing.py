@@ -150,13 +150,14 @@ def _is_known(option: str, known: list[str]) -> bool:
 
 def _spell_out(given: list[Given], aliases: Mapping[str, Alias]) -> list[str]:
     """Arguments without aliases; `UserError` where two names of one option say different things of it."""
-    arguments, said = [], {}
+    arguments: list[str] = []
+    said: dict[str, dict[str, tuple[str | None, str]]] = {}
     for name, value in given:
+        if name is None:
+            arguments.append(str(value))
+            continue
         alias = aliases.get(name)
         option, meant = (name, value) if alias is None else (alias.option, alias.resolve(name, value))
-        if name is None:
-            arguments.append(value)
-            continue
         arguments.append(f"--{option}" if meant is None else f"--{option}={meant}")
         said.setdefault(option, {})[name] = (meant, f"--{name}" if value is None else f"--{name} {value}")
     for option, by_name in said.items():

@@ -223,4 +223,4 @@ def _field_docs(cls: type) -> dict[str, str]:
     """The line under each field of a dataclass."""
     import docstring_parser
 
-    return {param.arg_name: param.description for param in docstring_parser.parse_from_object(cls).params}
+    return {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(cls).params}

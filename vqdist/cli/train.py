@@ -107,7 +107,7 @@ def _field_doc(config_class: type, name: str) -> str:
         if cls is not object
         for param in docstring_parser.parse_from_object(cls).params
     )
-    return next(param.description for param in documented if param.arg_name == name)
+    return next(param.description or "" for param in documented if param.arg_name == name)
 
 
 def _set_defaults(parser, entry: TrainedModel) -> None:

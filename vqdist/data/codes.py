@@ -46,7 +46,7 @@ MAX_OPEN = 256
 LABEL_DTYPE = np.dtype(np.int64)
 
 # what a manifest says of all images: its type, and the least of a number
-FACTS = {
+FACTS: dict[str, tuple[Any, int | None]] = {
     "tokenizer": (str, None),
     "data": (str, None),
     "model_type": (str, None),
@@ -121,7 +121,10 @@ class CodeDataset(Dataset):
     def fetch(
         self, epoch: int, index: int, *, among: Sequence[int] | Tensor | None = None
     ) -> tuple[Tensor, tuple[str, ...]]:
-        """The codes (n,) or (n, q) int64 of an image, equal in every epoch; and no names, as none is ever broken."""
+        """Return the codes (n,) or (n, q) int64 of an image, equal in every epoch.
+
+        The names of broken images, which other datasets return beside, are always none.
+        """
         shard, row = divmod(checked_index(index, len(self)), self._manifest["shard_size"])
         codes = self._maps["codes"](shard)[row].astype(np.int64)
         if codes.max() >= self.codebook_size:
@@ -133,12 +136,12 @@ class CodeDataset(Dataset):
     def fetch_labelled(
         self, epoch: int, index: int, *, among: Sequence[int] | Tensor | None = None
     ) -> tuple[Tensor, int | None, tuple[str, ...]]:
-        """As `fetch`, with the class of the image."""
+        """Return what `fetch` does, and the class of the image."""
         codes, bad = self.fetch(epoch, index)
         return codes, self.label(index), bad
 
     def label(self, index: int) -> int | None:
-        """The class of an image, or None where the source had none."""
+        """Return the class of an image, or None where the source had none."""
         shard, row = divmod(checked_index(index, len(self)), self._manifest["shard_size"])
         label = int(self._maps["labels"](shard)[row])
         return None if label < 0 else label
@@ -196,27 +199,27 @@ class CodeDataset(Dataset):
 
 
 def shard_file(kind: str, shard: int) -> str:
-    """The name of a shard's file; the kind is `codes` or `labels`."""
+    """Return the name of a shard's file; the kind is `codes` or `labels`."""
     return f"{kind}_{shard:05d}.npy"
 
 
 def num_shards(count: int, shard_size: int) -> int:
-    """How many shards so many images make."""
+    """Return the number of shards that `count` images make."""
     return -(-count // shard_size)
 
 
 def shard_range(shard: int, count: int, shard_size: int) -> range:
-    """The indices of the images of a shard; fewer than `shard_size` in the last one."""
+    """Return the indices of the images of a shard; fewer than `shard_size` in the last one."""
     return range(shard * shard_size, min(count, (shard + 1) * shard_size))
 
 
 def row_shape(num_codes: int, num_levels: int) -> tuple[int, ...]:
-    """The shape of an image's codes: (n,), or (n, q) with more than one level."""
+    """Return the shape of an image's codes: (n,), or (n, q) with more than one level."""
     return (num_codes,) if num_levels == 1 else (num_codes, num_levels)
 
 
 def code_dtype(codebook_size: int) -> np.dtype:
-    """The smallest unsigned type that holds the codes 0 .. codebook_size - 1."""
+    """Return the smallest unsigned type that holds the codes 0 .. codebook_size - 1."""
     for bits in (8, 16, 32):
         if codebook_size <= 2**bits:
             return np.dtype(f"uint{bits}")
@@ -224,7 +227,7 @@ def code_dtype(codebook_size: int) -> np.dtype:
 
 
 def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in a .npy file, memory-mapped; `UserError` naming the file unless it has this type and shape."""
+    """Return the array in a .npy file, memory-mapped; `UserError` unless it has this type and shape."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -236,7 +239,7 @@ def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `manifest.json` says; `UserError` if there is none, or none of this version."""
+    """Return the content of `manifest.json`; `UserError` if there is none, or none of this version."""
     if not (folder / MANIFEST).is_file():
         if (folder / PLAN).is_file():
             raise UserError(f"the encoding of {folder} was not finished: run the same `vqdist encode` command again")
@@ -255,7 +258,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _wrong_part(manifest: dict[str, Any]) -> str | None:
-    """The first key of a manifest that cannot be right."""
+    """Return the first key of a manifest that cannot be right."""
     for name, (kind, least) in FACTS.items():
         if name not in manifest or not isinstance(manifest[name], kind):
             return name
@@ -265,8 +268,8 @@ def _wrong_part(manifest: dict[str, Any]) -> str | None:
     if not isinstance(shards, list) or len(shards) != num_shards(manifest["count"], manifest["shard_size"]):
         return "shards"
     for shard in shards:
-        for kind in KINDS:
-            file = shard.get(kind) if isinstance(shard, dict) else None
+        for file_kind in KINDS:
+            file = shard.get(file_kind) if isinstance(shard, dict) else None
             if not isinstance(file, dict) or not {"bytes", "sha256"} <= file.keys():
                 return "shards"
     return None

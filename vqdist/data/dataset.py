@@ -64,11 +64,12 @@ class ImageDataset(Dataset):
         if on_bad_image not in self.ON_BAD_IMAGE:
             raise UserError(f"on_bad_image {on_bad_image!r} is not known; choose {' or '.join(self.ON_BAD_IMAGE)}")
         if isinstance(source, ImageDataset):
-            source, augment = source._source_for(image_size, channels), augment and source.augment
+            augment = augment and source.augment
+            source = source._source_for(image_size, channels)
         self.source = _as_source(source, exts)
         self.image_size = image_size
         self.channels = channels
-        self.augment = augment
+        self.augment: bool = augment
         self.seed = seed
         self.on_bad_image = on_bad_image
 
@@ -106,14 +107,17 @@ class ImageDataset(Dataset):
     def fetch_labelled(
         self, epoch: int, index: int, *, among: Sequence[int] | Tensor | None = None
     ) -> tuple[Tensor, int | None, tuple[str, ...]]:
-        """As `fetch`, with the class of the image that is given, which may be the next good one's, or None."""
+        """Return the result of `fetch`, and the class of its image or None.
+
+        The image may be the next good one, and then so is the class.
+        """
         item, candidate, bad = self._first_good(epoch, index, among)
         return item, self.source.label(candidate), bad
 
     def _first_good(
         self, epoch: int, index: int, among: Sequence[int] | Tensor | None
     ) -> tuple[Tensor, int, tuple[str, ...]]:
-        """The image, its own index, and the names of those passed over."""
+        """Return the image, its own index, and the names of those passed over."""
         index = checked_index(index, len(self))
         bad: list[str] = []
         first: BadImageError | None = None
@@ -128,11 +132,11 @@ class ImageDataset(Dataset):
         raise UserError(f"none of the {len(bad)} images could be decoded; first: {first}")
 
     def label(self, index: int) -> int | None:
-        """The class of the image at an index (of this very index, also where a broken image is replaced)."""
+        """Return the class of the image at an index (of this very index, also where a broken image is replaced)."""
         return self.source.label(checked_index(index, len(self)))
 
     def name(self, index: int) -> str:
-        """The path or name of the image at an index."""
+        """Return the path or name of the image at an index."""
         return self.source.name(checked_index(index, len(self)))
 
     def fingerprint(self) -> str:

@@ -3,7 +3,7 @@
     open_image(file), then image_to_tensor(image, ...) = convert_channels, resize_and_crop, perhaps mirror, to float
 
 Every function is pure: what comes out depends on the arguments alone, chance included (`rng`). Images stay 8-bit PIL
-images until the last step. What "right" means for each kind of file:
+images until the last step. The meaning of "right" for each kind of file:
 
 - EXIF orientation is applied; of an animation the first frame is taken.
 - 16-bit grey (`I;16` in both byte orders, `I`): 65535 is white. `I` with larger values: 2 ** 31 - 1 is white.
@@ -66,10 +66,11 @@ def open_image(file: str | os.PathLike | BinaryIO, *, name: str | None = None) -
 
 
 def undecodable(name: str, error: Exception | str) -> BadImageError:
-    """The one message for an image that cannot be decoded."""
+    """Return the one message for an image that cannot be decoded."""
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     if isinstance(error, Image.DecompressionBombError):
-        reason = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, PIL's limit against decompression bombs"
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        reason = f"it has more than {limit:,} pixels, PIL's limit against decompression bombs"
     reason = " ".join(reason.split())
     return BadImageError(
         f"cannot decode the image {name} ({reason}); replace or remove it, or pass over such images with "
@@ -154,7 +155,7 @@ def image_to_tensor(
 
 
 def tensor_to_image(tensor: Tensor) -> Image.Image:
-    """The 8-bit PIL image of a float tensor (c, h, w) in [0, 1], c 1, 3 or 4; values outside are clamped."""
+    """Return the 8-bit PIL image of a float tensor (c, h, w) in [0, 1], c 1, 3 or 4; values outside are clamped."""
     check_channels(tensor.shape[0])
     pixels = rearrange(tensor.detach().cpu().float().clamp(0, 1) * 255, "c h w -> h w c").round().byte().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if tensor.shape[0] == 1 else pixels))

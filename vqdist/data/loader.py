@@ -32,7 +32,7 @@ class Split(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a loader gives.
+    """One micro-batch of a loader.
 
     Attributes:
         item: images (b, c, h, w) float32 in [0, 1]; of stored codes (b, n) or (b, n, q) int64.
@@ -90,7 +90,7 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
             start += self.batch_size * self.world_size
 
     def epoch_order(self, epoch: int) -> Tensor:
-        """The dataset's indices in the order in which this epoch visits them."""
+        """Return the dataset's indices in the order in which this epoch visits them."""
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
 
@@ -137,7 +137,7 @@ def train_loader(
     prefetch_factor: int,
     labels: bool = False,
 ) -> Iterator[Batch]:
-    """An endless loader of this rank's micro-batches from a position of the stream on."""
+    """Return an endless loader of this rank's micro-batches from a position of the stream on."""
     sampler = PositionSampler(
         indices, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, position=position
     )
@@ -162,7 +162,10 @@ def valid_loader(
     prefetch_factor: int = 2,
     labels: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of the images, each once over all ranks; its last batch may be smaller, or it may be empty."""
+    """Return this rank's share of the images, each once over all ranks.
+
+    Its last batch may be smaller, and a share may be empty.
+    """
     mine = [(0, int(index)) for index in indices[rank::world_size]]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     return _loader(

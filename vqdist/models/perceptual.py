@@ -112,6 +112,9 @@ class PerceptualLoss(nn.Module):
 class _Normalised(nn.Module):
     """Images (b, 1 | 3 | 4, h, w) in [0, 1] -> list of the features of their ImageNet-normalised colours."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, features: nn.Module):
         super().__init__()
         self.features = features

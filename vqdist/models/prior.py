@@ -105,7 +105,8 @@ class Prior(
                 hidden = self.transformer(tokens)
             logits = self.to_logits[step % self.num_levels](hidden[:, -1])
             if guided:
-                logits = guide(*logits.chunk(2), options.cfg)
+                with_class, without = logits.chunk(2)
+                logits = guide(with_class, without, options.cfg)
             codes.append(draw(logits, uniform[:, step], options))
             new = self._embed(codes[-1][:, None], first=step)
             tokens = torch.cat([tokens, repeat(new, "b n d -> (r b) n d", r=2 if guided else 1)], dim=1)

@@ -20,7 +20,7 @@
 - `hf`: keys `config` (the dataset's configuration), `image` and `label` (columns, if they are not the first ones of
   these types). The split is `train` if none is given, or the only one.
 
-What is downloaded by torchvision and wds lies under `VQDIST_DATA` (default `~/.cache/vqdist`), in `torchvision/` and
+Downloads of torchvision and wds lie under `VQDIST_DATA` (default `~/.cache/vqdist`), in `torchvision/` and
 `wds/`.
 
 Every file list is sorted, so each node sees the same order; `fingerprint` proves it without reading the images.
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vqdist.data.sources.base import FORMS, Source, absolute_path
 from vqdist.data.sources.digits import DigitsSource
@@ -57,7 +57,7 @@ __all__ = [
     "open_source",
 ]
 
-OPENERS: dict[str, type[Source]] = {
+OPENERS: dict[str, Callable[[str], Source]] = {
     "digits": DigitsSource,
     "synthetic": SyntheticSource,
     "torchvision": TorchvisionSource,

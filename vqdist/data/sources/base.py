@@ -1,4 +1,4 @@
-"""What every source of images is, and the parts that several of them share."""
+"""The base class of every source of images, and the parts that several of them share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,15 @@ class Source:
         raise NotImplementedError
 
     def image(self, index: int) -> Image.Image:
-        """The decoded image at 0 <= index < len; `BadImageError` names it if it cannot be decoded."""
+        """Return the decoded image at 0 <= index < len; `BadImageError` names it if it cannot be decoded."""
         raise NotImplementedError
 
     def label(self, index: int) -> int | None:
-        """The class of an image, or None where the source has no classes."""
+        """Return the class of an image, or None where the source has no classes."""
         return None
 
     def name(self, index: int) -> str:
-        """What to call an image in a message: by default the spec, without its options, and the index."""
+        """Return the name of an image for messages: by default the spec, without its options, and the index."""
         return f"{self.spec.partition('?')[0]}[{index}]"
 
     def fingerprint(self) -> str:
@@ -60,13 +60,15 @@ class Source:
         raise NotImplementedError
 
     def tensor(self, index: int, *, image_size: int, channels: int, rng: torch.Generator | None = None) -> Tensor:
-        """The image as (c, h, w) float32 in [0, 1], see `images.image_to_tensor`."""
+        """Return the image as (c, h, w) float32 in [0, 1], see `images.image_to_tensor`."""
         return image_to_tensor(self.image(index), image_size=image_size, channels=channels, rng=rng)
 
 
-class PackedStrings(Sequence):
-    """Many strings in two arrays. A list of a million strings is copied into every forked worker, a string at a time,
-    as reading one writes its reference count; arrays stay shared.
+class PackedStrings:
+    """Many strings in two arrays.
+
+    A list of a million strings is copied into every forked worker, a string at a time, as reading one writes its
+    reference count; arrays stay shared.
     """
 
     def __init__(self, strings: Iterable[str]):
@@ -76,6 +78,9 @@ class PackedStrings(Sequence):
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> str:
         index = checked_index(index, len(self))
@@ -99,7 +104,7 @@ def normalise_extensions(exts: Iterable[str] | str | None) -> tuple[str, ...]:
 
 
 def extension_of(path: str) -> str:
-    """The extension in lower case without its dot, '' if there is none."""
+    """Return the extension in lower case without its dot, '' if there is none."""
     return os.path.splitext(path)[1].removeprefix(".").lower()
 
 
@@ -116,14 +121,14 @@ def split_options(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def as_label(value: Any) -> int | None:
-    """A dataset's label as a number; None if it is not a class (a text, a mask, a list)."""
+    """Return a dataset's label as a number; None if it is not a class (a text, a mask, a list)."""
     if isinstance(value, Tensor | np.ndarray):
         value = value.item() if value.ndim == 0 else None
     return int(value) if isinstance(value, int | np.integer) else None
 
 
 def checked_index(index: int, length: int) -> int:
-    """The index counted from the start, as lists do it; `IndexError` if there is none."""
+    """Return the index counted from the start, as lists do it; `IndexError` if there is none."""
     index = operator.index(index)
     if not -length <= index < length:
         raise IndexError(f"index {index} is out of range for {length} items")
@@ -150,12 +155,12 @@ def absolute_path(path: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """The error in one line of bounded length."""
+    """Return the error in one line of bounded length."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 240 else f"{text[:240]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def missing_package(spec: str, package: str) -> UserError:
-    """The one message for a package that only some sources need."""
+    """Return the one message for a package that only some sources need."""
     return UserError(f"{spec!r} needs the package {package}, which is not installed; run `pip install 'vqdist[data]'`")

@@ -49,7 +49,10 @@ def _digits() -> _Digits:
 
 
 def _read_idx(file: str) -> np.ndarray:
-    """The idx format: 2 zero bytes, the type (8 is uint8), the number of axes, each length as int32, then the data."""
+    """Read the idx format.
+
+    It holds 2 zero bytes, the type (8 is uint8), the number of axes, each length as int32, then the data.
+    """
     compressed = importlib.resources.files("vqdist.data").joinpath("digits", file).read_bytes()
     content = gzip.decompress(compressed)
     assert content[:3] == b"\0\0\x08", f"{file} is not an idx file of bytes"

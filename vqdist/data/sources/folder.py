@@ -92,7 +92,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _census(files: list[str]) -> str:
-    """What there is in place of images: `found 3 .txt and 1 .csv files`."""
+    """Describe the files in place of images: `found 3 .txt and 1 .csv files`."""
     if not files:
         return "found no files"
     counts = Counter(f".{extension_of(path)}" if extension_of(path) else "(no extension)" for path in files)

@@ -51,7 +51,7 @@ class SyntheticSource(Source):
 
 
 def _hue(share: float) -> np.ndarray:
-    """A saturated colour (3,) in [0, 1] at this share of the colour circle."""
+    """Return a saturated colour (3,) in [0, 1] at this share of the colour circle."""
     return 0.5 + 0.5 * np.cos(2 * np.pi * (share + np.array([0, 1 / 3, 2 / 3])))
 
 

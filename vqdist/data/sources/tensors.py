@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from vqdist.data.images import tensor_to_image
 from vqdist.data.sources.base import FORMS, Source, as_label, digest_of
@@ -28,7 +28,7 @@ class TensorSource(Source):
     TOLERANCE = 1e-3
     """How far beyond [0, 1] a value may lie: as far as an interpolation overshoots in float16."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Any):
         self.dataset = dataset
         self.spec = type(dataset).__name__
         map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")

@@ -161,7 +161,7 @@ def _torchvision_class(name: str) -> type:
 
 
 def _literal(value: str) -> Any:
-    """A Python value if it reads as one (`3`, `True`, `(3, 32, 32)`), else the text."""
+    """Return a Python value if it reads as one (`3`, `True`, `(3, 32, 32)`), else the text."""
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -169,12 +169,12 @@ def _literal(value: str) -> Any:
 
 
 def _parameters(cls: type) -> list[str]:
-    """The names that a constructor takes, with those that it passes on to its base class."""
+    """Return the names that a constructor takes, with those that it passes on to its base class."""
     names: list[str] = []
     for base in cls.__mro__[:-1]:
         if "__init__" not in vars(base):
             continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         names += [
             p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in names
         ]
@@ -184,7 +184,10 @@ def _parameters(cls: type) -> list[str]:
 
 
 def _split_argument(spec: str, split: str, known: list[str]) -> dict[str, Any]:
-    """How this class is told its split; `train` first, for EMNIST has a `split` that means something else."""
+    """Return the argument by which this class takes its split.
+
+    `train` comes first, because EMNIST has a `split` that means something else.
+    """
     if "train" in known:
         if split not in ("train", "test"):
             raise UserError(f"{spec!r} asks for the split {split!r}; this dataset has the splits train and test")

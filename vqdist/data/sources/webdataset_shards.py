@@ -112,7 +112,7 @@ class WebDatasetSource(Source):
 
 
 def _expand_shards(spec: str) -> list[str]:
-    """The paths and addresses that a spec names, in its order."""
+    """Return the paths and addresses that a spec names, in its order."""
     pattern = spec.partition(":")[2]
     try:
         from webdataset.shardlists import expand_urls
@@ -144,7 +144,7 @@ def _is_remote(url: str) -> bool:
 
 
 def _local_shard(url: str) -> str:
-    """The path of a shard; a remote one is downloaded by one process of a node while the others wait."""
+    """Return the path of a shard; a remote one is downloaded by one process of a node while the others wait."""
     if not _is_remote(url):
         return url
     from filelock import FileLock  # torch needs it too
