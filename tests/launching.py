@@ -1,4 +1,7 @@
-"""Starting real processes from tests: torchrun on the CPU, one thread each, always with a time limit."""
+"""Starting processes from tests: torchrun on the CPU, one thread each, always with a time limit.
+
+Unless `warm=False` says otherwise, they begin with everything imported; `warm` says what that changes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from warm import PROGRAMS, programs
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -93,16 +98,36 @@ def last_step(out: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def run(command: list[str], *, timeout: float = 240, check: bool = True, cwd: Path = ROOT, **extra: str):
+def warmed(command: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command and the variables that start it, and the ranks that it starts, with everything imported."""
+    folder = programs()
+    name = "python" if command[0] == sys.executable else command[0]
+    search = os.pathsep.join([str(folder), environment()["PATH"]])
+    variables = {"PYTHON_EXEC": str(folder / "python"), "PATH": search}  # torchrun reads the first
+    return [str(folder / name) if name in PROGRAMS else name, *command[1:]], variables
+
+
+def run(
+    command: list[str],
+    *,
+    timeout: float = 240,
+    check: bool = True,
+    cwd: Path = ROOT,
+    warm: bool = True,
+    **extra: str,
+):
     """Run a command to its end; past the time limit it and all that it started are killed.
 
     Returns:
         The completed process, with `stdout` and `stderr` as text.
     """
+    variables: dict[str, str] = {}
+    if warm:
+        command, variables = warmed(command)
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment(**extra),
+        env=environment(**{**variables, **extra}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -115,12 +140,12 @@ def run(command: list[str], *, timeout: float = 240, check: bool = True, cwd: Pa
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def torchrun(arguments: list[str], *, processes: int = 2, timeout: float = 240, check: bool = True, **extra: str):
-    """`torchrun --nproc_per_node processes arguments` on a free port."""
+def torchrun(arguments: list[str], *, processes: int = 2, **options):
+    """`torchrun --nproc_per_node processes arguments` on a free port; `options` are those of `run`."""
     command = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port()), *arguments]
-    return run(command, timeout=timeout, check=check, **extra)
+    return run(command, **options)
 
 
-def vqdist(*arguments: str, timeout: float = 240, check: bool = True, cwd: Path = ROOT, **extra: str):
-    """`vqdist arguments` in one process."""
-    return run(["vqdist", *arguments], timeout=timeout, check=check, cwd=cwd, **extra)
+def vqdist(*arguments: str, **options):
+    """`vqdist arguments` in one process; `options` are those of `run`."""
+    return run(["vqdist", *arguments], **options)

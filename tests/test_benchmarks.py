@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from launching import ROOT, run, torchrun
+from warm import programs
 
 sys.path.insert(0, str(ROOT))
 
@@ -113,7 +114,11 @@ def test_profile_accounts_for_the_whole_step(tmp_path):
 def side(**model):
     """A process of a comparison that this environment can run."""
     trainer = {"backend": "local", "batch_size": 4, "num_workers": 0}
-    return sys.executable, {"side": "vqdist", "model": {**SMALL_DVAE, "image_size": 32, **model}, "trainer": trainer}
+    return str(programs() / "python"), {
+        "side": "vqdist",
+        "model": {**SMALL_DVAE, "image_size": 32, **model},
+        "trainer": trainer,
+    }
 
 
 def compared(*sides):

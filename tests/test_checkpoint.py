@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, environment, run, torchrun
+from launching import ROOT, run, torchrun
 from scenarios import EVERYTHING, build_trainer, train_steps, weights_of
 
 from vqdist import completion
@@ -232,7 +231,8 @@ def test_an_error_lets_the_checkpoint_be_completed(tmp_path, monkeypatch, error)
     assert (tmp_path / "checkpoints" / "step_00000001" / MANIFEST).is_file()
 
 
-def test_a_process_that_just_ends_completes_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("warm", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_a_process_that_just_ends_completes_its_checkpoint(warm, tmp_path):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -244,7 +244,7 @@ sums = completion.sha256_of
 completion.sha256_of = lambda path: time.sleep(0.2) or sums(path)
 build_trainer(Path({str(tmp_path)!r}), save_model_every=1).train_step()
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
+    run([sys.executable, "-c", code], warm=warm)
     verify(tmp_path / "checkpoints" / "step_00000001")
 
 

@@ -197,13 +197,14 @@ def test_bare_tasks_of_srun_train_one_model(tmp_path):
     import subprocess
 
     from launching import environment as child_environment
+    from launching import warmed
 
     step = {**SRUN, "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NUM_TASKS": "2"}
-    command = [sys.executable, "-m", "vqdist", *TRAIN, "--out", str(tmp_path / "run")]
+    command, warm = warmed([sys.executable, "-m", "vqdist", *TRAIN, "--out", str(tmp_path / "run")])
     tasks = [
         subprocess.Popen(
             command,
-            env=child_environment(**{**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}),
+            env=child_environment(**{**warm, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}),
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
