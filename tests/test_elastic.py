@@ -15,6 +15,7 @@ from workers.elastic_worker import KINDS, STEPS, build, train_to
 from vqdist.backends.state import load_tensors
 from vqdist.data.loader import PositionSampler
 from vqdist.errors import UserError
+from vqdist.manifest import sealed
 from vqdist.trainers import run_folder
 from vqdist.trainers.base import Trainer
 from vqdist.trainers.global_batch import GlobalBatch
@@ -180,7 +181,7 @@ def as_if_saved_by(processes: int, manifest: Path, **changes) -> None:
     content = json.loads(manifest.read_text())
     content["world_size"] = processes
     content["global_batch"] = {"batch_size": 2, "grad_accum_every": 4, "images": 8 * processes}
-    manifest.write_text(json.dumps({**content, **changes}))
+    manifest.write_text(json.dumps(sealed({**content, **changes})))
 
 
 def test_a_global_batch_that_cannot_be_kept_is_said(tmp_path, capsys):
@@ -204,7 +205,8 @@ def test_checkpoints_from_before_it_was_written_say_it_with_the_configuration(tm
     trainer = begun(tmp_path)
     as_if_saved_by(2, manifest_of(trainer))
     content = json.loads(manifest_of(trainer).read_text())
-    del content["global_batch"], content["validation_broken_off"]
+    for name in ("global_batch", "validation_broken_off", "version", "sha256"):
+        del content[name]
     manifest_of(trainer).write_text(json.dumps(content))
     assert build_dvae_trainer(tmp_path, batch_size=2, grad_accum_every=4).config.grad_accum_every == 8
     assert run_folder._global_batch(trainer.checkpoints.latest(), content).images == 32  # the resume wrote its own

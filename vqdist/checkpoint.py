@@ -1,15 +1,16 @@
 """Checkpoints: complete or absent. The engines write the bytes; this file says when a folder counts.
 
 `run/checkpoints/step_00000020/` is written as `step_00000020.partial`; when every rank is done, rank 0 flushes
-everything to the disk, writes `manifest.json` (size and SHA-256 of each file) and renames: see `completion.py`. A
-folder without the suffix is complete. Whatever a killed process left is found by its suffix and removed.
+everything to the disk, writes `manifest.json` (size and SHA-256 of each file, and its own) and renames: see
+`completion.py` and `manifest.py`. A folder without the suffix is complete. Whatever a killed process left is found by
+its suffix and removed.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 
 from vqdist.backends.base import Backend
 from vqdist.completion import (
-    MANIFEST,
     PARTIAL,
     WRITE_ERRORS,
     partial_of,
@@ -27,7 +27,8 @@ from vqdist.completion import (
     wait_for_completion,
 )
 from vqdist.errors import PeerLost, UserError
-from vqdist.files import FolderLock, read_json, sha256_of
+from vqdist.files import FolderLock, sha256_of
+from vqdist.manifest import MANIFEST, read_manifest
 
 PATIENCE = 15.0  # seconds that a run which fails waits for a checkpoint that is being completed
 
@@ -233,8 +234,12 @@ def write_all(*parts: Callable[[], None]) -> None:
         raise failures[0]
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest and return the manifest.
+def verify(folder: Path, required: Collection[str] = ()) -> dict[str, Any]:
+    """Check the manifest of a checkpoint, and every file against it, and return the manifest.
+
+    Args:
+        folder: the checkpoint.
+        required: entries that the manifest must have besides `step` and `files`.
 
     Raises:
         UserError: naming the folder and what is wrong with it.
@@ -242,9 +247,7 @@ def verify(folder: Path) -> dict[str, Any]:
     wait_for_completion(folder.parent)
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or one that was never finished")
-    manifest = read_json(folder / MANIFEST)
-    if not {"files", "step"} <= manifest.keys():
-        raise UserError(f"{folder / MANIFEST} is not the manifest of a checkpoint; remove {folder}")
+    manifest = read_manifest(folder, required)
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():

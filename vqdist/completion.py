@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 
 from vqdist.errors import UserError
 from vqdist.files import sha256_of
+from vqdist.manifest import MANIFEST, sealed
 
-MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 # what a full disk raises: of the system, of torch, of safetensors, and of those here that say it in words
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
@@ -141,7 +141,7 @@ def write_manifest(folder: Path, info: dict[str, Any], checksums: Mapping[Path, 
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
         for path, checksum in checksums.items()
     }
-    (folder / MANIFEST).write_text(json.dumps({**info, "files": files}, indent=2))
+    (folder / MANIFEST).write_text(json.dumps(sealed({**info, "files": files}), indent=2))
     _flush(folder / MANIFEST)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         _flush(path)

@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}); it is damaged or not of vqdist") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; a JSON object is expected")

@@ -31,12 +31,12 @@ from vqdist.checkpoint import (
     write_all,
     write_atomically,
 )
-from vqdist.completion import MANIFEST
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split
 from vqdist.errors import UserError
 from vqdist.export import mend_export, write_export
 from vqdist.files import LEASE_SECONDS, FolderLock, lock_folder, read_json, write_json
+from vqdist.manifest import read_manifest
 from vqdist.metrics import RunningMeans
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
@@ -50,6 +50,7 @@ OWN_OF_A_HOST = frozenset(
     ]
 )
 MOST_OPTIONS = 512
+NEEDED_TO_RESUME = ("position", "world_size", "backend")  # entries of every manifest of a run
 
 
 class RunFolder(ABC):
@@ -120,16 +121,12 @@ class RunFolder(ABC):
         self._restart_clock()
 
     def _verified(self, path: Path) -> dict[str, Any]:
-        """The manifest of a checkpoint whose files rank 0 has checked; every rank fails if it does."""
-        problem = None
-        if self.is_main:
-            try:
-                verify(path)
-            except UserError as error:
-                problem = error
-        if self.backend.any(problem is not None):
-            raise problem or UserError(f"rank 0 cannot read {path}")
-        return read_json(path / MANIFEST)
+        """Return the manifest of a checkpoint whose files rank 0 has checked; every rank fails if one does."""
+        with everywhere(self.backend, f"{path} cannot be read"):
+            if self.is_main:
+                verify(path, NEEDED_TO_RESUME)
+        with everywhere(self.backend, f"{path} cannot be read"):  # after rank 0, which may have been completing it
+            return read_manifest(path, NEEDED_TO_RESUME)
 
     def _save_checkpoint(self) -> None:
         paused = time.perf_counter()
@@ -433,7 +430,7 @@ def _newest_manifest(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
     for step in reversed(complete_steps(checkpoints)):
         path = checkpoint_path(checkpoints, step)
         try:
-            return path, read_json(path / MANIFEST)
+            return path, read_manifest(path, NEEDED_TO_RESUME)
         except UserError:  # damaged: `_load_newest` says so
             continue
     return None
