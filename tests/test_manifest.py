@@ -29,12 +29,12 @@ NEEDED = ("position", "world_size", "backend")
 
 
 def first_version(content: dict[str, Any]) -> dict[str, Any]:
-    """The manifest that was written before there were checksums of it."""
+    """Return the manifest that was written before there were checksums of it."""
     return {name: value for name, value in content.items() if name in FIRST_KEYS}
 
 
 def written(folder: Path, content: Any, name: str = "step_00000012") -> Path:
-    """A checkpoint's folder with this manifest."""
+    """Write a checkpoint's folder with this manifest."""
     path = folder / name
     path.mkdir(exist_ok=True)
     (path / MANIFEST).write_text(content if isinstance(content, str) else json.dumps(content))
@@ -42,7 +42,7 @@ def written(folder: Path, content: Any, name: str = "step_00000012") -> Path:
 
 
 def refused(folder: Path, content: Any) -> str:
-    """The line in which this manifest is refused."""
+    """Return the line in which this manifest is refused."""
     with pytest.raises(UserError) as error:
         read_manifest(written(folder, content), NEEDED)
     assert "\n" not in str(error.value) and MANIFEST in str(error.value)
@@ -50,7 +50,7 @@ def refused(folder: Path, content: Any) -> str:
 
 
 def places(content: Any, path: tuple = ()) -> list[tuple]:
-    """The path of every entry of nested objects."""
+    """Return the path of every entry of nested objects."""
     if not isinstance(content, dict):
         return []
     below = [[(*path, name), *places(value, (*path, name))] for name, value in content.items()]
@@ -58,7 +58,7 @@ def places(content: Any, path: tuple = ()) -> list[tuple]:
 
 
 def changed(content: dict, path: tuple, change: Callable[[dict, str], None]) -> dict:
-    """A copy in which the entry at this path was changed, of the object that holds it."""
+    """Return a copy in which the entry at this path is changed."""
     content = copy.deepcopy(content)
     holder = content
     for name in path[:-1]:
@@ -68,7 +68,7 @@ def changed(content: dict, path: tuple, change: Callable[[dict, str], None]) -> 
 
 
 def other(value: Any) -> Any:
-    """A value of the same type, near to this one."""
+    """Return a value of the same type, near to this one."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
