@@ -26,7 +26,10 @@ PROGRAMS = ("vqdist", "torchrun", "accelerate", "deepspeed", "python")
 
 @functools.cache
 def programs() -> Path:
-    """The folder of programs that are started warm; the server runs from the first call to the end of this process."""
+    """Return the folder of programs that are started warm.
+
+    The server runs from the first call to the end of this process.
+    """
     folder = Path(tempfile.mkdtemp(prefix="vqdist-warm-"))
     for name in PROGRAMS:
         script = folder / name

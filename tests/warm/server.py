@@ -43,7 +43,7 @@ def import_everything() -> None:
 
 
 def read(connection: socket.socket) -> tuple[dict, list[int]]:
-    """What a client asks for, and its three files."""
+    """Return the request of a client, and its three files."""
     length, files, *_ = socket.recv_fds(connection, 8, 3)
     left, parts = int.from_bytes(length, "big"), []
     while left:
@@ -104,7 +104,7 @@ def attend(connection: socket.socket) -> tuple[dict, list[int]]:
 
 
 def kill(pid: int) -> None:
-    """A process and all that descend from it."""
+    """Kill a process and all that descend from it."""
     with suppress(OSError):
         children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
         os.kill(pid, signal.SIGKILL)
