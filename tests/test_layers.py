@@ -20,7 +20,7 @@ PATHS = {
 TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 
 # What each part may import of vqdist, besides itself; `cli -> trainers -> {...} -> leaves`.
-LEAVES = {"vqdist.errors", "vqdist.files", "vqdist.storage", "vqdist.version"}
+LEAVES = {"vqdist.errors", "vqdist.files", "vqdist.parts", "vqdist.storage", "vqdist.version"}
 PARTS = {
     "vqdist.errors": set(),
     "vqdist.files": {"vqdist.errors"},

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import struct
+import sys
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -14,10 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import wandb
+from launching import run
 from PIL import Image
 from scenarios import build_dvae_trainer
 
-from vqdist import DiscreteVAE
+from vqdist import DiscreteVAE, Sink
+from vqdist.cli import main
 from vqdist.errors import UserError
 from vqdist.tracking import Tracker, check_trackers, make_sheet, memory_gb, save_bars, save_sheet
 
@@ -26,8 +32,14 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def tracker(folder: Path, *names: str, resumed_step: int = 0) -> Tracker:
-    return Tracker(folder, list(names), {"lr": 0.1}, resumed_step)
+def tracker(folder: Path, *parts: str | dict | Sink, resumed_step: int = 0) -> Tracker:
+    return Tracker(folder, list(parts), {"lr": 0.1}, resumed_step)
+
+
+def sink_of(tracking: Tracker) -> Sink:
+    """The only sink of a tracker."""
+    ((_, sink),) = tracking.sinks
+    return sink
 
 
 # --------------------------------------------------------------------------------------------- metrics.jsonl
@@ -72,6 +84,66 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     tracking = tracker(tmp_path, resumed_step=5)
     tracking.log(6, {"loss": 2.0})
     assert lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 6, "loss": 2.0}]
+
+
+ODD_LINES = [
+    b"\xff\xfe\x00 not text",
+    b'{"step": 1, "lo',
+    b"[" * 200_000,
+    b'{"step": 1, "a": ' + b"[" * 200_000,
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"step": 1, "a": ' + b"9" * 5000 + b"}",
+    b'{"step": true}',
+    b'{"step": "1"}',
+    b'{"step": 1e400}',
+    b"\x00" * 100,
+    b"",
+    b"{}",
+    b"[1]",
+    '{"step": 1, "a": "\ud800"}'.encode("utf-8", "surrogatepass"),
+]
+
+
+@pytest.mark.parametrize("odd", ODD_LINES, ids=range(len(ODD_LINES)))
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_lines_that_no_run_has_written_are_passed_over(tmp_path, capsys, odd, end):
+    first, second = b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "valid/psnr": 2.0}\n'
+    (tmp_path / "config.json").write_text('{"model_type": "dvae"}')
+    (tmp_path / "metrics.jsonl").write_bytes(first + odd + b"\n" + second + odd + end)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "valid/psnr" in capsys.readouterr().out
+    tracking = tracker(tmp_path, resumed_step=2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == first + second
+    tracking.log(3, {"loss": 2.0})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_line_that_the_resumed_run_had_written_is_not_written_again(tmp_path):
+    first = tracker(tmp_path)
+    first.log(2, {"loss": 0.5})
+    first.log(2, {"valid/psnr": 20.0, "valid/l1": float("nan")})
+    noting = Noting()
+    second = tracker(tmp_path, noting, resumed_step=2)
+    second.log(2, {"valid/l1": float("nan"), "valid/psnr": 20.0})
+    assert len(lines(tmp_path)) == 2 and noting.told == []
+    second.log(2, {"valid/other": 1.0})
+    second.log(3, {"valid/psnr": 21.0, "valid/l1": 0.0})
+    assert [entry[1] for entry in noting.told] == [2, 3] and len(lines(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_a_finished_run_that_is_started_again_leaves_its_lines_as_they_are(tmp_path, every):
+    options = {"num_train_steps": 2, "validate_every": every}
+    numbers = build_dvae_trainer(tmp_path, **options).train()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = build_dvae_trainer(tmp_path, **options)
+    assert again.train() == numbers and again.step == 2
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    # killed between its last checkpoint and its last validation
+    kept = [line for line in before.splitlines(keepends=True) if not (b"valid/" in line and b'"step": 2' in line)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(kept))
+    build_dvae_trainer(tmp_path, **options).train()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 # --------------------------------------------------------------------------------------------- trackers
@@ -141,7 +213,7 @@ def test_tensorboard_forgets_what_will_run_again(tmp_path):
 def offline(tmp_path, monkeypatch) -> Path:
     """W&B without a network and with a home of its own, which is returned."""
     home = tmp_path / "home"
-    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path / "wandb")}
+    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     for name, value in {**settings, "WANDB_DATA_DIR": str(home), "WANDB_CACHE_DIR": str(home)}.items():
         monkeypatch.setenv(name, value)
     return home
@@ -149,7 +221,7 @@ def offline(tmp_path, monkeypatch) -> Path:
 
 def test_wandb_writes_an_offline_run(tmp_path, offline):
     tracking = tracker(tmp_path, "wandb")
-    run = tracking.wandb
+    run = sink_of(tracking).run
     tracking.log(1, {"loss": 0.5})
     tracking.picture(1, "reconstructions", torch.rand(2, 2, 3, 8, 8), tmp_path / "one.png")
     tracking.log(2, {"loss": 0.25})
@@ -235,7 +307,7 @@ def test_a_run_that_continues_leaves_the_model_of_its_first_part_as_it_is(tmp_pa
         (export / "model.safetensors").write_bytes(weights)
         tracking = tracker(tmp_path, "wandb")
         tracking.artifact(export)
-        kept.append(Path(tracking.wandb.dir).parent / "model" / "model.safetensors")
+        kept.append(Path(sink_of(tracking).run.dir).parent / "model" / "model.safetensors")
         tracking.close()
         (export / "model.safetensors").unlink()
         time.sleep(1)  # W&B names the folder by the second
@@ -314,25 +386,334 @@ def test_without_wandb_an_artifact_goes_nowhere(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_continues_the_run_of_a_folder(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr("wandb.init", lambda **options: asked.append(options["id"]))
+# --------------------------------------------------------------------------------------------- whose W&B run it is
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict]:
+    """What `wandb.init` is asked for, without starting anything."""
+    calls: list[dict] = []
+
+    def init(**options):
+        calls.append(options)
+        return SimpleNamespace(id=options.get("id"), offline=True)
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("wandb.init", init)
+    return calls
+
+
+def test_the_id_of_a_wandb_run_is_random_and_kept_in_the_run_folder(tmp_path, asked):
     for folder in ("a", "a", "b"):
         (tmp_path / folder).mkdir(exist_ok=True)
         tracker(tmp_path / folder, "wandb")
-    assert asked[0] == asked[1] != asked[2]
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    tracker(tmp_path / "a", "wandb", resumed_step=0)  # another run at an old path
+    first, again, other, anew = [options["id"] for options in asked]
+    assert first == again and len({first, other, anew}) == 3
+    assert json.loads((tmp_path / "a" / "wandb.json").read_text()) == {"id": anew}
+    (tmp_path / "a").rename(tmp_path / "c")
+    tracker(tmp_path / "c", "wandb", resumed_step=7)
+    assert asked[-1]["id"] == anew  # a run that was moved
 
 
-def test_unknown_and_missing_trackers(monkeypatch):
+@pytest.mark.parametrize("prefix", ["", "offline-"])
+@pytest.mark.parametrize("kept", [None, "", "{", "[]", '{"id": 3}', '{"id": ""}'])
+def test_runs_from_before_ids_were_kept_continue(tmp_path, asked, prefix, kept):
+    """Their id was a hash of the path, and stands in the names of the folders that W&B made."""
+    for name in ("run-20250101_000000-older", f"{prefix}run-20260101_000000-0f3a-b2", "latest-run", "run-x"):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    if kept is not None:
+        (tmp_path / "wandb.json").write_text(kept)
+    tracker(tmp_path, "wandb", resumed_step=3)
+    assert asked[0]["id"] == "0f3a-b2"
+    assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": "0f3a-b2"}
+
+
+def test_a_wandb_run_has_the_name_of_its_folder_unless_somebody_says_another(tmp_path, asked, monkeypatch):
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    tracker(folder, "wandb")
+    assert {key: asked[0][key] for key in ("project", "name", "dir", "resume")} == {
+        "project": "vqdist",
+        "name": "digits",
+        "dir": str(folder),
+        "resume": "allow",
+    }
+    assert asked[0]["config"] == {"lr": 0.1} and not {"entity", "group", "tags"} & asked[0].keys()
+    said = {"project": "mine", "entity": "team", "name": "n", "group": "g", "tags": ["a"], "notes": "t", "id": "i"}
+    tracker(folder, {"class_path": "wandb", "init_args": {**said, "settings": {"init_timeout": 5}}})
+    assert {key: asked[1][key] for key in said} == said and asked[1]["settings"]["init_timeout"] == 5
+    for key in ("PROJECT", "NAME", "DIR", "RUN_ID", "RESUME", "ENTITY", "INIT_TIMEOUT"):
+        monkeypatch.setenv(f"WANDB_{key}", "9")
+    tracker(folder, "wandb")
+    assert [asked[2][key] for key in ("project", "name", "dir", "id", "resume")] == ["9"] * 5
+    assert "entity" not in asked[2]
+    assert "init_timeout" not in asked[2]["settings"]
+    tracker(folder, {"class_path": "wandb", "init_args": {"project": "mine"}})
+    assert asked[3]["project"] == "mine"
+
+
+def test_variables_of_the_environment_reach_the_wandb_run(tmp_path, offline, monkeypatch):
+    for name, value in {"PROJECT": "p", "ENTITY": "e", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # W&B reads the environment once in a process
+    tracking = tracker(tmp_path, "wandb")
+    run = sink_of(tracking).run
+    assert (run.project, run.entity, run.name, run.group, run.tags) == ("p", "e", "n", "g", ("a", "b"))
+    tracking.close()
+    wandb.teardown()
+
+
+# --------------------------------------------------------------------------------------------- failures
+
+
+class Noting(Sink):
+    """Keeps what it is told; raises in the methods of `failing`."""
+
+    def __init__(self, failing: tuple[str, ...] = (), error: Exception | None = None):
+        self.failing, self.error, self.told = failing, error or OSError("gone\naway"), []
+        if "init" in failing:
+            raise self.error
+
+    def _note(self, name, *values):
+        self.told.append((name, *values))
+        if name in self.failing:
+            raise self.error
+
+    def log(self, step, values):
+        self._note("log", step, values)
+
+    def picture(self, step, name, rows, path, columns):
+        self._note("picture", step, name, tuple(rows.shape), path.name, columns)
+
+    def histogram(self, step, name, counts, path):
+        self._note("histogram", step, name, counts.tolist(), path.name)
+
+    def artifact(self, folder):
+        self._note("artifact", folder.name)
+
+    def close(self):
+        self._note("close")
+
+
+def tell_everything(tracking: Tracker, folder: Path) -> None:
+    tracking.log(1, {"loss": 0.5})
+    tracking.picture(1, "reconstructions", torch.rand(2, 2, 3, 8, 8), folder / "one.png", columns=1)
+    tracking.histogram(1, "codes", torch.tensor([1, 2]), folder / "codes.png")
+    tracking.log(2, {"loss": 0.25})
+    tracking.artifact(folder / "export")
+    tracking.close()
+
+
+TOLD = [
+    ("log", 1, {"loss": 0.5}),
+    ("picture", 1, "reconstructions", (2, 2, 3, 8, 8), "one.png", 1),
+    ("histogram", 1, "codes", [1, 2], "codes.png"),
+    ("log", 2, {"loss": 0.25}),
+    ("artifact", "export"),
+    ("close",),
+]
+
+
+def test_an_own_sink_is_told_everything(tmp_path):
+    first, second = Noting(), Noting()
+    tell_everything(tracker(tmp_path, first, second), tmp_path)
+    assert first.told == second.told == TOLD
+
+
+@pytest.mark.parametrize("method", ["log", "picture", "histogram", "artifact", "close"])
+def test_a_sink_that_fails_is_off_from_then_on_and_the_others_are_not(tmp_path, capsys, method):
+    broken, whole = Noting((method,)), Noting()
+    tell_everything(tracker(tmp_path, broken, whole), tmp_path)
+    names = [entry[0] for entry in broken.told]
+    first = [entry[0] for entry in TOLD].index(method)
+    assert names == [entry[0] for entry in TOLD][: first + 1] + ["close"]
+    assert whole.told == TOLD and [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert (tmp_path / "one.png").is_file() and (tmp_path / "codes.png").is_file()
+    assert capsys.readouterr().err == (
+        "warning: tracker Noting failed and is off from here on (OSError: gone away); training goes on\n"
+    )
+
+
+def test_a_sink_that_changes_the_numbers_changes_its_own_only(tmp_path):
+    class Greedy(Noting):
+        def log(self, step, values):
+            values.clear()
+
+    whole = Noting()
+    tracker(tmp_path, Greedy(), whole).log(1, {"loss": 0.5})
+    assert whole.told == [("log", 1, {"loss": 0.5})] and lines(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("no module"), TypeError("Descriptors cannot be created"), UserError("x")]
+)
+def test_a_sink_that_cannot_start_is_left_out(tmp_path, capsys, monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", refuse)
+    tracking = tracker(tmp_path, "tensorboard", Noting())
+    assert [name for name, _ in tracking.sinks] == ["Noting"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: tracker tensorboard cannot start and is left out (") and str(error) in line
+
+
+def test_tensorboard_that_cannot_be_imported_is_one_line(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat", None)
+    assert tracker(tmp_path, "tensorboard").sinks == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tracker tensorboard cannot start" in line and "training goes on" in line
+
+
+def test_wandb_that_cannot_be_reached_goes_on_offline(tmp_path, offline, monkeypatch, capsys):
+    for name, value in {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_MODE")
+    tracking = tracker(tmp_path, {"class_path": "wandb", "init_args": {"settings": {"init_timeout": 2}}})
+    run = sink_of(tracking).run
+    assert run.offline and run.id == json.loads((tmp_path / "wandb.json").read_text())["id"]
+    tracking.log(1, {"loss": 0.5})
+    tracking.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert [record.WhichOneof("record_type") for record in records_of_finished_run(file)].count("history") == 1
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1 and "goes on offline" in warnings[0]
+
+
+def test_wandb_without_a_key_goes_on_offline(tmp_path, offline, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    tracking = tracker(tmp_path, "wandb")
+    assert sink_of(tracking).run.offline
+    tracking.close()
+    assert "goes on offline" in capsys.readouterr().err
+
+
+def test_the_death_of_wandb_is_one_warning(tmp_path, offline, monkeypatch):
+    """Its own process is killed in the middle; even at the end there is no traceback."""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # of this process, where W&B has run before
+    script = (
+        "import psutil\n"
+        "from pathlib import Path\n"
+        "from vqdist.tracking import Tracker\n"
+        f"tracking = Tracker(Path({str(tmp_path)!r}), ['wandb'], {{}}, 0)\n"
+        "tracking.log(1, {'loss': 0.5})\n"
+        "ended = [child for child in psutil.Process().children(recursive=True) if 'wandb' in child.name()]\n"
+        "for child in ended:\n"
+        "    child.kill()\n"
+        "psutil.wait_procs(ended, 10)\n"
+        "assert ended\n"
+        "for step in (2, 3):\n"
+        "    tracking.log(step, {'loss': 0.5})\n"
+        "tracking.close()\n"
+    )
+    (warning,) = run([sys.executable, "-c", script]).stderr.splitlines()
+    assert warning.startswith("warning: tracker wandb failed and is off from here on (ConnectionResetError")
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
+    tracking = tracker(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: Is a directory"):
+        tracking.log(1, {"loss": 0.5})
+
+
+# --------------------------------------------------------------------------------------------- what may be given
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("tensorbord", ["no tracker 'tensorbord'", "nearest: tensorboard", "wandb"]),
+        ("test_tracking.Notin", ["test_tracking has no 'Notin'", "Noting"]),
+        ("test_tracking.lines", ["lines", "argument"]),
+        ("pathlib.Path", ["no Sink", "vqdist.tracking.base.Sink"]),
+        ("no_such_module.Sink", ["no module 'no_such_module'"]),
+        ({"class_path": "wandb", "init_args": {"projekt": "p"}}, ["no argument 'projekt'", "nearest: project"]),
+        ({"class_path": "test_tracking.Noting", "init_args": {"failng": []}}, ["'failng'", "nearest: failing"]),
+        ({"class_pth": "wandb"}, ["class_path"]),
+        (3, ["tracker int is no Sink"]),
+        (None, ["tracker NoneType is no Sink"]),
+        (Noting, ["no Sink"]),
+    ],
+)
+def test_a_tracker_that_is_not_possible_is_one_line_before_anything_starts(tmp_path, given, expected):
+    with pytest.raises(UserError) as raised:
+        build_dvae_trainer(tmp_path / "run", trackers=["wandb", given])
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+    for words in expected:
+        assert words in str(raised.value)
+
+
+def test_missing_trackers(monkeypatch):
+    class Foreign(Sink):
+        packages = ("a_package_that_nobody_has",)
+
     check_trackers([])
-    check_trackers(["tensorboard", "wandb"])
-    with pytest.raises(UserError, match=r"^tracker 'tensorbord' is not known; choose from tensorboard, wandb$"):
-        check_trackers(["wandb", "tensorbord"])
+    check_trackers(["tensorboard", "wandb", "test_tracking.Noting", Noting()])
+    with pytest.raises(UserError, match=r"^tracker 'Foreign' is not installed; install it with pip install a_package"):
+        check_trackers([Foreign()])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"^tracker 'wandb' is not installed; install it with pip install 'vqdist\[trac"
     ):
         check_trackers(["wandb"])
+
+
+def test_a_folder_that_is_called_wandb_is_not_wandb(tmp_path, monkeypatch):
+    (tmp_path / "a_folder_of_runs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Foreign(Sink):
+        packages = ("a_folder_of_runs",)
+
+    with pytest.raises(UserError, match="is not installed"):
+        check_trackers([Foreign()])
+
+
+def test_a_tracker_that_is_given_twice_is_meant_once(tmp_path):
+    noting = Noting()
+    tracking = tracker(tmp_path, noting, noting, "test_tracking.Noting", "test_tracking.Noting")
+    assert [name for name, _ in tracking.sinks] == ["Noting", "test_tracking.Noting"]
+
+
+def test_a_sink_asks_for_what_it_needs(tmp_path):
+    tracking = tracker(tmp_path, "test_tracking.Asking", "test_tracking.asking_for_all", resumed_step=5)
+    (_, one), (_, other) = tracking.sinks
+    assert one.told == [(tmp_path, 5)] and other.told == [(tmp_path, {"lr": 0.1}, 5)]
+
+
+class Asking(Noting):
+    def __init__(self, resumed_step, run_folder):
+        super().__init__()
+        self.told.append((run_folder, resumed_step))
+
+
+def asking_for_all(**facts):
+    sink = Noting()
+    sink.told.append((facts["run_folder"], facts["config"], facts["resumed_step"]))
+    return sink
+
+
+def test_a_run_with_an_own_sink_records_it_and_resumes(tmp_path):
+    noting = Noting()
+    build_dvae_trainer(tmp_path, trackers=[noting, "test_tracking.Noting"], num_train_steps=2).train()
+    written = json.loads((tmp_path / "config.json").read_text())["trainer"]["trackers"]
+    assert written == [{"class_path": "test_tracking.Noting", "given_as_object": True}, "test_tracking.Noting"]
+    assert [entry[1] for entry in noting.told if entry[0] == "log"] == [1, 2, 2]
+    assert noting.told[-2:] == [("artifact", "export"), ("close",)]
+    again = Noting()
+    build_dvae_trainer(tmp_path, trackers=[again], num_train_steps=3).train()
+    assert [entry[1] for entry in again.told if entry[0] == "log"] == [3, 3]
 
 
 # --------------------------------------------------------------------------------------------- sheets

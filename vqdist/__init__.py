@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vqdist.models.vqgan import VQGanVAE
     from vqdist.models.vqvae import SimpleVQVAE, VectorQuantizer
     from vqdist.stopping import Stopped
+    from vqdist.tracking import Sink
     from vqdist.trainers.ar import ARTrainer
     from vqdist.trainers.dvae import DiscreteVAETrainer
     from vqdist.trainers.vqgan import VQGanVAETrainer
@@ -38,6 +39,7 @@ _PUBLIC = {
     "Prior": "vqdist.models.prior",
     "RanksDiverged": "vqdist.errors",
     "SimpleVQVAE": "vqdist.models.vqvae",
+    "Sink": "vqdist.tracking",
     "Stopped": "vqdist.stopping",
     "Tokenizer": "vqdist.models.tokenizer",
     "UserError": "vqdist.errors",
@@ -59,6 +61,7 @@ __all__ = [
     "Prior",
     "RanksDiverged",
     "SimpleVQVAE",
+    "Sink",
     "Stopped",
     "Tokenizer",
     "UserError",

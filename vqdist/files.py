@@ -10,6 +10,7 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,25 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
     partial.replace(path)
+
+
+METRICS = "metrics.jsonl"
+"""Name of the file of a run folder that holds its lines of numbers."""
+
+
+def lines_of_metrics(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines that a run wrote into metrics.jsonl: as they stand there, and as a dictionary with its `step`.
+
+    Anything else is passed over: a line torn by a kill, bytes that are no UTF-8, brackets nested too deeply, numbers
+    of too many digits.
+    """
+    for raw in content.split(b"\n"):
+        try:
+            line = json.loads(raw.decode("utf-8"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            yield raw, line
 
 
 def follow_umask(path: Path) -> None:

@@ -207,13 +207,27 @@ class Registry(Generic[T]):
         """
         if not isinstance(given, (str, Mapping)):
             return self.check(given, type(given).__name__)
-        spec = Spec.of(cast(PartSpec, given), self.kind)
+        spec, factory, keywords = self._prepared(given, arguments, context)
+        return self.check(factory(*arguments, **keywords), spec.target)
+
+    def verify(self, given: PartSpec | T, /, *arguments: Any, **context: Any) -> None:
+        """Raise what `build` raises before it calls the factory: for ranks that do not build the part."""
+        if not isinstance(given, (str, Mapping)):
+            self.check(given, type(given).__name__)
+        else:
+            self._prepared(given, arguments, context)
+
+    def _prepared(
+        self, given: PartSpec, arguments: tuple[Any, ...], context: Mapping[str, Any]
+    ) -> tuple[Spec, Callable[..., T], dict[str, Any]]:
+        """Return the specification, its factory, and the checked keyword arguments."""
+        spec = Spec.of(given, self.kind)
         factory = self.factory(spec.target)
         taken = _parameters(factory)
         known = {name: value for name, value in context.items() if taken is None or name in taken}
         keywords = {**known, **spec.init_args}
         self._check_arguments(spec, factory, arguments, keywords, hidden=known.keys() - spec.init_args.keys())
-        return self.check(factory(*arguments, **keywords), spec.target)
+        return spec, factory, keywords
 
     def check(self, part: Any, called: str) -> T:
         """Return a built part; raise `UserError` unless it is of this kind."""
@@ -303,6 +317,13 @@ def recorded(given: Any) -> Any:
     if isinstance(given, (list, tuple)):
         return [recorded(part) for part in given]
     return {"class_path": _path_of(type(given)), GIVEN_BUILT: True}
+
+
+def called(given: Any) -> str:
+    """Return a short name of a part for messages: the name or import path given, or the class of an object."""
+    if isinstance(given, str):
+        return given
+    return str(given.get("class_path", "part")) if isinstance(given, Mapping) else type(given).__name__
 
 
 def arguments_of(factory: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.errors import UserError
-from vqdist.files import read_json
+from vqdist.files import METRICS, lines_of_metrics, read_json
 
 VALID = "valid/"
 
@@ -24,16 +24,13 @@ def report(arguments: list[str]) -> int:
 
 def _numbers_of(run: Path) -> dict[str, str]:
     """What a run has come to: its last step, its last validation and its last line of training numbers."""
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     if not file.is_file():
-        raise UserError(f"{run} has no metrics.jsonl; give the folder of a run, as in runs/a")
+        raise UserError(f"{run} has no {METRICS}; give the folder of a run, as in runs/a")
     validated, trained = {}, {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            numbers = json.loads(line)
-            step = numbers.pop("step")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{file} has a line that is not of a run: {line[:60]!r}; it is damaged") from error
+    for line in _lines(file):
+        step = line.pop("step")
+        numbers = {name: value for name, value in line.items() if value is None or isinstance(value, int | float)}
         if any(name.startswith(VALID) for name in numbers):
             validated = {"validated at step": step, **numbers}
         else:
@@ -42,6 +39,13 @@ def _numbers_of(run: Path) -> dict[str, str]:
         raise UserError(f"{file} is empty: the run has not logged a step yet")
     model = read_json(run / "config.json").get("model_type", "")
     return {name: _shown(value) for name, value in {"model": model, **trained, **validated}.items()}
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [line for _, line in lines_of_metrics(file.read_bytes())]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _shown(value: object) -> str:

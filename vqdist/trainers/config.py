@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import os
@@ -13,6 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vqdist.data.config import DataConfig
 from vqdist.errors import UserError
+from vqdist.parts import recorded, unknown
 from vqdist.schedules import LR_SCHEDULES
 
 PRECISIONS = ("fp32", "bf16")
@@ -81,8 +81,8 @@ class TrainerConfig(DataConfig):
     """The run folder: checkpoints, export, pictures, metrics.jsonl. A run that is in it is resumed."""
     allow_config_change: bool = False
     """Resume a run although options that shape the result differ from those it began with."""
-    trackers: list[str] = field(default_factory=list)
-    """Also log to `tensorboard` and `wandb`; metrics.jsonl is always written."""
+    trackers: list[Any] = field(default_factory=list)
+    """Also log to `tensorboard`, `wandb` or own sinks (class_path, init_args); metrics.jsonl is always written."""
     backend: str = "auto"
     """`local`, `accelerate` or `deepspeed`; `auto` is accelerate under a launcher and local without one."""
     accelerate_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +126,10 @@ class TrainerConfig(DataConfig):
         if not self.use_ema:
             self.refuse_set("ema_beta", "ema_update_after_step", "ema_update_every", because="use_ema is false")
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the options as config.json holds them; of a part that was given as an object the import path."""
+        return {f.name: _recorded(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
     def check_length(self) -> None:
         """Raise `UserError` unless exactly one option says how long to train."""
         if self.num_train_steps is None and self.epochs is None:
@@ -162,6 +166,16 @@ class TrainerConfig(DataConfig):
             raise UserError(f"{name} {getattr(self, name)!r} is not known; choose one of {', '.join(choices)}")
 
 
+def _recorded(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {key: _recorded(item) for key, item in value.items()}
+    return [_recorded(item) for item in value] if isinstance(value, list | tuple) else recorded(value)
+
+
 def _and_finite(value: float) -> str:
     return " and finite" if value == math.inf else ""
 
@@ -186,8 +200,7 @@ def build_config(config_class: type[C], options: dict[str, Any]) -> C:
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     for name in options:
         if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=3)
-            raise UserError(f"there is no option {name!r}; nearest: {', '.join(nearest) or 'none'}")
+            raise unknown("option", name, fields)
     required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     missing = [name for name in required if name not in options]
     if missing:
@@ -221,6 +234,8 @@ def _in_words(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_in_words, get_args(kind)))
+    if kind is Any:
+        return "a name, an import path, or class_path and init_args"
     if get_origin(kind) is list:
         return f"a list, each item {_in_words(get_args(kind)[0])}"
     return words.get(kind, "a dictionary")

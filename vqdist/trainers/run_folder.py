@@ -276,7 +276,7 @@ class RunFolder(ABC):
         images = self.dataset.fingerprint()  # in place of their path, which may differ between machines
         return {
             "model_type": self._model_type,
-            "trainer": dataclasses.asdict(self.config),
+            "trainer": self.config.recorded(),
             "model": model,
             "data": {"images": images},
         }
@@ -350,7 +350,7 @@ class RunFolder(ABC):
 
     def _told(self) -> dict[str, str]:
         """Every option that all ranks must agree on, by name, as JSON."""
-        config = {**dataclasses.asdict(self.config), "model_type": self._model_type, "backend": self.backend.title}
+        config = {**self.config.recorded(), "model_type": self._model_type, "backend": self.backend.title}
         options = {name: value for name, value in config.items() if name not in OWN_OF_A_HOST}
         model = getattr(self.model, "_hub_mixin_config", None) or {}
         options |= {f"model.{name}": value for name, value in model.items()}

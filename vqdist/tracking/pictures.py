@@ -1,0 +1,43 @@
+"""Sheets of images and bar charts, as PNG files that appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from torchvision.utils import save_image as save_picture
+
+
+def make_sheet(rows: Tensor, columns: int = 2) -> Tensor:
+    """Return groups of images (n, k, c, h, w) in [0, 1] as one picture (c, H, W), `columns` groups in a row."""
+    group = rows.shape[1]
+    return make_grid(rows.flatten(0, 1).clamp(0, 1).cpu(), nrow=group * columns, padding=2, pad_value=0.5)
+
+
+def save_sheet(rows: Tensor, path: Path, columns: int = 2) -> None:
+    """Write `make_sheet` as a PNG file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_picture(make_sheet(rows, columns), partial, format="png")
+    partial.replace(path)
+
+
+def save_bars(bars: np.ndarray, path: Path, height: int = 128) -> None:
+    """Write counts (n,) as a bar chart, two pixels a bar, that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    heights = np.ceil(height * bars / max(1, bars.max())).astype(int)
+    picture = np.where(np.arange(height)[::-1, None] < heights[None, :], 40, 235).astype(np.uint8)
+    partial = path.with_name(path.name + ".partial")
+    Image.fromarray(picture.repeat(2, axis=1)).save(partial, format="png")
+    partial.replace(path)
+
+
+def group_bars(counts: Tensor, most: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """Return counts of codes (v,) summed over neighbours into at most `most` bars (n,), and the edges (n + 1,)."""
+    numbers = counts.cpu().numpy()
+    per_bar = -(-len(numbers) // most)
+    bars = np.pad(numbers, (0, -len(numbers) % per_bar)).reshape(-1, per_bar).sum(axis=1)
+    return bars, np.minimum(np.arange(len(bars) + 1.0) * per_bar, len(numbers))
