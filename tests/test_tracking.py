@@ -575,6 +575,7 @@ def test_wandb_that_cannot_be_reached_goes_on_offline(tmp_path, offline, monkeyp
     for name, value in {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_MODE")
+    wandb.teardown()  # W&B reads the environment once in a process
     tracking = tracker(tmp_path, {"class_path": "wandb", "init_args": {"settings": {"init_timeout": 2}}})
     run = sink_of(tracking).run
     assert run.offline and run.id == json.loads((tmp_path / "wandb.json").read_text())["id"]
@@ -584,6 +585,7 @@ def test_wandb_that_cannot_be_reached_goes_on_offline(tmp_path, offline, monkeyp
     assert [record.WhichOneof("record_type") for record in records_of_finished_run(file)].count("history") == 1
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1 and "goes on offline" in warnings[0]
+    wandb.teardown()
 
 
 def test_wandb_without_a_key_goes_on_offline(tmp_path, offline, monkeypatch, capsys):
@@ -591,9 +593,11 @@ def test_wandb_without_a_key_goes_on_offline(tmp_path, offline, monkeypatch, cap
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()
     tracking = tracker(tmp_path, "wandb")
     assert sink_of(tracking).run.offline
     tracking.close()
+    wandb.teardown()
     assert "goes on offline" in capsys.readouterr().err
 
 
@@ -634,12 +638,12 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
     "given, expected",
     [
         ("tensorbord", ["no tracker 'tensorbord'", "nearest: tensorboard", "wandb"]),
-        ("test_tracking.Notin", ["test_tracking has no 'Notin'", "Noting"]),
+        ("test_tracking.Notings", ["test_tracking has no 'Notings'", "Noting"]),
         ("test_tracking.lines", ["lines", "argument"]),
         ("pathlib.Path", ["no Sink", "vqdist.tracking.base.Sink"]),
         ("no_such_module.Sink", ["no module 'no_such_module'"]),
         ({"class_path": "wandb", "init_args": {"projekt": "p"}}, ["no argument 'projekt'", "nearest: project"]),
-        ({"class_path": "test_tracking.Noting", "init_args": {"failng": []}}, ["'failng'", "nearest: failing"]),
+        ({"class_path": "test_tracking.Noting", "init_args": {"fails": []}}, ["'fails'", "nearest: failing"]),
         ({"class_pth": "wandb"}, ["class_path"]),
         (3, ["tracker int is no Sink"]),
         (None, ["tracker NoneType is no Sink"]),

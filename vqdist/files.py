@@ -38,7 +38,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 METRICS = "metrics.jsonl"
-"""Name of the file of a run folder that holds its lines of numbers."""
+"""Name of the file of a run folder that holds its log lines."""
 
 
 def lines_of_metrics(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -207,7 +207,7 @@ class Registry(Generic[T]):
         """
         if not isinstance(given, (str, Mapping)):
             return self.check(given, type(given).__name__)
-        spec, factory, keywords = self._prepared(given, arguments, context)
+        spec, factory, keywords = self._prepared(cast(PartSpec, given), arguments, context)
         return self.check(factory(*arguments, **keywords), spec.target)
 
     def verify(self, given: PartSpec | T, /, *arguments: Any, **context: Any) -> None:
@@ -215,7 +215,7 @@ class Registry(Generic[T]):
         if not isinstance(given, (str, Mapping)):
             self.check(given, type(given).__name__)
         else:
-            self._prepared(given, arguments, context)
+            self._prepared(cast(PartSpec, given), arguments, context)
 
     def _prepared(
         self, given: PartSpec, arguments: tuple[Any, ...], context: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every line of numbers of a run as JSON, the one sink that is always on and must not fail."""
+"""metrics.jsonl: every log line of a run as JSON, the one sink that is always on and must not fail."""
 
 from __future__ import annotations
 

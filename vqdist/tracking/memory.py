@@ -1,4 +1,4 @@
-"""How much memory a process has needed, one of the numbers of every log line."""
+"""Peak memory of a process, one of the numbers of every log line."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class WandbSink(Sink):
         id: str | None = None,
         settings: dict[str, Any] | None = None,
     ):
-        said = {"project": project, "entity": entity, "name": name, "group": group, "job_type": job_type}
+        said: dict[str, Any] = {"project": project, "entity": entity, "name": name, "group": group, "job_type": job_type}
         said |= {"tags": tags, "notes": notes, "mode": mode, "id": id}
         said = {key: value for key, value in said.items() if value is not None}
         self.run = _start({**_defaults(run_folder, said), **said, "settings": _settings(settings or {})}, config or {})
