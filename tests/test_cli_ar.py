@@ -217,8 +217,8 @@ def test_mistakes_of_a_report_are_one_line(tmp_path, capsys):
     assert "has no metrics.jsonl; give the folder of a run" in one_line(capsys)
     (tmp_path / "metrics.jsonl").write_text("{broken\n")
     assert call("report", tmp_path) == 2
-    assert "has a line that is not of a run: '{broken'; it is damaged" in one_line(capsys)
-    for content, message in (("[1, 2]\n", "has a line that is not of a run"), ("", "has not logged a step yet")):
+    assert "metrics.jsonl has no log line: the run has not logged a step yet" in one_line(capsys)
+    for content, message in (("[1, 2]\n", "has not logged a step yet"), ("", "has not logged a step yet")):
         (tmp_path / "metrics.jsonl").write_text(content)
         assert call("report", tmp_path) == 2
         assert message in one_line(capsys)

@@ -36,7 +36,7 @@ def _numbers_of(run: Path) -> dict[str, str]:
         else:
             trained = {"step": step, **numbers}
     if not trained and not validated:
-        raise UserError(f"{file} is empty: the run has not logged a step yet")
+        raise UserError(f"{file} has no log line: the run has not logged a step yet")
     model = read_json(run / "config.json").get("model_type", "")
     return {name: _shown(value) for name, value in {"model": model, **trained, **validated}.items()}
 

@@ -73,8 +73,8 @@ class WandbSink(Sink):
         id: str | None = None,
         settings: dict[str, Any] | None = None,
     ):
-        said: dict[str, Any] = {"project": project, "entity": entity, "name": name, "group": group, "job_type": job_type}
-        said |= {"tags": tags, "notes": notes, "mode": mode, "id": id}
+        said: dict[str, Any] = {"project": project, "entity": entity, "name": name, "group": group, "tags": tags}
+        said |= {"job_type": job_type, "notes": notes, "mode": mode, "id": id}
         said = {key: value for key, value in said.items() if value is not None}
         self.run = _start({**_defaults(run_folder, said), **said, "settings": _settings(settings or {})}, config or {})
 
