@@ -245,6 +245,18 @@ def train_steps(trainer: Trainer, steps: int) -> dict[str, Tensor]:
     return weights_of(trainer)
 
 
+def unfollowed_buffers(trainer: Trainer) -> list[str]:
+    """The buffers of the trained network that the average does not hold as they are; every rank calls this."""
+    whole = weights_of(trainer)
+    (main, engine), *_ = trainer.engines.items()
+    names = [name for name, _ in getattr(engine, "empty", engine.module).named_buffers()]
+    return [name for name in names if f"ema.{name}" in whole and not _equal(whole, f"ema.{name}", f"{main}.{name}")]
+
+
+def _equal(tensors: dict[str, Tensor], one: str, other: str) -> bool:
+    return torch.equal(tensors[one], tensors[other])
+
+
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> tuple[float, str]:
     """The largest difference over all tensors, relative to values above 1, and where it is."""
     assert first.keys() == second.keys()

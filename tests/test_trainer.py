@@ -296,51 +296,6 @@ def test_losses_alone_train_a_smaller_difference(tmp_path):
 # ------------------------------------------------------------------------------------------- the average
 
 
-def averages_by_hand(states: list[dict[str, Tensor]], *, beta: float, after: int, every: int) -> dict[str, Tensor]:
-    """ema-pytorch's rule: copies up to `after`, then a decay that warms up as 1 - (1 + n) ** (-2 / 3) to `beta`."""
-    average = states[0]
-    for number, state in enumerate(states[1:], start=1):
-        if number % every:
-            continue
-        decay = 0.0 if number <= after else min(beta, 1 - (1 + number - after) ** (-2 / 3))
-        average = {name: average[name] + (1 - decay) * (state[name] - average[name]) for name in state}
-    return average
-
-
-@pytest.mark.parametrize("quantizer", ["vq", "lfq"])
-@pytest.mark.parametrize("beta, after, every", [(0.995, 0, 1), (0.5, 0, 1), (0.995, 3, 1), (0.9, 1, 2)])
-def test_the_average_is_its_formula(tmp_path, quantizer, beta, after, every):
-    options = {"ema_beta": beta, "ema_update_after_step": after, "ema_update_every": every}
-    trainer = build_trainer(tmp_path, quantizer=quantizer, lr=1e-2, num_train_steps=7, **options)
-    states = []
-    for _ in range(7):
-        trainer.train_step()
-        state = trainer.generator.module.state_dict()
-        states.append({name: t.detach().double() for name, t in state.items() if t.is_floating_point()})
-    expected = averages_by_hand(states, beta=beta, after=after, every=every)
-    actual = trainer.ema.ema_model.state_dict()
-    for name, tensor in expected.items():
-        assert torch.allclose(actual[name].double(), tensor, atol=1e-6), name
-    moved = [name for name in expected if not torch.equal(expected[name], states[-1][name])]
-    assert "last_layer.weight" in moved
-    assert quantizer == "lfq" or any("embed" in name for name in moved)  # the codebook is averaged, too
-
-
-def test_flags_are_copied_and_the_averaged_codebook_is_usable(tmp_path):
-    trainer = build_trainer(tmp_path, quantizer="random_vq", num_train_steps=3)
-    flags = {name: t for name, t in trainer.ema.ema_model.named_buffers() if t.dtype == torch.bool}
-    assert flags and not any(bool(flag) for flag in flags.values())
-    trainer.train_step()
-    flags = {name: t for name, t in trainer.ema.ema_model.named_buffers() if t.dtype == torch.bool}
-    assert all(bool(flag) for name, flag in flags.items() if name.endswith("initted"))
-    train_steps(trainer, 2)
-    numbers = trainer.evaluate()
-    assert numbers["images"] == 16 and numbers["codebook_usage"] > 0
-    averaged = dict(trainer.ema.ema_model.named_buffers())
-    for name, buffer in trainer.generator.module.named_buffers():
-        assert buffer.is_floating_point() or torch.equal(buffer, averaged[name]), name
-
-
 def test_the_average_is_what_is_measured_and_exported(tmp_path):
     trainer = build_trainer(tmp_path, quantizer="vq", lr=1e-2)
     trainer.train()

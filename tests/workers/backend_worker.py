@@ -32,6 +32,7 @@ from scenarios import (
     exported_weights,
     largest_difference,
     train_steps,
+    unfollowed_buffers,
     weights_of,
     whole_run,
 )
@@ -48,6 +49,7 @@ def parity(backend: dict, folder: Path, results: dict) -> None:
         trainer = build_trainer(folder / quantizer, quantizer=quantizer, grad_accum_every=2, **EVERYTHING, **backend)
         logs = [trainer.train_step() for _ in range(4)]
         results[f"parity_{quantizer}"] = weights_of(trainer)
+        assert not unfollowed_buffers(trainer)
         results[f"logs_{quantizer}"] = [trainer.backend.mean(line) for line in logs]
         results[f"valid_{quantizer}"] = trainer.evaluate()
 
@@ -164,6 +166,7 @@ def codebooks_stay_equal(backend: dict, folder: Path) -> None:
         trainer = build_trainer(folder / f"equal_{quantizer}", quantizer=quantizer, model=model, **backend)
         train_steps(trainer, 20)
         check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
+        assert not unfollowed_buffers(trainer)
 
 
 def divergence_is_found(backend: dict, folder: Path) -> None:

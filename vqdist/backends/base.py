@@ -62,6 +62,10 @@ class Engine(ABC):
         """What lies on this rank, for a moving average to follow: `module` itself, unless it is sharded."""
         return self.module
 
+    def held_tensors(self) -> dict[str, Tensor]:
+        """Return the weights and buffers of `local` by the names that they have in the network; nothing is copied."""
+        return dict([*self.local.named_parameters(), *self.local.named_buffers()])
+
     def whole(self, weights: nn.Module | None = None) -> AbstractContextManager[nn.Module]:
         """Context of a plain network with whole weights, to evaluate, draw and export, by any rank on its own.
 

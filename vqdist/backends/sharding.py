@@ -84,6 +84,9 @@ class ShardedEngine(Engine):
     def named_optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Whole optimizer state by `kind/parameter name`; every rank calls this."""
 
+    def held_tensors(self) -> dict[str, Tensor]:
+        return {**self.local.named_shards(), **self.local.named_whole_buffers()}
+
     def named_tensors(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
         held: Shards = self.local if weights is None else weights
         shards, buffers = held.named_shards(), held.named_whole_buffers()

@@ -186,8 +186,8 @@ def _check_tokenizer(model, name_or_path: str) -> None:
 
     if model.tokenizer is None:
         raise UserError(f"--tokenizer is given but a {type(model).__name__} has its codebook in itself; leave it out")
-    given = Tokenizer.from_pretrained(name_or_path)
-    if given.fingerprint() != model.tokenizer.fingerprint():
+    trained_over = model.tokenizer.fingerprint()
+    if Tokenizer.from_pretrained(name_or_path, fingerprint=trained_over).fingerprint() != trained_over:
         raise UserError(
             f"the tokenizer {name_or_path} is not the one that the run was trained over (weights differ): codes would "
             "mean other pictures. Leave --tokenizer out: the run holds its own"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
 import shutil
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from vqdist.cli.models import MODELS, TrainedModel
 from vqdist.cli.parsing import DATA_ALIASES, make_parser, nearest, parse
+from vqdist.data.config import CODES
 from vqdist.errors import UserError
+from vqdist.files import read_json
 from vqdist.stopping import LeaveAtOnce, Stopped
 
 # options of the trainer's configuration that stand at the top level, and their name there
@@ -200,7 +204,19 @@ def _open_tokenizer(options):
 
     if not options.tokenizer:
         raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
-    return Tokenizer.from_pretrained(options.tokenizer)
+    return Tokenizer.from_pretrained(options.tokenizer, fingerprint=_fingerprint_of_before(options))
+
+
+def _fingerprint_of_before(options) -> str | None:
+    """The tokenizer that the run was begun with, or that made the stored codes; None of a new run on images."""
+    from vqdist.data.codes import read_manifest
+
+    with contextlib.suppress(UserError, AttributeError, KeyError):  # the trainer says what is wrong with them
+        if (configuration := Path(options.out).expanduser() / "config.json").is_file():
+            return read_json(configuration)["model"].get("tokenizer")
+        if options.data.folder.startswith(CODES):
+            return read_manifest(Path(options.data.folder.removeprefix(CODES)).expanduser())["tokenizer"]
+    return None
 
 
 def _print_summary(trainer, numbers: dict[str, float]) -> None:

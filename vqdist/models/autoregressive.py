@@ -222,8 +222,9 @@ class SecondStage(AutoregressiveModel):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
-        cls._config_of_this_type(model_id, kwargs)
-        kwargs["tokenizer"] = Tokenizer.from_pretrained(saved_beside(model_id, "tokenizer", kwargs))
+        trained_over = cls._config_of_this_type(model_id, kwargs).get("tokenizer")
+        beside = saved_beside(model_id, "tokenizer", kwargs)
+        kwargs["tokenizer"] = Tokenizer.from_pretrained(beside, fingerprint=trained_over)
         return super()._from_pretrained(model_id=model_id, **kwargs)
 
 

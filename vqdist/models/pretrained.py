@@ -6,7 +6,9 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -19,6 +21,7 @@ from torch import nn
 
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json
+from vqdist.models.mending import LIVE, mend_codebook
 from vqdist.storage import save_module
 
 M = TypeVar("M", bound="PretrainedModel")
@@ -42,10 +45,12 @@ class PretrainedModel(PyTorchModelHubMixin):
     Attributes:
         model_type: which of `MODEL_TYPES` this is; written to config.json.
         image_size: side in pixels of the images that the model was trained on, or None if nobody said; written too.
+        buffers_are_live: whether the codebook is the one of training and no average of it; written too.
     """
 
     model_type: ClassVar[str]
     image_size: int | None = None
+    buffers_are_live: bool = True
 
     def saved_part(self) -> nn.Module:
         """The module whose tensors are saved; their names begin at it."""
@@ -55,15 +60,20 @@ class PretrainedModel(PyTorchModelHubMixin):
         path = save_directory / "model.safetensors"
         save_module(self.saved_part(), path)
         follow_umask(path)
-        config = {**self._hub_mixin_config, "model_type": self.model_type, "image_size": self.image_size}
+        facts = {"model_type": self.model_type, "image_size": self.image_size}
+        config = {**self._hub_mixin_config, **facts, **(LIVE if self.buffers_are_live else {})}
         (save_directory / "config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
 
     @classmethod
-    def from_pretrained(cls: type[M], pretrained_model_name_or_path: str | Path, **kwargs: Any) -> M:
+    def from_pretrained(
+        cls: type[M], pretrained_model_name_or_path: str | Path, *, mend: bool = True, **kwargs: Any
+    ) -> M:
         """The model that `save_pretrained`, a run's `export/` or a repository on the Hugging Face Hub holds.
 
         Args:
             pretrained_model_name_or_path: a folder, or `owner/name` on the hub.
+            mend: take the codebook of a run's checkpoint where an older vqdist exported an average of it, and say so
+                on stderr; false leaves it, for codes that were made with it.
             **kwargs: of huggingface_hub's `from_pretrained` (`revision`, `token`, ...), or arguments of the model that
                 replace the saved ones.
 
@@ -84,16 +94,27 @@ class PretrainedModel(PyTorchModelHubMixin):
             if not path.is_dir():  # TypeError: of a repository without config.json, the mixin has no arguments
                 found = "is no folder here, and no model of that name was found on the Hugging Face Hub"
             raise UserError(f"{name} {found} ({' '.join(str(error).split()[:30])})") from error
+        if mend and not model.buffers_are_live:
+            model._mend_codebook(name)
         return model.eval()
+
+    def _mend_codebook(self, location: str) -> None:
+        network = getattr(self, "network", None)  # of tokenizers; the others have no codebook
+        mended = None if network is None else mend_codebook(network, location)
+        if mended is None or mended.is_live:
+            self.buffers_are_live = True
+        if mended is not None and os.environ.get("RANK", "0") == "0":  # one line, however many processes load it
+            print(mended.message, file=sys.stderr)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
         written = cls._config_of_this_type(model_id, kwargs)
         image_size = kwargs.get("image_size", written.get("image_size"))
-        for name in {"model_type", "image_size"} - cls._hub_mixin_init_parameters.keys():
+        for name in {"model_type", "image_size", *LIVE} - cls._hub_mixin_init_parameters.keys():
             kwargs.pop(name, None)  # facts about the model, not arguments of it
         model = super()._from_pretrained(model_id=model_id, **kwargs)
         model.image_size = model.image_size if image_size is None else image_size
+        model.buffers_are_live = LIVE.items() <= written.items()
         return model
 
     @classmethod

@@ -98,8 +98,22 @@ class Tokenizer(nn.Module):
         self.code_side = image_size // model.stride
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, image_size: int | None = None, **kwargs) -> Tokenizer:
-        """The tokenizer of a run, in a folder that `save_pretrained` wrote, or in a repository on the Hub."""
+    def from_pretrained(
+        cls, name_or_path: str | Path, image_size: int | None = None, *, fingerprint: str | None = None, **kwargs
+    ) -> Tokenizer:
+        """The tokenizer of a run, in a folder that `save_pretrained` wrote, or in a repository on the Hub.
+
+        Args:
+            name_or_path: the run, folder or repository.
+            image_size: side of the images in pixels; by default the one that the model was trained on.
+            fingerprint: of the tokenizer that codes or a prior were made with. An older vqdist exported an average of
+                the codebook, which is put right on load: with this fingerprint it stays as it is.
+            **kwargs: see `PretrainedModel.from_pretrained`.
+        """
+        if fingerprint is not None:
+            exported = cls.from_pretrained(name_or_path, image_size, mend=False, **kwargs)
+            if exported.fingerprint() == fingerprint or exported._model[0].buffers_are_live:
+                return exported
         model = load_model_of_any_type(name_or_path, **kwargs)
         if not isinstance(getattr(model, "network", None), TokenizerNetwork):
             raise UserError(

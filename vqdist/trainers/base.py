@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from ema_pytorch import EMA
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 from torch.utils.data import Dataset
@@ -29,6 +28,7 @@ from vqdist.ranks import check_ranks_agree
 from vqdist.schedules import learning_rate
 from vqdist.stopping import Stopped, StopSignals, record_stop
 from vqdist.tracking import Tracker, check_trackers
+from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
 from vqdist.trainers.reporting import Reporting
 from vqdist.trainers.run_folder import RunFolder
@@ -254,14 +254,9 @@ class Trainer(Reporting, RunFolder):
         return range(start, start + size)
 
     def update_ema(self) -> None:
-        """Fold the new weights into the average. Codebooks count as weights; what is no float (flags) is copied."""
-        if self.ema is None:
-            return
-        self.ema.update()
-        averaged = dict(self.ema.ema_model.named_buffers())
-        for name, buffer in self.ema.model.named_buffers():
-            if not buffer.is_floating_point():
-                averaged[name].copy_(buffer)
+        """Fold the new weights into the average."""
+        if self.ema is not None:
+            self.ema.update()
 
     def learning_rate(self, peak: float) -> float:
         """The rate of the coming update on the run's schedule."""
@@ -357,7 +352,7 @@ class Trainer(Reporting, RunFolder):
                 "out, or use ZeRO 0, 1, 2, DDP or FSDP2"
             )
         self.engines = self.build_engines()
-        self.ema = self._make_ema(self.main_engine.local) if config.use_ema else None
+        self.ema = self._make_ema() if config.use_ema else None
         check_ranks_agree(self.backend, self.named_tensors(), self.step)
         self._batches: Iterator | None = None
         self._saved = -1
@@ -365,16 +360,12 @@ class Trainer(Reporting, RunFolder):
         self._stopping = 0  # the signal that all ranks know of
         self._nothing_reported()
 
-    def _make_ema(self, network: nn.Module) -> EMA:
-        config = self.config
-        # counters stay on the CPU: ema-pytorch reads them on every step, and a device would have to be waited for
-        return EMA(
-            network,
-            beta=config.ema_beta,
-            update_after_step=config.ema_update_after_step,
-            update_every=config.ema_update_every,
-            include_online_model=False,
-            use_foreach=True,
+    def _make_ema(self) -> MovingAverage:
+        return MovingAverage(
+            self.main_engine,
+            beta=self.config.ema_beta,
+            update_after_step=self.config.ema_update_after_step,
+            update_every=self.config.ema_update_every,
         )
 
     def make_optimizer(self, module: nn.Module, lr: float) -> Adam:
@@ -476,7 +467,7 @@ class Trainer(Reporting, RunFolder):
             for key, tensor in engine.named_tensors():
                 yield f"{name}.{key}", tensor
         if self.ema is not None:
-            for key, tensor in self.main_engine.named_tensors(self.ema.ema_model):
+            for key, tensor in self.ema.named_tensors():
                 yield f"ema.{key}", tensor
 
     def to_device(self, images: Tensor) -> Tensor:

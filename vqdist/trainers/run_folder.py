@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ema_pytorch import EMA
 from torch import Tensor, nn
 
 from vqdist import seeding
@@ -39,6 +38,7 @@ from vqdist.files import LEASE_SECONDS, FolderLock, lock_folder, read_json, writ
 from vqdist.manifest import read_manifest
 from vqdist.metrics import RunningMeans
 from vqdist.models.pretrained import PretrainedModel
+from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
 from vqdist.trainers.global_batch import GlobalBatch
 
@@ -66,7 +66,7 @@ class RunFolder(ABC):
     backend: Backend
     engines: dict[str, Engine]
     main_engine: Engine
-    ema: EMA | None
+    ema: MovingAverage | None
     dataset: ImageDataset
     split: Split
     means: RunningMeans
@@ -96,7 +96,7 @@ class RunFolder(ABC):
                 self._export(model, folder)
 
     def _export(self, model: PretrainedModel, folder: Path) -> None:
-        model.image_size = self.config.image_size
+        model.image_size, model.buffers_are_live = self.config.image_size, True
         write_export(folder, model.save_pretrained, self.step)
 
     # ------------------------------------------------------------------------------------- save and load
@@ -171,22 +171,23 @@ class RunFolder(ABC):
     def _write_ema(self, folder: Path) -> None:
         if self.ema is None:
             return
-        averaged = self.main_engine.named_tensors(self.ema.ema_model)
-        tensors = {name: tensor.cpu() for name, tensor in averaged if self.is_main}
+        tensors = {name: tensor.cpu() for name, tensor in self.ema.named_tensors() if self.is_main}
         if self.is_main:
-            counters = {"ema_step": self.ema.step, "ema_initted": self.ema.initted}
-            save_tensors(folder / "ema.safetensors", {**tensors, **counters})
+            save_tensors(folder / "ema.safetensors", {**tensors, **self.ema.counters()})
 
     def _load_ema(self, path: Path) -> None:
         if not (path / "ema.safetensors").is_file():
             raise UserError(f"{path} was saved with use_ema false and has no average; resume it with use_ema false")
-        tensors = load_tensors(path / "ema.safetensors")  # whole, where a rank may hold a part
-        self.ema.step.copy_(tensors.pop("ema_step"))
-        self.ema.initted.copy_(tensors.pop("ema_initted"))
         try:
-            self.main_engine.fill(tensors, self.ema.ema_model)
+            self.ema.fill(load_tensors(path / "ema.safetensors"))  # whole, where a rank may hold a part
         except RuntimeError as error:
             raise UserError(f"{path} holds the average of another network than this configuration builds") from error
+        if self.backend.any(not self.ema.follows()):
+            self.print(
+                f"{path} holds an average of tensors that are copied now, as of the codebook; the average takes the "
+                "live ones of this checkpoint"
+            )
+        self.ema.follow()
 
     def _load_rank_state(self, path: Path, info: dict[str, Any]) -> None:
         if info["world_size"] == self.backend.world_size:
