@@ -6,9 +6,9 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -36,6 +36,7 @@ MODEL_TYPES = {
     "var": ("vqdist.models.var", "VAR"),
 }
 FILES = ("config.json", "model.safetensors")
+LOG = logging.getLogger(__name__)  # where nobody handles it, a warning is one line on stderr
 FIRST_TYPE = "vqgan"  # of a config.json that names none: they were written before there were others
 
 
@@ -104,7 +105,7 @@ class PretrainedModel(PyTorchModelHubMixin):
         if mended is None or mended.is_live:
             self.buffers_are_live = True
         if mended is not None and os.environ.get("RANK", "0") == "0":  # one line, however many processes load it
-            print(mended.message, file=sys.stderr)
+            LOG.warning(mended.message)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
