@@ -215,6 +215,7 @@ def make_old(run, *, average: dict[str, Tensor], prefix: str) -> None:
     weights = run / "export" / "model.safetensors"
     exported = {f"{prefix}{name}": tensor for name, tensor in average.items()}
     save_file({name: exported[name].contiguous() for name in load_file(weights)}, weights, metadata={"format": "pt"})
+    (run / "export" / "export.json").unlink()
     config = run / "export" / "config.json"
     config.write_text(
         json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "buffers"})
