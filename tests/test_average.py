@@ -38,7 +38,7 @@ SCALES = {"v_patch_nums": [1, 2, 4]}
 
 @pytest.fixture
 def said(caplog):
-    """Gives what vqdist logged since the last call."""
+    """Return what vqdist logged since the last call."""
 
     def lines() -> list[str]:
         found = [record.getMessage() for record in caplog.records if record.name.startswith("vqdist")]
@@ -196,7 +196,7 @@ def test_the_trainer_asks_the_module(tmp_path):
 
 
 def averaged_wrongly(trainer) -> dict[str, Tensor]:
-    """The average as an older vqdist had it: of the codebook, too."""
+    """Return the average as an older vqdist had it: of the codebook, too."""
     average = {name: tensor.clone() for name, tensor in trainer.ema.named_tensors()}
     for name, tensor in average.items():
         if name.endswith(("embed", "embed_avg", "cluster_size")):
@@ -240,7 +240,7 @@ OLD = {
 
 @pytest.fixture
 def old_run(tmp_path, request):
-    """A finished run of an older vqdist, its live and its averaged tensors, and a builder that resumes it."""
+    """Return a run of an older vqdist, its live and its averaged tensors, and a builder that resumes it."""
     build, prefix = OLD[request.param]
     trainer = build(tmp_path / "run", lr=1e-2, num_train_steps=3)
     trainer.train()

@@ -69,7 +69,7 @@ def mend_codebook(network: nn.Module, location: str) -> Mended | None:
 
 
 def _moving_names(network: nn.Module) -> set[str]:
-    """The saved tensors of codebooks that follow the training by themselves."""
+    """Return the names of saved tensors of codebooks that follow the training by themselves."""
     averaged = {id(tensor) for tensor in averaged_tensors(network).values()}
     moving = {
         id(tensor)
@@ -95,7 +95,7 @@ def _checkpoints(run: Path) -> Iterator[Path]:
 
 
 def _live_tensors(checkpoint: Path, loaded: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """The live tensors of the checkpoint that an export is of; None of any other, or where they cannot be read."""
+    """Return the live tensors if an export is of this checkpoint; None otherwise, or where they cannot be read."""
     with contextlib.suppress(SafetensorError, OSError):
         if not _equal(_read(checkpoint / AVERAGE, loaded), loaded):
             return None

@@ -81,7 +81,7 @@ class MovingAverage:
         return self.engine.named_tensors(self.ema_model)
 
     def counters(self) -> dict[str, Tensor]:
-        """The counters of updates, by their names in a checkpoint."""
+        """Return the counters of updates, by their names in a checkpoint."""
         return {f"ema_{name}": getattr(self.average, name) for name in COUNTERS}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
