@@ -211,7 +211,7 @@ def make_old(run, *, average: dict[str, Tensor], prefix: str) -> None:
     manifest = path.with_name("manifest.json")
     written = json.loads(manifest.read_text())
     written["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest.write_text(json.dumps(written))
+    manifest.write_text(json.dumps({key: value for key, value in written.items() if key not in ("version", "sha256")}))
     weights = run / "export" / "model.safetensors"
     exported = {f"{prefix}{name}": tensor for name, tensor in average.items()}
     save_file({name: exported[name].contiguous() for name in load_file(weights)}, weights, metadata={"format": "pt"})
