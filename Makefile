@@ -31,7 +31,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist test-cluster test-latest support-table lint quality style bench dalle-checkpoint digit-classifier \
+.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table lint quality style bench dalle-checkpoint digit-classifier \
   doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
 
 # What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
@@ -101,22 +101,34 @@ demo: install ## handwritten digits: a tokenizer, its codes, a prior over them, 
 	@echo; $(BIN)/vqdist report $(DEMO)/tokenizer $(DEMO)/prior
 	@echo; echo "digits drawn by the prior, a column each from 0 to 9: $(DEMO)/samples.png"
 
-# Files of tests side by side (a file's tests share what they set up), one thread each: much of a test is start-up.
-# Those of tests/cluster/ need root and packages of the system.
-PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/cluster $(TESTS)
+# Files of tests side by side (a file's tests share what they set up), in the order of their names, one thread each.
+# Those of tests/cluster/ need root and packages of the system. Whoever names tests runs all of them, nightly ones too.
+PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+IN_PARTS = $(PYTEST) --ignore tests/cluster $(TESTS)
+ON_PUSH := $(if $(filter tests,$(TESTS)),not nightly,nightly or not nightly)
 
-test: install ## run every test
-	$(PYTEST) $(ARGS)
+test: install ## run the tests of every push: a quarter of an hour on two cores
+	$(IN_PARTS) -m "$(ON_PUSH)" $(ARGS)
 
-test-fast: install ## run the tests that need one process only
-	$(PYTEST) -m "not distributed" $(ARGS)
+test-fast: install ## run those of them that need one process only
+	$(IN_PARTS) -m "($(ON_PUSH)) and not distributed" $(ARGS)
 
-test-dist: install ## run the tests that start several processes
-	$(PYTEST) -m distributed $(ARGS)
+test-dist: install ## run those of them that start several processes
+	$(IN_PARTS) -m "($(ON_PUSH)) and distributed" $(ARGS)
+
+test-faults: install ## run the tests that kill, signal, wait or install
+	$(PYTEST) tests/faults $(ARGS)
 
 test-cluster: install ## run the tests on a real Slurm, two nodes and MPI (root; installs them with apt)
 	bash tests/cluster/install.sh
-	OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/cluster $(ARGS)
+	$(PYTEST) tests/cluster $(ARGS)
+
+test-mutations: install ## undo promises of the design one by one, and see which test of every push notices
+	OMP_NUM_THREADS=1 $(OPS) $(BIN)/python tests/mutations/run.py $(ARGS)
+
+test-nightly: install ## run every test there is: those of every push, all backends, faults, clusters, mutations
+	$(IN_PARTS) $(ARGS)
+	$(MAKE) test-cluster test-mutations
 
 # setup.py leaves out the upper bounds where VQDIST_LATEST is set. The metadata that the installation leaves beside the
 # sources would hide those of $(VENV).

@@ -13,6 +13,17 @@ import torch
 torch.set_num_threads(1)
 
 
+# relative to tests/: killed and stopped processes, clusters
+NIGHTLY = ("faults", "cluster")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of whole folders as nightly."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in NIGHTLY:
+            item.add_marker(pytest.mark.nightly)
+
+
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
     """No test believes that it was started by a launcher."""

@@ -32,7 +32,9 @@ from scenarios import (
 )
 
 WORKER = str(ROOT / "tests" / "workers" / "backend_worker.py")
-BACKENDS = ("accelerate", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+# on every push, and nightly
+ON_PUSH, NIGHTLY = ("accelerate", "zero2"), ("fsdp2", "zero0", "zero1", "zero3")
+BACKENDS = [*ON_PUSH, *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY)]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]  # with what the fixtures run
 
@@ -121,13 +123,25 @@ def test_weights_are_those_of_one_process(ranks, reference, quantizer):
     assert difference <= 1e-6, f"{name} differs by {difference}"
 
 
+def assert_same_export(reference: dict, results: dict, kind: str, average: bool) -> None:
+    expected, exported = (found[f"export_{kind}_{average}"] for found in (reference, results))
+    difference, name = largest_difference(expected, exported)
+    assert difference <= 1e-6, f"{name} differs by {difference}"
+    assert largest_difference(exported, results[f"export_{kind}_{not average}"])[0] > 1e-6  # it was the average
+
+
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("kind", WHOLE_RUNS)
 def test_the_export_of_a_whole_run_is_that_of_one_process(ranks, reference, kind, average):
-    expected, exported = (results[f"export_{kind}_{average}"] for results in (reference, ranks.results))
-    difference, name = largest_difference(expected, exported)
-    assert difference <= 1e-6, f"{name} differs by {difference}"
-    assert largest_difference(exported, ranks.results[f"export_{kind}_{not average}"])[0] > 1e-6  # it was the average
+    assert_same_export(reference, ranks.results, kind, average)
+
+
+def test_zero_1_exports_what_one_process_does(tmp_path, reference):
+    """On every push, because its weights share their storage; the rest of ZeRO 1 is nightly."""
+    torchrun([WORKER, "zero1", str(tmp_path), "ends"], timeout=900)
+    results = torch.load(tmp_path / "results.pt")
+    for kind, average in itertools.product(WHOLE_RUNS, (True, False)):
+        assert_same_export(reference, results, kind, average)
 
 
 @pytest.mark.parametrize("draw", DVAE_DRAWS)
@@ -264,6 +278,7 @@ def cell(ranks: Ranks, reference: dict, model: str, notes: list[str]) -> str:
     return f"works, but [{notes.index(refused) + 1}]"
 
 
+@pytest.mark.nightly
 def test_the_support_table_is_what_was_seen(launch, reference):
     """docs/support.md says of each backend and model what the runs above came to."""
     notes: list[str] = []

@@ -42,6 +42,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the 
 
 
 @pytest.mark.distributed
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_report_of_this_machine():
     """Everything that the tests need works here; the report says so line by line and is no traceback."""
@@ -59,6 +60,7 @@ def test_report_of_this_machine():
 
 
 @pytest.mark.distributed
+@pytest.mark.nightly
 def test_interface_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     monkeypatch.setattr(doctor, "GROUP_SECONDS", 40)

@@ -486,6 +486,7 @@ def test_killed_while_writing(renames, names, exports, undisturbed, tmp_path, qu
     assert content(tmp_path / "codes") == undisturbed
 
 
+@pytest.mark.nightly
 def test_killed_at_any_moment(exports, tmp_path, quiet, monkeypatch):
     """With loader processes, and not at a moment that suits."""
     sizes = "--data synthetic:400 --shard_size 20 --batch_size 8 --num_workers 1".split()

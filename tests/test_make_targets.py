@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import BIN, ROOT, run
+from launching import ROOT, run
+from warm import programs
 
 from vqdist.data.codes import CodeDataset
 
@@ -38,9 +39,9 @@ FROM_OUTSIDE = (
 
 
 def make(*arguments: str, check: bool = True, **extra: str):
-    """`make` with this environment's python, which is taken as installed; nothing of a surrounding make."""
+    """Run make with programs that are taken as installed, and nothing of a surrounding make."""
     handed_down = {name: "" for name in FROM_OUTSIDE if name in os.environ}
-    command = ["make", f"VENV={BIN.parent}", "--old-file=install", *arguments]
+    command = ["make", f"VENV={programs().parent}", "--old-file=install", *arguments]
     return run(command, timeout=300, check=check, CUDA_VISIBLE_DEVICES="", **handed_down, **extra)
 
 

@@ -6,15 +6,16 @@ Shapes: features (b, 8, 4, 4) unless said otherwise; scales 1, 2, 4, so 21 codes
 from __future__ import annotations
 
 import inspect
-import time
+import os
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from launching import torchrun
 from scenarios import build_vae
 from torch import Tensor
 
@@ -28,7 +29,6 @@ LEARNABLE = {"learnable_codebook": True}
 NO_START = {"kmeans_init": False}
 WORLD_SIZE = 2
 STEPS = 6
-SPAWN_TIMEOUT = 240  # seconds; about 15 are needed
 
 both_codebooks = pytest.mark.parametrize("learning", [LEARNABLE, NO_START], ids=["gradient", "ema"])
 
@@ -527,7 +527,7 @@ def train(model: torch.nn.Module, rank: int | None) -> dict[str, Tensor]:
 
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo")
     results = {}
     for name in RANK_CASES:
         model = rank_model(name)
@@ -540,14 +540,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_ranks_stay_equal_and_do_what_one_process_does(tmp_path):
-    processes = mp.start_processes(run_rank, (str(tmp_path),), nprocs=WORLD_SIZE, join=False, start_method="spawn")
-    deadline = time.monotonic() + SPAWN_TIMEOUT
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, f"two processes did not finish in {SPAWN_TIMEOUT} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    torchrun([__file__, str(tmp_path)], processes=WORLD_SIZE)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD_SIZE))
     for name in RANK_CASES:
         assert first[name].keys() == second[name].keys()
@@ -557,3 +550,7 @@ def test_two_ranks_stay_equal_and_do_what_one_process_does(tmp_path):
         alone = train(rank_model(name), None)
         for key, expected in alone.items():
             torch.testing.assert_close(first[name][key], expected, rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
+
+
+if __name__ == "__main__":  # a rank
+    run_rank(int(os.environ["RANK"]), sys.argv[1])

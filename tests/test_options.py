@@ -11,13 +11,22 @@ import json
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from scenarios import SmallFeatures, build_dvae_trainer, build_trainer, build_vae, train_steps
+from scenarios import (
+    AR_MODELS,
+    SmallFeatures,
+    build_ar_trainer,
+    build_dvae_trainer,
+    build_trainer,
+    build_vae,
+    train_steps,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,6 +37,7 @@ from vqdist.models import perceptual
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
 from vqdist.models.vqgan import ResidualBlock
 from vqdist.trainers import base
+from vqdist.trainers.config import TrainerConfig
 from vqdist.trainers.dvae import DiscreteVAETrainerConfig
 from vqdist.trainers.vqgan import VQGanTrainerConfig
 
@@ -67,31 +77,19 @@ CHANGES_WEIGHTS = {
 }
 
 BOTH = {"vae", "ema"}
+# options of its own: those of every trainer are flipped on the VQGAN's, which has every kind of network
 DVAE_CHANGES_WEIGHTS = {
-    "batch_size": (1, {}, 8, BOTH),
-    "lr": (1, {}, 1e-2, BOTH),
-    "adam_betas": (2, {}, [0.5, 0.9], BOTH),
-    "weight_decay": (1, {}, 0.1, BOTH),
-    "grad_accum_every": (1, {}, 2, BOTH),
-    "max_grad_norm": (1, {}, 1e-6, BOTH),
-    "warmup_steps": (1, {}, 4, BOTH),
-    "lr_schedule": (2, {}, "cosine", BOTH),
-    "lr_decay_rate": (4, EXPONENTIAL, 0.5, BOTH),
-    "precision": (1, {}, "bf16", BOTH),
-    "ema_beta": (3, {}, 0.1, {"ema"}),
-    "ema_update_after_step": (3, {}, 5, {"ema"}),
-    "ema_update_every": (2, {}, 2, {"ema"}),
-    "seed": (1, {}, 1, BOTH),
-    "augment": (1, {}, False, BOTH),
-    "valid_frac": (1, {}, 0.5, BOTH),
-    "random_split_seed": (1, {}, 43, BOTH),
     "starting_temp": (1, {}, 2.0, BOTH),
     "temp_min": (2, {"anneal_rate": 10.0}, 0.7, BOTH),
     "anneal_rate": (2, {}, 0.5, BOTH),
     "kl_warmup_steps": (1, {"model": {"kl_div_loss_weight": 1.0}}, 4, BOTH),
 }
 
-BUILDERS = {"vqgan": build_trainer, "dvae": build_dvae_trainer}
+BUILDERS = {
+    "vqgan": build_trainer,
+    "dvae": build_dvae_trainer,
+    **{kind: partial(build_ar_trainer, kind=kind) for kind in AR_MODELS},
+}
 TABLES = {"vqgan": CHANGES_WEIGHTS, "dvae": DVAE_CHANGES_WEIGHTS}
 
 
@@ -119,6 +117,28 @@ def test_option_changes_exactly_the_weights_that_it_is_about(kind, option, tmp_p
     assert differ == expected
 
 
+@pytest.mark.parametrize("kind", BUILDERS.keys() - {"vqgan"})
+def test_every_trainer_hands_on_what_all_of_them_share(kind, tmp_path, monkeypatch):
+    """The optimizer, the engine, the average and the data get the values; what these do with them is shown above."""
+    optimizer = {"lr": 1e-2, "adam_betas": [0.5, 0.8], "weight_decay": 0.1, "warmup_steps": 4, "max_grad_norm": 0.25}
+    data = {"batch_size": 2, "grad_accum_every": 3, "augment": False, "valid_frac": 0.5, "random_split_seed": 43}
+    average = {"ema_beta": 0.1, "ema_update_after_step": 5, "ema_update_every": 2}
+    options = {**optimizer, **data, **average, "precision": "bf16", "seed": 1}
+    trainer = BUILDERS[kind](tmp_path, **options)
+    assert {name: getattr(trainer.config, name) for name in options} == options
+    engine, taken = trainer.main_engine, []
+    assert (engine.max_grad_norm, engine.grad_accum_every, engine.precision) == (0.25, 3, "bf16")
+    take = trainer.take
+    monkeypatch.setattr(trainer, "take", lambda batch: taken.append(len(batch.item)) or take(batch))
+    logs = trainer.train_step()
+    groups = engine.optimizer.param_groups
+    assert {(group["lr"], tuple(group["betas"])) for group in groups} == {(1e-2 / 4, (0.5, 0.8))}
+    assert float(logs["lr"]) == pytest.approx(1e-2 / 4)
+    assert 0.1 in {group["weight_decay"] for group in groups} and taken == [2, 2, 2] and trainer.position == 6
+    assert (trainer.ema.beta, trainer.ema.update_after_step, trainer.ema.update_every) == (0.1, 5, 2)
+    assert len(trainer.split.train) == 32
+
+
 def test_the_same_options_give_the_same_weights(tmp_path, unchanged):
     again = train_steps(build_trainer(tmp_path), 3)
     assert all(torch.equal(tensor, again[name]) for name, tensor in unchanged(3).items())
@@ -141,9 +161,19 @@ CASES: dict[str, Callable] = {}
 
 
 def case(function: Callable) -> Callable:
-    """Registers `function` as the case of the option that it is named after."""
+    """Register `function` as the case of the option that it is named after."""
     CASES[function.__name__] = function
     return function
+
+
+def case_of(*options: str) -> Callable[[Callable], Callable]:
+    """Register a function as the case of several options: one run, or two, show them all."""
+
+    def register(function: Callable) -> Callable:
+        CASES.update(dict.fromkeys(options, function))
+        return function
+
+    return register
 
 
 def logged(folder: Path) -> list[dict]:
@@ -163,14 +193,6 @@ def write_images(folder: Path, names: list[str]) -> str:
         else:
             Image.new("RGB", (16, 16), (20 * number + 5,) * 3).save(folder / name)
     return str(folder)
-
-
-@case
-def num_train_steps(tmp_path):
-    for steps in (1, 2):
-        trainer = build_trainer(tmp_path / str(steps), num_train_steps=steps)
-        trainer.train()
-        assert trainer.step == steps
 
 
 @case
@@ -233,27 +255,23 @@ def loaders(monkeypatch) -> list[DataLoader]:
     return made
 
 
-@case
-def num_workers(tmp_path, loaders):
-    in_process, worker = (images_of(build_trainer(tmp_path / str(n), num_workers=n)) for n in (0, 1))
-    assert torch.equal(in_process, worker)
-    assert [made.num_workers for made in loaders] == [0, 1]
-
-
-@case
-def prefetch_factor(tmp_path, loaders):
-    for factor in (1, 5):
-        images_of(build_trainer(tmp_path / str(factor), num_workers=1, prefetch_factor=factor))
-    assert [made.prefetch_factor for made in loaders] == [1, 5]
-
-
-@case
-def pin_memory(tmp_path, loaders):
+@case_of("num_workers", "prefetch_factor", "pin_memory")
+def how_images_are_loaded(tmp_path, loaders):
+    """The same images, and what the loader was told."""
+    given = [
+        {"num_workers": 0},
+        {"num_workers": 1, "prefetch_factor": 1},
+        {"num_workers": 1, "prefetch_factor": 5, "pin_memory": False},
+        {"num_workers": 0, "pin_memory": True},
+    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no accelerator is found")
-        for given in (None, True, False):
-            images_of(build_trainer(tmp_path / str(given), pin_memory=given))
-    assert [made.pin_memory for made in loaders] == [torch.cuda.is_available(), True, False]
+        images = [images_of(build_trainer(tmp_path / str(n), **options)) for n, options in enumerate(given)]
+    assert all(torch.equal(images[0], others) for others in images)
+    assert [made.num_workers for made in loaders] == [0, 1, 1, 0]
+    assert [made.prefetch_factor for made in loaders[1:3]] == [1, 5]
+    cuda = torch.cuda.is_available()
+    assert [made.pin_memory for made in loaders] == [cuda, cuda, False, True]
 
 
 @case
@@ -276,12 +294,13 @@ def tf32(tmp_path, monkeypatch):
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-@case
-def channels_last(tmp_path):
+@case_of("channels_last", "compile")
+def how_networks_lie_in_memory_and_run(tmp_path):
     for given in (True, False):
-        trainer = build_trainer(tmp_path / str(given), channels_last=given)
-        weight = trainer.generator.module.encoder[1].weight
-        assert weight.is_contiguous(memory_format=torch.channels_last) == given
+        trainer = build_trainer(tmp_path / str(given), channels_last=given, compile=given)
+        module = trainer.generator.module
+        assert [part._compiled_call_impl is not None for part in (module.encoder, module.decoder)] == [given, given]
+        assert module.encoder[1].weight.is_contiguous(memory_format=torch.channels_last) == given
         assert images_of(trainer).is_contiguous(memory_format=torch.channels_last) == given
 
 
@@ -297,13 +316,6 @@ def fused_adam(tmp_path):
 
 
 @case
-def compile(tmp_path):
-    for given in (True, False):
-        module = build_trainer(tmp_path / str(given), compile=given).generator.module
-        assert [part._compiled_call_impl is not None for part in (module.encoder, module.decoder)] == [given, given]
-
-
-@case
 def use_ema(tmp_path):
     averaged, plain = (build_trainer(tmp_path / str(given), use_ema=given) for given in (True, False))
     names = {name.partition(".")[0] for name in train_steps(averaged, 2)}
@@ -316,51 +328,44 @@ def use_ema(tmp_path):
         assert network is plain.generator.module
 
 
-@case
-def log_every(tmp_path):
-    for every, steps in ((1, [1, 2, 3, 4, 5]), (2, [1, 2, 4, 5])):
-        trainer = build_trainer(tmp_path / str(every), log_every=every, num_train_steps=5, valid_frac=0.0)
-        trainer.train()
-        assert [line["step"] for line in logged(trainer.run_folder)] == steps
+def steps_of(lines: list[dict], name: str) -> list[int]:
+    return [line["step"] for line in lines if name in line]
 
 
-@case
-def validate_every(tmp_path):
-    for every, steps in ((0, [3]), (2, [2, 3])):
-        trainer = build_trainer(tmp_path / str(every), validate_every=every, num_train_steps=3)
-        trainer.train()
-        assert [line["step"] for line in logged(trainer.run_folder) if "valid/psnr" in line] == steps
+def assert_written(run: Path, *, logged_at, validated_at, drawn_at, saved_at, rows: int, events: int) -> None:
+    """Steps of each kind of output of a run; rows of two images and their views in its last picture."""
+    lines = logged(run)
+    assert steps_of(lines, "recon_loss") == logged_at and steps_of(lines, "valid/psnr") == validated_at
+    pictures = [f"step_{step:08d}{suffix}.png" for step in drawn_at for suffix in ("", "_codes")]
+    assert sorted(path.name for path in (run / "results").iterdir()) == pictures
+    with Image.open(run / "results" / pictures[-2]) as picture:  # three views of an image, two images a row
+        assert picture.size == (6 * 18 + 2, rows * 18 + 2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step_{step:08d}" for step in saved_at]
+    assert len(list(run.glob("tensorboard/events*"))) == events
 
 
-@case
-def save_results_every(tmp_path):
-    for every, steps in ((0, [3]), (2, [2, 3])):
-        trainer = build_trainer(tmp_path / str(every), save_results_every=every, num_train_steps=3)
-        trainer.train()
-        files = sorted(path.name for path in (trainer.run_folder / "results").iterdir())
-        assert files == [f"step_{step:08d}{suffix}.png" for step in steps for suffix in ("", "_codes")]
-
-
-@case
-def num_images_save(tmp_path):
-    for count, height in ((2, 1), (8, 4)):
-        trainer = build_trainer(tmp_path / str(count), num_images_save=count, num_train_steps=1)
-        trainer.train()
-        with Image.open(trainer.picture_path) as picture:  # three views of an image, two images a row
-            assert picture.size == (6 * 18 + 2, height * 18 + 2)
-
-
-@case
-def save_model_every(tmp_path):
-    for every, steps in ((0, [3]), (2, [2, 3])):
-        trainer = build_trainer(tmp_path / str(every), save_model_every=every, num_train_steps=3)
-        trainer.train()
-        assert trainer.checkpoints.steps() == steps
+@case_of(
+    *("num_train_steps", "log_every", "validate_every", "save_results_every", "save_model_every", "num_images_save"),
+    *("trackers", "results_folder"),
+)
+def what_a_run_writes(tmp_path):
+    """Two whole runs: one writes all it can at its end, the other each thing every so many steps of its own."""
+    build_trainer(tmp_path / "at the end", num_train_steps=3).train()
+    written = {"checkpoints", "config.json", "export", "metrics.jsonl", "results"}
+    assert {path.name for path in (tmp_path / "at the end").iterdir()} == written
+    assert [path.name for path in tmp_path.iterdir()] == ["at the end"]
+    end = {"validated_at": [3], "drawn_at": [3], "saved_at": [3]}
+    assert_written(tmp_path / "at the end", logged_at=[1, 2, 3], **end, rows=8, events=0)
+    often = {"log_every": 4, "validate_every": 2, "save_results_every": 3, "save_model_every": 5}
+    more = {"num_images_save": 2, "trackers": ["tensorboard"]}
+    build_trainer(tmp_path / "often", num_train_steps=7, **often, **more).train()
+    steps = {"logged_at": [1, 4, 7], "validated_at": [2, 4, 6, 7], "drawn_at": [3, 6, 7], "saved_at": [5, 7]}
+    assert_written(tmp_path / "often", **steps, rows=1, events=1)
 
 
 @case
 def keep_checkpoints(tmp_path):
-    for keep, steps in ((1, [3]), (2, [2, 3]), (None, [1, 2, 3])):
+    for keep, steps in ((2, [2, 3]), (None, [1, 2, 3])):
         trainer = build_trainer(tmp_path / str(keep), keep_checkpoints=keep, save_model_every=1)
         train_steps(trainer, 3)
         assert trainer.checkpoints.steps() == steps
@@ -374,14 +379,6 @@ def check_ranks_every(tmp_path, monkeypatch):
         train_steps(build_trainer(tmp_path / str(every), check_ranks_every=every), 4)
         assert checked == steps
         checked.clear()
-
-
-@case
-def results_folder(tmp_path):
-    build_trainer(tmp_path / "here", num_train_steps=1).train()
-    expected = {"checkpoints", "config.json", "export", "metrics.jsonl", "results"}
-    assert {path.name for path in (tmp_path / "here").iterdir()} == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 @case
@@ -402,14 +399,6 @@ def test_a_run_from_before_an_option_existed_is_resumed(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="lr_decay_rate: 0.98 -> 0.5"):
         build_trainer(tmp_path, lr_decay_rate=0.5, lr_schedule="exponential")
-
-
-@case
-def trackers(tmp_path):
-    for names in ([], ["tensorboard"]):
-        trainer = build_trainer(tmp_path / str(len(names)), trackers=names, num_train_steps=1)
-        trainer.train()
-        assert len(list(trainer.run_folder.glob("tensorboard/events*"))) == len(names)
 
 
 @case
@@ -449,14 +438,18 @@ def deepspeed_config(tmp_path):
         build_trainer(tmp_path / "run", backend="deepspeed", deepspeed_config=str(config))
 
 
+def options_of(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
 @pytest.mark.parametrize("kind, config", [("vqgan", VQGanTrainerConfig), ("dvae", DiscreteVAETrainerConfig)])
 def test_every_trainer_option_has_a_case(kind, config):
-    assert {field.name for field in dataclasses.fields(config)} == TABLES[kind].keys() | CASES.keys()
+    assert options_of(VQGanTrainerConfig) == CHANGES_WEIGHTS.keys() | CASES.keys()
+    assert options_of(config) - options_of(TrainerConfig) == TABLES[kind].keys() - options_of(TrainerConfig)
 
 
-@pytest.mark.parametrize("option", CASES)
-def test_option_has_its_effect(option, request):
-    function = CASES[option]
+@pytest.mark.parametrize("function", dict.fromkeys(CASES.values()), ids=lambda function: function.__name__)
+def test_options_have_their_effect(function, request):
     function(**{name: request.getfixturevalue(name) for name in inspect.signature(function).parameters})
 
 

@@ -91,7 +91,7 @@ def test_metadata(metadata):
 def imported_by(folder: str) -> set[str]:
     """Return the distributions, by normal name, of every import below a folder, inside functions too."""
     known = packages_distributions()
-    own = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"vqdist", "benchmarks", "cluster", "workers"}
+    own = {path.stem for path in (ROOT / "tests").rglob("*")} | {"vqdist", "benchmarks"}
     names = set()
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -192,10 +192,32 @@ def test_help_is_the_default_and_explains_every_target():
 
 def test_tests_that_need_a_cluster_run_by_their_own_target_only():
     for target in ("test", "test-fast", "test-dist"):
-        assert "--ignore tests/cluster" in make("--dry-run", "--old-file=install", target).stdout
-    commands = make("--dry-run", "--old-file=install", "test-cluster", "JOBS=3").stdout.splitlines()
-    assert commands[0] == "bash tests/cluster/install.sh"
-    assert "pytest -n 3 --dist loadfile tests/cluster" in commands[1]
+        assert "--ignore tests/cluster" in commands_of(target)[0]
+    install, run = commands_of("test-cluster", "JOBS=3")
+    assert install == "bash tests/cluster/install.sh"
+    assert "pytest -n 3 --dist loadfile" in run and run.rstrip().endswith(" tests/cluster")
+
+
+def commands_of(*arguments: str) -> list[str]:
+    """Return what make would run for a target, once vqdist is installed."""
+    return make("--dry-run", "--old-file=install", *arguments).stdout.splitlines()
+
+
+def test_nightly_tests_are_left_out_on_a_push_and_by_nothing_else():
+    for target, marks in {"test": "not nightly", "test-fast": "(not nightly) and not distributed"}.items():
+        assert f' tests -m "{marks}"' in commands_of(target)[0]
+    assert '-m "nightly or not nightly"' in commands_of("test", "TESTS=tests/faults/test_kill.py")[0]
+    whole = " ".join(commands_of("test-nightly"))
+    assert "-m pytest -n 2" in whole and ' -m "' not in whole
+    assert "tests/cluster/install.sh" in whole and "tests/mutations/run.py" in whole
+
+
+def test_what_kills_or_waits_is_nightly():
+    """Of the folder, by tests/conftest.py."""
+    done = call(
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not nightly", "tests/faults", check=False
+    )
+    assert "no tests collected" in done.stdout
 
 
 def test_install_does_nothing_the_second_time(installed):
@@ -222,7 +244,7 @@ def test_ci_calls_only_what_a_person_can():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["make lint", "make test", "make test-cluster"]
+    assert commands == ["make lint", "make test"]
 
 
 # The linter
@@ -291,6 +313,7 @@ def test_runtimes_are_banned_outside_the_backends(line):
 # Import time
 
 
+@pytest.mark.nightly  # a clock; what is imported stands below
 def test_importing_vqdist_costs_less_than_half_of_torch():
     """The least of several ratios, since noise only adds."""
     code = """

@@ -3,12 +3,13 @@
 Shapes: features (b, 4, h, w) go through a 1x1 convolution to the quantizer's 8 channels.
 """
 
-import time
+import os
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launching import torchrun
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
@@ -18,7 +19,6 @@ from vqdist.models.quantizers import DEFAULT_OPTIONS, QUANTIZERS, build_quantize
 
 WORLD_SIZE = 2
 STEPS = 20
-SPAWN_TIMEOUT = 240  # seconds; about 15 are needed
 
 DEAD = {"threshold_ema_dead_code": 4}  # of 32 codes for 64 vectors a batch: many die
 NO_START = {"kmeans_init": False}
@@ -101,8 +101,7 @@ def run_rank(rank, folder):
     Codebook.replace = lambda self, *args, **kwargs: (replaced.append(True), replace(self, *args, **kwargs))[1]
     VectorQuantize(dim=4, codebook_size=4)  # makes the library remember that nothing is distributed
     early = {case: build_model(case) for case in list(CASES)[::2]}
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo")
     results = {}
     for case in CASES:
         model = early.get(case) or build_model(case)
@@ -126,16 +125,7 @@ def run_rank(rank, folder):
 def ranks(tmp_path_factory):
     """What each rank ended with, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.start_processes(run_rank, (str(folder),), nprocs=WORLD_SIZE, join=False, start_method="spawn")
-    deadline = time.monotonic() + SPAWN_TIMEOUT
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, (
-                f"two processes did not finish in {SPAWN_TIMEOUT} s: a collective hangs"
-            )
-    finally:
-        for process in processes.processes:
-            process.kill()
+    torchrun([__file__, str(folder)], processes=WORLD_SIZE)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
 
 
@@ -371,3 +361,7 @@ def test_what_only_the_library_refuses_becomes_a_user_error(monkeypatch):
     monkeypatch.setattr(QUANTIZERS["vq"], "check_options", lambda *args: None)
     with pytest.raises(UserError, match="vq does not work with .*learnable_codebook=True: cosine sim distance"):
         build_quantizer("vq", dim=8, codebook_size=16, learnable_codebook=True)
+
+
+if __name__ == "__main__":  # a rank
+    run_rank(int(os.environ["RANK"]), sys.argv[1])

@@ -26,11 +26,9 @@ PROGRAMS = ("vqdist", "torchrun", "accelerate", "deepspeed", "python")
 
 @functools.cache
 def programs() -> Path:
-    """Return the folder of programs that are started warm.
-
-    The server runs from the first call to the end of this process.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="vqdist-warm-"))
+    """Return the folder of programs that are started warm; their server runs until this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="vqdist-warm-")) / "bin"
+    folder.mkdir()
     for name in PROGRAMS:
         script = folder / name
         words = [sys.executable, "-S", "-E", HERE / "client.py", folder / "socket", BIN / name]

@@ -43,7 +43,7 @@ def import_everything() -> None:
 
 
 def read(connection: socket.socket) -> tuple[dict, list[int]]:
-    """Return the request of a client, and its three files."""
+    """Return the job that a client asks for, and its three files."""
     length, files, *_ = socket.recv_fds(connection, 8, 3)
     left, parts = int.from_bytes(length, "big"), []
     while left:

@@ -1,6 +1,6 @@
 """Run by torchrun from test_distributed.py: everything that two ranks of one backend are compared on.
 
-usage: backend_worker.py BACKEND FOLDER   (BACKEND is accelerate, fsdp2 or zero0 .. zero3)
+usage: backend_worker.py BACKEND FOLDER [ends]   (BACKEND is accelerate, fsdp2 or zero0 .. zero3; ends: nothing else)
 
 Rank 0 writes FOLDER/results.pt; assertions that concern the ranks themselves are made here.
 """
@@ -314,6 +314,10 @@ def main() -> None:
     if name in SHARDED:
         EVERYTHING["apply_grad_penalty_every"] = 0
     results: dict = {}
+    if sys.argv[3:] == ["ends"]:
+        ends(backend, folder, results)
+        finish(build_trainer(folder / "last", **backend), folder, results)
+        return
     refusals(backend, folder, results)
     parity(backend, folder, results)
     bf16(backend, folder, results)
@@ -336,6 +340,11 @@ def main() -> None:
         divergence_is_found(backend, folder)
     if name in ("accelerate", "zero2"):
         codebooks_stay_equal(backend, folder)
+    finish(trainer, folder, results)
+
+
+def finish(trainer: Trainer, folder: Path, results: dict) -> None:
+    """Write the results, and leave together."""
     if trainer.is_main:
         torch.save(results, folder / "results.pt")
     trainer.backend.barrier()
