@@ -33,9 +33,9 @@ from torch.utils.data import DataLoader
 from vqdist import DiscreteVAETrainer, UserError, VQGanVAE, VQGanVAETrainer
 from vqdist.cli.train import train_options
 from vqdist.data import loader
-from vqdist.models import perceptual
+from vqdist.models.networks.conv import ResidualBlock
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
-from vqdist.models.vqgan import ResidualBlock
+from vqdist.objectives import perceptual
 from vqdist.trainers import base
 from vqdist.trainers.config import TrainerConfig
 from vqdist.trainers.dvae import DiscreteVAETrainerConfig

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import vgg16
 
 from vqdist.errors import UserError
-from vqdist.models.perceptual import IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss
+from vqdist.objectives.perceptual import IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_the_networks_are_the_ones_that_are_described():
     model = VQGanVAE(dim=16, codebook_size=64, use_vgg_and_gan=False)
     encoder = [tuple(m.weight.shape) for m in model.autoencoder.encoder if isinstance(m, torch.nn.Conv2d)]
     assert encoder == [(16, 3, 5, 5), (16, 16, 4, 4), (32, 16, 4, 4), (64, 32, 4, 4), (128, 64, 4, 4)]
-    decoder = [tuple(m.weight.shape) for m in model.autoencoder.decoder if isinstance(m, torch.nn.ConvTranspose2d)]
+    decoder = [tuple(m.weight.shape) for m in model.autoencoder.decoder.net if isinstance(m, torch.nn.ConvTranspose2d)]
     assert decoder == [(128, 64, 4, 4), (64, 32, 4, 4), (32, 16, 4, 4), (16, 16, 4, 4)]
     assert model.autoencoder.last_layer.weight.shape == (3, 16, 1, 1)
     assert model.quantizer.name == "lfq"

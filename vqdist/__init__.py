@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from vqdist.data.dataset import ImageDataset
     from vqdist.data.sources import DummyDataset
     from vqdist.errors import PeerLost, RanksDiverged, UserError
+    from vqdist.models.autoregressive import AutoregressiveModel, SecondStage
     from vqdist.models.dvae import DiscreteVAE
+    from vqdist.models.networks import Decoder, Discriminator, Encoder
     from vqdist.models.prior import Prior
+    from vqdist.models.quantizers import Quantized, Quantizer
     from vqdist.models.tokenizer import Tokenizer
     from vqdist.models.var import VAR
     from vqdist.models.vq_ar import VQImageAutoregressiveAutoencoder
     from vqdist.models.vqgan import VQGanVAE
     from vqdist.models.vqvae import SimpleVQVAE, VectorQuantizer
+    from vqdist.objectives import Objective, Perceptual, Reconstruction, Term
     from vqdist.stopping import Stopped
     from vqdist.tracking import Sink
     from vqdist.trainers.ar import ARTrainer
@@ -30,17 +34,28 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "ARTrainer": "vqdist.trainers.ar",
+    "AutoregressiveModel": "vqdist.models.autoregressive",
     "CodeDataset": "vqdist.data.codes",
+    "Decoder": "vqdist.models.networks",
     "DiscreteVAE": "vqdist.models.dvae",
     "DiscreteVAETrainer": "vqdist.trainers.dvae",
+    "Discriminator": "vqdist.models.networks",
     "DummyDataset": "vqdist.data.sources",
+    "Encoder": "vqdist.models.networks",
     "ImageDataset": "vqdist.data.dataset",
+    "Objective": "vqdist.objectives",
     "PeerLost": "vqdist.errors",
+    "Perceptual": "vqdist.objectives",
     "Prior": "vqdist.models.prior",
+    "Quantized": "vqdist.models.quantizers",
+    "Quantizer": "vqdist.models.quantizers",
     "RanksDiverged": "vqdist.errors",
+    "Reconstruction": "vqdist.objectives",
+    "SecondStage": "vqdist.models.autoregressive",
     "SimpleVQVAE": "vqdist.models.vqvae",
     "Sink": "vqdist.tracking",
     "Stopped": "vqdist.stopping",
+    "Term": "vqdist.objectives",
     "Tokenizer": "vqdist.models.tokenizer",
     "UserError": "vqdist.errors",
     "VAR": "vqdist.models.var",
@@ -52,17 +67,28 @@ _PUBLIC = {
 
 __all__ = [
     "ARTrainer",
+    "AutoregressiveModel",
     "CodeDataset",
+    "Decoder",
     "DiscreteVAE",
     "DiscreteVAETrainer",
+    "Discriminator",
     "DummyDataset",
+    "Encoder",
     "ImageDataset",
+    "Objective",
     "PeerLost",
+    "Perceptual",
     "Prior",
+    "Quantized",
+    "Quantizer",
     "RanksDiverged",
+    "Reconstruction",
+    "SecondStage",
     "SimpleVQVAE",
     "Sink",
     "Stopped",
+    "Term",
     "Tokenizer",
     "UserError",
     "VAR",

@@ -87,15 +87,17 @@ def gradient_penalty(
         return gradient_penalty_of_logits(discriminator(image), image, weight)
 
 
-def gradient_penalty_of_logits(logits: Tensor, image: Tensor, weight: float = 10.0) -> Tensor:
+def gradient_penalty_of_logits(logits: Tensor | list[Tensor], image: Tensor, weight: float = 10.0) -> Tensor:
     """Return `gradient_penalty` of logits that were computed already: saves a forward where they are needed anyway.
 
     Args:
-        logits: (b, ...), the discriminator's for `image`.
+        logits: (b, ...), the discriminator's for `image`, or a list of such.
         image: (b, c, h, w), which the logits were computed from with `requires_grad`.
         weight: of the penalty.
     """
-    (gradient,) = torch.autograd.grad(logits, image, torch.ones_like(logits), create_graph=True)
+    logits = [logits] if isinstance(logits, Tensor) else list(logits)
+    ones = [torch.ones_like(output) for output in logits]
+    (gradient,) = torch.autograd.grad(logits, image, ones, create_graph=True)
     norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return weight * (norm - 1).square().mean()
 
@@ -149,6 +151,34 @@ def last_layer_grads(
     with _no_autocast(hidden):
         grads = [conv2d_weight(hidden, tuple(weight_shape), grad, **layer) for grad in gradients]
     return torch.stack([grad.flatten() for grad in grads])
+
+
+def surrogate(output: Tensor, gradient: Tensor, *losses: Tensor | None) -> Tensor:
+    """A 0-d tensor whose backward gives `gradient` to a network's output, and each of the losses its own.
+
+    Where the graph is cut at the output, this is what goes to the one backward pass of the network; its value means
+    nothing.
+
+    Args:
+        output: of the network, with its graph.
+        gradient: of everything behind the cut with respect to the output; the same shape.
+        *losses: 0-d, with graphs of their own into the network; None for one that is not there.
+    """
+    total = (output * gradient).sum()
+    for loss in losses:
+        total = total if loss is None else total + loss
+    return total
+
+
+def over_outputs(loss: Callable[..., Tensor], *outputs: list[Tensor]) -> Tensor:
+    """The mean of a loss over the outputs of a discriminator with several, as one at each of three scales.
+
+    Args:
+        loss: takes a tensor of logits from each of `outputs`.
+        *outputs: lists of equal length.
+    """
+    values = [loss(*logits) for logits in zip(*outputs, strict=True)]
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
 def at_least_float32(*tensors: Tensor) -> list[Tensor]:

@@ -70,7 +70,7 @@ class Spec:
                 "{class_path: my_module.MyClass, init_args: {width: 32}}"
             )
         if given.get(GIVEN_BUILT):
-            raise UserError(
+            raise UnavailablePart(
                 f"{what} was given as an object of {given['class_path']}, whose arguments nobody recorded; give the "
                 f"object again, as in from_pretrained(..., {what.replace(' ', '_')}=my_object)"
             )
@@ -91,13 +91,22 @@ class Spec:
         return {"class_path": self.target, "init_args": dict(self.init_args)}
 
 
-_TRUSTED: ContextVar[bool] = ContextVar("vqdist_trusts_code", default=True)
+class UnavailablePart(UserError):
+    """A part that a file names cannot be built here: it is code that is not trusted, or an object nobody recorded."""
+
+
+_TRUSTED: ContextVar[bool | None] = ContextVar("vqdist_trusts_code", default=None)
 
 
 @contextmanager
-def trusting(code: bool) -> Iterator[None]:
-    """Within this context, parts that are not registered are built only if `code` is true."""
-    token = _TRUSTED.set(code)
+def trusting(code: bool | None) -> Iterator[None]:
+    """Within this context, parts that are not registered are built only if `code` is true.
+
+    Args:
+        code: whether a file may name code that does not come with vqdist; None keeps what a context around this one
+            says, and is false where there is none.
+    """
+    token = _TRUSTED.set(bool(_TRUSTED.get() if code is None else code))
     try:
         yield
     finally:
@@ -181,8 +190,8 @@ class Registry(Generic[T]):
         for factory in self._factories.values():
             if _path_of(factory) == target:
                 return factory
-        if not _TRUSTED.get():
-            raise UserError(
+        if _TRUSTED.get() is False:
+            raise UnavailablePart(
                 f"{self.kind} {target} is code that does not come with vqdist; load it with trust_code=True (on the "
                 "command line --trust_code true) if you know what it does, or give the built object"
             )

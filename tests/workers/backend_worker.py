@@ -176,7 +176,9 @@ def divergence_is_found(backend: dict, folder: Path) -> None:
     if trainer.backend.rank == 1:
         with torch.no_grad():
             trainer.generator.module.last_layer.bias.add_(1e-6)
-    with pytest.raises(RanksDiverged, match=r"after step 1 rank 1 .*generator\.last_layer\.bias is the first of 1"):
+    with pytest.raises(
+        RanksDiverged, match=r"after step 1 rank 1 .*generator\.decoder\.last_layer\.bias is the first of 1"
+    ):
         check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
 
 

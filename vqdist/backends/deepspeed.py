@@ -95,7 +95,7 @@ class DeepSpeedEngine(Engine):
     def load(self, folder: Path) -> None:
         device = self.backend.device
         state.load_weights(self, folder / state.WEIGHTS, device)
-        tensors = state.load_tensors(folder / state.OPTIMIZER, device)
+        tensors = state.load_network_tensors(self.module, folder / state.OPTIMIZER, device)
         if self.zero_stage == 0:
             state.load_optimizer_tensors(self.module, self.engine.basic_optimizer, tensors)
             return

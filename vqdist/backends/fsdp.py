@@ -77,7 +77,8 @@ class Sharding:
         if self.min_num_params is None or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             return False
         # not of a subclass with a forward of its own, which may read the weights of a child that it does not call
-        return type(inside) in (nn.ModuleList, nn.Sequential) and own_weights >= self.min_num_params
+        in_turn = type(inside) is nn.ModuleList or type(inside).forward is nn.Sequential.forward
+        return in_turn and own_weights >= self.min_num_params
 
 
 def sharding_asked_for() -> Sharding | None:
@@ -216,7 +217,7 @@ class FullyShardedEngine(ShardedEngine, TorchEngine):
 
     def load(self, folder: Path) -> None:
         state.load_weights(self, folder / state.WEIGHTS)
-        tensors = state.load_tensors(folder / state.OPTIMIZER)
+        tensors = state.load_network_tensors(self.module, folder / state.OPTIMIZER)
         state.load_optimizer_tensors(self.module, self.optimizer, self._sharded_state(tensors))
 
     def _sharded_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

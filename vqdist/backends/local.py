@@ -98,7 +98,9 @@ class TorchEngine(Engine):
     def load(self, folder: Path) -> None:
         state.load_weights(self, folder / state.WEIGHTS, self.backend.device)
         state.load_optimizer_tensors(
-            self.module, self.optimizer, state.load_tensors(folder / state.OPTIMIZER, self.backend.device)
+            self.module,
+            self.optimizer,
+            state.load_network_tensors(self.module, folder / state.OPTIMIZER, self.backend.device),
         )
 
 

@@ -45,10 +45,24 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         raise UserError(f"{path} is damaged ({error})") from error
 
 
+def load_network_tensors(module: nn.Module, path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read the tensors of a network, by the names that it has for them now.
+
+    A network whose tensors had other names in an earlier version has a method `current_name(name)`. In names of an
+    optimizer's state, as `exp_avg/encoder.0.weight`, the part behind the slash is the network's.
+    """
+    rename = getattr(module, "current_name", None)
+    tensors = load_tensors(path, device)
+    if rename is None:
+        return tensors
+    parted = {name: name.rpartition("/") for name in tensors}
+    return {f"{parted[name][0]}{parted[name][1]}{rename(parted[name][2])}": value for name, value in tensors.items()}
+
+
 def load_weights(engine: Engine, path: Path, device: torch.device | str = "cpu") -> None:
     """Fill an engine's network with the tensors of one safetensors file."""
     try:
-        engine.fill(load_tensors(path, device))
+        engine.fill(load_network_tensors(engine.module, path, device))
     except RuntimeError as error:
         reason = " ".join(str(error).split()[:40])
         raise UserError(f"{path} holds another network than this configuration builds: {reason} ...") from error

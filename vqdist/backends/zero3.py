@@ -82,7 +82,7 @@ class Zero3Engine(ShardedEngine, DeepSpeedEngine):
 
     def load(self, folder: Path) -> None:
         state.load_weights(self, folder / state.WEIGHTS)
-        tensors = state.load_tensors(folder / state.OPTIMIZER)
+        tensors = state.load_network_tensors(self.module, folder / state.OPTIMIZER)
         if not tensors:
             return
         moments = self.make_states(self.engine.optimizer.fp32_partitioned_groups_flat, tensors)

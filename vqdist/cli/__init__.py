@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     one for other ranks that are gone. With other ranks around, an error ends the process here."""
     # before torch is imported: of a rank that is gone its store writes pages of addresses, and peers.py one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # parts of the user's own; last, so that nothing there hides a package
     try:
         with _accounting_for_errors():
             return _run(without_local_rank(sys.argv[1:] if arguments is None else arguments))

@@ -7,7 +7,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from vqdist.cli.parsing import make_parser, parse
+from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.errors import UserError
 
 # a rank that has written its last shard waits in an exchange for those that have one more
@@ -70,6 +70,7 @@ def _parser():
         default=10.0,
         help="Minutes that a process waits for another that is silent before it gives up.",
     )
+    add_trust_option(parser)
     return parser
 
 
@@ -92,17 +93,18 @@ def _check(options) -> None:
 def _open(options):
     """The tokenizer of a run, and its view of the images."""
     from vqdist.data.dataset import ImageDataset
+    from vqdist.models.pretrained import find_export
     from vqdist.models.tokenizer import Tokenizer
 
     run = Path(options.run).expanduser()
     if not run.is_dir():
         raise UserError(f"no such run folder: {run}")
-    folder = run / "export" if (run / "export").is_dir() else run
+    folder = find_export(run)
     if not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{run} has no export/ with config.json and model.safetensors; train it to its first checkpoint"
         )
-    tokenizer = Tokenizer.from_pretrained(folder, options.data.image_size)
+    tokenizer = Tokenizer.from_pretrained(folder, options.data.image_size, trust_code=options.trust_code)
     dataset = ImageDataset(
         options.data.folder,
         tokenizer.image_size,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqdist.cli.parsing import make_parser, parse
+from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.cli.sample import add_draw_options, draw_options
 from vqdist.data.config import CODES
 from vqdist.errors import UserError
@@ -48,7 +48,7 @@ def evaluate(arguments: list[str]) -> int:
     options = parse(_evaluate_parser(), arguments)
     _check_options(options)
     run, export = _exported(options.run)
-    model = load_model_of_any_type(export)
+    model = load_model_of_any_type(export, trust_code=options.trust_code)
     is_generator = isinstance(model, AutoregressiveModel)
     measured = _open_generator(model, options) if is_generator else _open_tokenizer(model, run, export, options)
     backend = create_backend(options.backend)
@@ -73,7 +73,7 @@ def reconstruct(arguments: list[str]) -> int:
     parser.add_argument("--num_images", type=int, default=16, help="Images to draw, the first of --data.")
     options = parse(parser, arguments)
     run, export = _exported(options.run)
-    tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options))
+    tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options), trust_code=options.trust_code)
     dataset = _open_images(options, tokenizer)
     count = min(options.num_images, len(dataset))
     if count < 1:
@@ -106,6 +106,7 @@ def _run_parser(program: str, description: str, epilog: str | None = None):
     parser.add_argument(
         "--data.on_bad_image", type=str, default="raise", help="`raise` or `skip` (short: --on_bad_image)."
     )
+    add_trust_option(parser)
     return parser
 
 
@@ -156,7 +157,9 @@ def _exported(name: str) -> tuple[Path, Path]:
     run = Path(name)
     if not run.is_dir():
         raise UserError(f"no such run folder: {run}")
-    folder = run / "export" if (run / "export").is_dir() else run
+    from vqdist.models.pretrained import find_export
+
+    folder = find_export(run)
     if not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{run} has no export/ with config.json and model.safetensors; train it to its first checkpoint"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vqdist.cli.parsing import DATA_ALIASES, Alias
+from vqdist.errors import UserError
+from vqdist.parts import PATH, import_path, unknown
 
 if TYPE_CHECKING:
     from vqdist.trainers.base import Trainer
@@ -134,3 +137,36 @@ MODELS = {
         over_tokenizer=True,
     ),
 }
+
+
+def model_entry(name: str) -> TrainedModel:
+    """The entry of a model by its name, or of a class of somebody else by its import path.
+
+    Raises:
+        UserError: there is no such model, or its class is none that a trainer of vqdist trains.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if not PATH.fullmatch(name):
+        raise unknown("model", name, MODELS, " to train, and the import path of your own class, my_module.MyModel")
+    from vqdist.models.autoregressive import AutoregressiveModel
+
+    found = import_path(name, "model")
+    for entry in MODELS.values():
+        if inspect.isclass(found) and issubclass(found, _load(entry.model)):
+            return replace(entry, title=f"{entry.title} ({name})", model=_place_of(found))
+    if not inspect.isclass(found) or not issubclass(found, AutoregressiveModel):
+        bases = "VQGanVAE, DiscreteVAE or SecondStage"
+        raise UserError(f"model {name} is none that vqdist trains; derive it from {bases}")
+    over_tokenizer = "tokenizer" in inspect.signature(found).parameters
+    return TrainedModel(
+        title=f"model of codes ({name})",
+        model=_place_of(found),
+        trainer="vqdist.trainers.ar:ARTrainer",
+        no_options=frozenset(["tokenizer"]),
+        over_tokenizer=over_tokenizer,
+    )
+
+
+def _place_of(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from vqdist.cli.parts import Given, Parts, help_asked_for, joined
 from vqdist.errors import UserError
 
 
@@ -72,24 +73,40 @@ def make_parser(program: str, description: str, epilog: str | None = None):
     return parser
 
 
-def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIASES):
+def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIASES, parts: Parts | None = None):
     """Parse; whatever is wrong becomes one line that names the nearest option.
 
     Args:
         parser: as `make_parser` gives it.
         arguments: of the command line.
         aliases: other names of options, where the parser has these options.
+        parts: the kind of part that an option takes.
     """
     from jsonargparse import ArgumentError
 
     known = [action.dest for action in parser._actions]
     aliases = {name: alias for name, alias in aliases.items() if alias.option in known}
     given = list(_read(arguments))
+    if parts:
+        if (text := help_asked_for(given, parts)) is not None:
+            print(text)
+            raise SystemExit(0)
+        given = joined(given, parts)
     _refuse_unknown(given, [*known, *aliases])
     try:
         return parser.parse_args(_spell_out(given, aliases))
     except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(_one_line(str(error), known, aliases)) from error
+
+
+def add_trust_option(parser) -> None:
+    """`--trust_code`, of commands that load a model that somebody else may have written."""
+    parser.add_argument(
+        "--trust_code",
+        type=bool,
+        default=False,
+        help="Whether the model's config.json may name networks that do not come with vqdist; their code is run.",
+    )
 
 
 def without_local_rank(arguments: Iterable[str]) -> list[str]:
@@ -119,9 +136,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 # ----------------------------------------------------------------------------------------- the words of a command line
-
-Given = tuple[str | None, str | None]
-"""An option's name, without dashes, and its value if it has one; what is no option has the name None."""
 
 
 def _read(arguments: list[str]) -> Iterable[Given]:

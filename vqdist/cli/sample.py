@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vqdist.cli.parsing import Alias, make_parser, parse
+from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
 from vqdist.errors import UserError
 
 LARGEST_SHEET = 2  # GiB of pixels
@@ -37,6 +37,7 @@ def sample(arguments: list[str]) -> int:
         help="Class of all images; by default all classes in turn, where the model knows any.",
     )
     add_draw_options(parser)
+    add_trust_option(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -53,9 +54,9 @@ def sample(arguments: list[str]) -> int:
     parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
     options = parse(parser, arguments, {"num_images": Alias("num")})
     _check(options)
-    model = open_generator(options.run)
+    model = open_generator(options.run, options.trust_code)
     if options.tokenizer is not None:
-        _check_tokenizer(model, options.tokenizer)
+        _check_tokenizer(model, options.tokenizer, options.trust_code)
     _check_sheet(model, options)
     drawn = draw_options(options, model)
     labels = _labels(model, options)
@@ -108,7 +109,7 @@ def draw_options(options, model) -> Any:
     return drawn
 
 
-def open_generator(name_or_path: str):
+def open_generator(name_or_path: str, trust_code: bool = False):
     """The model of a run that images can be drawn from."""
     from vqdist.models.autoregressive import AutoregressiveModel
     from vqdist.models.pretrained import load_model_of_any_type
@@ -116,7 +117,7 @@ def open_generator(name_or_path: str):
     path = Path(name_or_path).expanduser()
     if (path / "metrics.jsonl").exists() and not (path / "export").is_dir():
         raise UserError(f"{path} has no export/ yet; train it to its first checkpoint")
-    model = load_model_of_any_type(name_or_path)
+    model = load_model_of_any_type(name_or_path, trust_code=trust_code)
     if not isinstance(model, AutoregressiveModel):
         raise UserError(
             f"{name_or_path} holds a {type(model).__name__}, which makes no images of its own; give a run of a prior, "
@@ -181,13 +182,14 @@ def _check_sheet(model, options) -> None:
         )
 
 
-def _check_tokenizer(model, name_or_path: str) -> None:
+def _check_tokenizer(model, name_or_path: str, trust_code: bool) -> None:
     from vqdist.models.tokenizer import Tokenizer
 
     if model.tokenizer is None:
         raise UserError(f"--tokenizer is given but a {type(model).__name__} has its codebook in itself; leave it out")
     trained_over = model.tokenizer.fingerprint()
-    if Tokenizer.from_pretrained(name_or_path, fingerprint=trained_over).fingerprint() != trained_over:
+    given = Tokenizer.from_pretrained(name_or_path, fingerprint=trained_over, trust_code=trust_code)
+    if given.fingerprint() != trained_over:
         raise UserError(
             f"the tokenizer {name_or_path} is not the one that the run was trained over (weights differ): codes would "
             "mean other pictures. Leave --tokenizer out: the run holds its own"

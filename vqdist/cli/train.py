@@ -11,11 +11,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from vqdist.cli.models import MODELS, TrainedModel
-from vqdist.cli.parsing import DATA_ALIASES, make_parser, nearest, parse
+from vqdist.cli.models import MODELS, TrainedModel, model_entry
+from vqdist.cli.parsing import DATA_ALIASES, add_trust_option, make_parser, parse
+from vqdist.cli.parts import Parts
 from vqdist.data.config import CODES
 from vqdist.errors import UserError
 from vqdist.files import read_json
+from vqdist.parts import Registry
 from vqdist.stopping import LeaveAtOnce, Stopped
 
 # options of the trainer's configuration that stand at the top level, and their name there
@@ -35,26 +37,39 @@ def train(arguments: list[str]) -> int:
         print(_overview())
         return 0
     name = arguments[0]
-    if name not in MODELS:
-        raise UserError(f"there is no model {name!r} to train; {nearest(name, MODELS)}")
     with LeaveAtOnce():
-        trainer = make_trainer(MODELS[name], train_options(name, arguments[1:]))
+        trainer = make_trainer(model_entry(name), train_options(name, arguments[1:]))
     return _train(trainer)
 
 
 def _overview() -> str:
     lines = "\n".join(f"  {name:<12} {entry.title}" for name, entry in MODELS.items())
-    return f"usage: vqdist train MODEL [options]\n\nmodels:\n{lines}\n\n`vqdist train MODEL --help` lists its options."
+    return (
+        f"usage: vqdist train MODEL [options]\n\nmodels:\n{lines}\n\nMODEL may also be the import path of a class of "
+        "your own, my_module.MyModel.\n`vqdist train MODEL --help` lists its options."
+    )
 
 
 def train_options(name: str, arguments: list[str]):
     """The configuration that `vqdist train NAME ARGUMENTS` trains with, not yet checked by model and trainer."""
-    return parse(train_parser(name), arguments, {**DATA_ALIASES, **MODELS[name].aliases})
+    return parse(train_parser(name), arguments, {**DATA_ALIASES, **model_entry(name).aliases}, parts_of(name))
+
+
+def parts_of(name: str) -> dict[str, Registry[Any]]:
+    """The options of `vqdist train NAME` that take a part, and its kind."""
+    model_class, trainer_class = model_entry(name).load()
+    of_model = getattr(model_class, "part_options", {})
+    taken = inspect.signature(model_class).parameters
+    of_training = trainer_class.config_class.part_options()
+    return {
+        **{f"model.{option}": registry for option, registry in of_model.items() if option in taken},
+        **{f"{group}.{option}": registry for (group, option), registry in of_training.items()},
+    }
 
 
 def train_parser(name: str):
     """The options of `vqdist train NAME`, derived from the classes of the model and of the trainer's configuration."""
-    entry = MODELS[name]
+    entry = model_entry(name)
     program = f"vqdist train {name}"
     needed = "" if "data.image_size" in entry.defaults else " --image_size PIXELS"
     needed = " --tokenizer RUN" if entry.over_tokenizer else needed
@@ -68,10 +83,20 @@ def train_parser(name: str):
             default=None,
             help="Run of a tokenizer, or a folder or Hub repository with its export; stays as it is.",
         )
+        add_trust_option(parser)
     _add_top_level(parser, trainer_class.config_class)
     _add_groups(parser, entry, model_class, trainer_class.config_class)
     _set_defaults(parser, entry)
+    _name_the_parts(parser, parts_of(name))
     return parser
+
+
+def _name_the_parts(parser, parts: Parts) -> None:
+    """Let --help list the names of each kind of part."""
+    for action in parser._actions:
+        if action.dest in parts:
+            names = ", ".join(f"`{name}`" for name in parts[action.dest])
+            action.help = f"{action.help} Names: {names or 'none yet'}; --{action.dest}.help NAME says what one takes."
 
 
 def _description(entry: TrainedModel) -> str:
@@ -204,11 +229,12 @@ def _open_tokenizer(options):
 
     if not options.tokenizer:
         raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
-    return Tokenizer.from_pretrained(options.tokenizer, fingerprint=_fingerprint_of_before(options))
+    before = _fingerprint_of_before(options)
+    return Tokenizer.from_pretrained(options.tokenizer, fingerprint=before, trust_code=options.trust_code)
 
 
 def _fingerprint_of_before(options) -> str | None:
-    """The tokenizer that the run was begun with, or that made the stored codes; None of a new run on images."""
+    """Return that of the tokenizer that the run was begun with, or that made the codes; None of a new run on images."""
     from vqdist.data.codes import read_manifest
 
     with contextlib.suppress(UserError, AttributeError, KeyError):  # the trainer says what is wrong with them

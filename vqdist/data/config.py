@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vqdist.parts import Registry, import_path
 
 CODES = "codes:"
 """What the name of a folder of stored codes begins with, where images could be given, too."""
@@ -32,3 +35,16 @@ class DataConfig:
     """Micro-batches that each loader process keeps ready."""
     pin_memory: bool | None = None
     """Page-locked host memory for faster copies; by default on a CUDA device only."""
+
+    @classmethod
+    def part_options(cls) -> dict[tuple[str, str], Registry[Any]]:
+        """The options that take a part, by group of the command line and name, with the kind of part.
+
+        Such a field has the import path of its registry in its metadata: `field(..., metadata={"part": "..."})`.
+        """
+        data = {field.name for field in fields(DataConfig)}
+        return {
+            ("data" if field.name in data else "trainer", field.name): import_path(field.metadata["part"])
+            for field in fields(cls)
+            if "part" in field.metadata
+        }

@@ -16,12 +16,13 @@ from typing import Any, ClassVar, TypeVar
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_model
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json
 from vqdist.models.mending import LIVE, mend_codebook
+from vqdist.parts import PATH, Registry, trusting
 from vqdist.storage import save_module
 
 M = TypeVar("M", bound="PretrainedModel")
@@ -44,7 +45,8 @@ class PretrainedModel(PyTorchModelHubMixin):
     """Gives a model `save_pretrained(folder)`, `from_pretrained(folder or repository)` and `push_to_hub(repository)`.
 
     Attributes:
-        model_type: which of `MODEL_TYPES` this is; written to config.json.
+        model_type: which of `MODEL_TYPES` this is, or the import path of a class that is none of vqdist's; written to
+            config.json.
         image_size: side in pixels of the images that the model was trained on, or None if nobody said; written too.
         buffers_are_live: whether the codebook is the one of training and no average of it; written too.
     """
@@ -53,26 +55,47 @@ class PretrainedModel(PyTorchModelHubMixin):
     image_size: int | None = None
     buffers_are_live: bool = True
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "model_type" not in vars(cls) and cls.__module__.partition(".")[0] != "vqdist":
+            cls.model_type = f"{cls.__module__}.{cls.__qualname__}"  # of somebody else: found by its import path
+
     def saved_part(self) -> nn.Module:
         """The module whose tensors are saved; their names begin at it."""
         return self
+
+    def current_name(self, name: str) -> str:
+        """Return the present name of a tensor of `saved_part` that an export of an earlier version calls so."""
+        return name
+
+    def configuration(self) -> dict[str, Any]:
+        """Return the arguments that the model was built with, as config.json holds them."""
+        return dict(self._hub_mixin_config or {})
 
     def _save_pretrained(self, save_directory: Path) -> None:
         path = save_directory / "model.safetensors"
         save_module(self.saved_part(), path)
         follow_umask(path)
         facts = {"model_type": self.model_type, "image_size": self.image_size}
-        config = {**self._hub_mixin_config, **facts, **(LIVE if self.buffers_are_live else {})}
+        config = {**self.configuration(), **facts, **(LIVE if self.buffers_are_live else {})}
         (save_directory / "config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
 
     @classmethod
     def from_pretrained(
-        cls: type[M], pretrained_model_name_or_path: str | Path, *, mend: bool = True, **kwargs: Any
+        cls: type[M],
+        pretrained_model_name_or_path: str | Path,
+        *,
+        trust_code: bool | None = None,
+        mend: bool = True,
+        **kwargs: Any,
     ) -> M:
-        """The model that `save_pretrained`, a run's `export/` or a repository on the Hugging Face Hub holds.
+        """The model that a run, a folder of `save_pretrained` or a repository on the Hugging Face Hub holds.
 
         Args:
-            pretrained_model_name_or_path: a folder, or `owner/name` on the hub.
+            pretrained_model_name_or_path: a run, a folder with config.json and model.safetensors, or `owner/name` on
+                the hub.
+            trust_code: whether config.json may name networks that do not come with vqdist, whose code is then run. By
+                default it may not; networks that are passed as arguments take the place of those that it names.
             mend: take the codebook of a run's checkpoint where an older vqdist exported an average of it, and say so
                 on stderr; false leaves it, for codes that were made with it.
             **kwargs: of huggingface_hub's `from_pretrained` (`revision`, `token`, ...), or arguments of the model that
@@ -80,13 +103,17 @@ class PretrainedModel(PyTorchModelHubMixin):
 
         Returns:
             The model in eval mode, on the CPU unless `map_location` says otherwise.
+
+        Raises:
+            UserError: there is no such model, it is of another type, or it needs code that is not trusted.
         """
-        path = Path(pretrained_model_name_or_path).expanduser()
+        path = find_export(pretrained_model_name_or_path)
         _check_location(pretrained_model_name_or_path, path)
         kwargs.setdefault("strict", True)
         name = str(path if path.is_dir() else pretrained_model_name_or_path)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints while it loads
+            # the hub's mixin prints while it loads
+            with contextlib.redirect_stdout(io.StringIO()), trusting(trust_code):
                 model = super().from_pretrained(name, **kwargs)
         except UserError:
             raise
@@ -129,7 +156,8 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     @classmethod
     def _load_as_safetensor(cls, model: M, model_file: str, map_location: str, strict: bool) -> M:
-        load_model(model.saved_part(), model_file, strict=strict, device=map_location)
+        tensors = load_file(model_file, device=str(map_location))
+        _fill(model.saved_part(), {model.current_name(name): tensor for name, tensor in tensors.items()}, strict)
         return model.to(map_location)
 
     @classmethod
@@ -137,18 +165,44 @@ class PretrainedModel(PyTorchModelHubMixin):
         raise UserError("the repository has no model.safetensors; pickled weights are not loaded")
 
 
-def load_model_of_any_type(name_or_path: str | Path, **kwargs: Any) -> PretrainedModel:
-    """The model of whichever class config.json says; see `PretrainedModel.from_pretrained`."""
+def find_export(name_or_path: str | Path) -> Path:
+    """Return the folder of a model: `export/` of a run, any other path as it is."""
     path = Path(name_or_path).expanduser()
-    if (path / "export").is_dir():  # a run
-        name_or_path = path = path / "export"
+    return path / "export" if (path / "export").is_dir() else path
+
+
+def load_model_of_any_type(
+    name_or_path: str | Path, *, trust_code: bool | None = None, **kwargs: Any
+) -> PretrainedModel:
+    """The model of whichever class config.json says; see `PretrainedModel.from_pretrained`."""
+    path = find_export(name_or_path)
     _check_location(name_or_path, path)
     model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", FIRST_TYPE)
-    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
-        raise UserError(f"{name_or_path} holds a model of type {model_type!r}; vqdist has {known}")
-    module, name = MODEL_TYPES[model_type]
-    return getattr(importlib.import_module(module), name).from_pretrained(name_or_path, **kwargs)
+    with trusting(trust_code):
+        return _class_of(model_type, name_or_path).from_pretrained(name_or_path, **kwargs)
+
+
+def _class_of(model_type: Any, found_in: str | Path) -> type[PretrainedModel]:
+    """The class that config.json means: one of `MODEL_TYPES`, or of somebody else by its import path."""
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
+        module, name = MODEL_TYPES[model_type]
+        return getattr(importlib.import_module(module), name)
+    if isinstance(model_type, str) and PATH.fullmatch(model_type):
+        return MODELS.factory(model_type)
+    known = ", ".join(MODEL_TYPES)
+    raise UserError(f"{found_in} holds a model of type {model_type!r}; vqdist has {known}")
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool) -> None:
+    """Give a module the tensors of a file, in which one that has two names in the module stands once.
+
+    Raises:
+        RuntimeError: `strict`, and a tensor is missing, is none of the module's, or has another shape.
+    """
+    held = module.state_dict()
+    twins = {tensor.data_ptr(): tensors[name] for name, tensor in held.items() if name in tensors and tensor.numel()}
+    shared = {name: twins[tensor.data_ptr()] for name, tensor in held.items() if tensor.data_ptr() in twins}
+    module.load_state_dict({**shared, **tensors}, strict=strict)
 
 
 def _check_location(given: str | Path, path: Path) -> None:
@@ -186,3 +240,7 @@ def _config_of(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return read_json(Path(hf_hub_download(model_id, "config.json", **_hub_options(kwargs))))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return {}
+
+
+MODELS: Registry[PretrainedModel] = Registry("model", PretrainedModel)
+"""Models that config.json names by import path; those of vqdist are in `MODEL_TYPES`."""

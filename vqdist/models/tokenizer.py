@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,10 @@ class TokenizerNetwork(nn.Module, ABC):
     @abstractmethod
     def detokenize(self, ids: Tensor) -> Tensor:
         """Codes as `tokenize` gives them -> images (b, c, h, w), in [0, 1] but for overshoot."""
+
+    def first_name(self, name: str) -> str:
+        """Return how a tensor was called when codes were first stored: their tokenizer's fingerprint has its name."""
+        return name
 
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images (b, c, h, w) in [0, 1] -> what their codes say of them, and the codes."""
@@ -95,7 +100,7 @@ class Tokenizer(nn.Module):
         self._model = [model]  # in a list, so that only the network is a part of this module
         self.network: TokenizerNetwork = model.network.eval()
         self.image_size = image_size
-        self.code_side = image_size // model.stride
+        self.code_shape = model.code_shape(image_size)
 
     @classmethod
     def from_pretrained(
@@ -133,7 +138,8 @@ class Tokenizer(nn.Module):
         digest = hashlib.sha256(str(self.image_size).encode())
         if self.network.scales is not None:
             digest.update(str(self.network.scales).encode())
-        for name, tensor in sorted(self.network.state_dict().items()):
+        named = {self.network.first_name(name): tensor for name, tensor in self.network.state_dict().items()}
+        for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -159,11 +165,16 @@ class Tokenizer(nn.Module):
         return self.network.num_levels
 
     @property
+    def code_side(self) -> int | None:
+        """Codes along each side of an image; None of codes in a row."""
+        return self.code_shape[0] if len(self.code_shape) == 2 else None
+
+    @property
     def num_codes(self) -> int:
         """Positions of an image, over all scales: the length of its row of codes."""
         if self.network.scales is not None:
             return sum(side**2 for side in self.network.scales)
-        return self.code_side**2
+        return math.prod(self.code_shape)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -177,7 +188,9 @@ class Tokenizer(nn.Module):
             raise UserError(f"images of shape {tuple(images.shape)} were given; {expected} is expected")
         check_pixels(images)
         ids = self.network.tokenize(images)
-        return ids if self.network.scales is not None else rearrange(ids, "b h w ... -> b (h w) ...")
+        if self.network.scales is not None or len(self.code_shape) == 1:
+            return ids
+        return rearrange(ids, "b h w ... -> b (h w) ...")
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
@@ -191,8 +204,8 @@ class Tokenizer(nn.Module):
                 f"codes from {int(indices.min())} to {int(indices.max())} were given; there are {self.codebook_size}"
             )
         ids = indices
-        if self.network.scales is None:
-            ids = rearrange(indices, "b (h w) ... -> b h w ...", h=self.code_side)
+        if self.network.scales is None and len(self.code_shape) == 2:
+            ids = rearrange(indices, "b (h w) ... -> b h w ...", h=self.code_shape[0])
         return self.network.detokenize(ids).float().clamp(0, 1)
 
     @torch.no_grad()
@@ -220,14 +233,21 @@ def check_image_size(size: int, layers: int, option: str) -> None:
         raise UserError(f"image_size {size} is not a multiple of {stride} (2 ** {layers} {option}); try {near}")
 
 
-def check_scales(size: int, layers: int, option: str, scales: Sequence[int]) -> None:
-    """Raise `UserError` unless the last scale has the side of the feature map of images of this side (in pixels)."""
-    side = size >> layers
-    if scales[-1] != side:
+def check_scales(size: int, shape: Sequence[int], scales: Sequence[int], because: str = "") -> None:
+    """Raise `UserError` unless the last scale has the side of the feature map of images of this side (in pixels).
+
+    Args:
+        size: side of the images in pixels.
+        shape: of the feature map, (h', w').
+        scales: sides of the maps of codes, growing.
+        because: where the shape comes from, for the message.
+    """
+    side = shape[0]
+    if len(shape) != 2 or scales[-1] != side:
         raise UserError(
             f"v_patch_nums {list(scales)} ends at {scales[-1]} but image_size {size} makes a feature map of "
-            f"{side} by {side} (2 ** {layers} {option}); end v_patch_nums at {side}, or use image_size "
-            f"{scales[-1] << layers}"
+            f"{' by '.join(map(str, shape))}{because}; end v_patch_nums at {side}, or use image_size "
+            f"{scales[-1] * size // side}"
         )
 
 

@@ -194,6 +194,10 @@ class VQImageAutoregressiveAutoencoder(
         """Codes of an image."""
         return (self.image_size // self.patch_size) ** 2
 
+    def code_shape(self, image_size: int) -> tuple[int, int]:
+        """Shape of the map of codes of square images of this side in pixels, (h', w')."""
+        return image_size // self.stride, image_size // self.stride
+
     def check_image_size(self, size: int) -> None:
         """Raise `UserError` if square images of this side (in pixels) cannot be cut into patches."""
         _check_side("image_size", size, self.patch_size)

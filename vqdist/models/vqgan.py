@@ -1,14 +1,16 @@
-"""VQGAN (arXiv 2012.09841) with the networks of muse-maskgit: a convolutional autoencoder with a quantizer between.
+"""VQGAN (arXiv 2012.09841): an encoder, a quantizer and a decoder, trained against a discriminator.
 
-`VQAutoencoder` is what the generator's engine trains and what EMA averages; `VQGanVAE` adds the discriminator and the
-losses, and is what users build, save and load.
+`VQAutoencoder` is what the generator's engine trains and what the moving average follows; `VQGanVAE` adds the
+discriminator and the objective, and is what users build, save and load. Each of them is a part: see `vqdist.parts`.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any, NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,125 +19,82 @@ from torch import Tensor, nn
 from vqdist import losses
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels
-from vqdist.models.discriminator import PatchDiscriminator
-from vqdist.models.perceptual import MIN_IMAGE_SIZE, PerceptualLoss
+from vqdist.models.networks.base import DECODERS, DISCRIMINATORS, ENCODERS, halves, logits_of, require_module
+from vqdist.models.networks.conv import ConvDecoder, ConvEncoder, check_widths, widths_of
+from vqdist.models.networks.patch import PatchDiscriminator
 from vqdist.models.pretrained import PretrainedModel
-from vqdist.models.quantizers import Quantizer, build_quantizer
-from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images, check_scales
+from vqdist.models.quantizers import QUANTIZERS, Quantizer, build_quantizer
+from vqdist.models.tokenizer import TokenizerNetwork, check_images, check_pixels, check_scales
+from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
+from vqdist.objectives.perceptual import MIN_IMAGE_SIZE, too_small_for_vgg16
+from vqdist.parts import Registry, Spec, UnavailablePart, recorded
+
+DEFAULT_CODEBOOK_SIZE = 65_536
 
 
-class Reconstruction(NamedTuple):
+class ForwardPass(NamedTuple):
     """What one pass through the autoencoder gives.
 
     Attributes:
         recon: (b, c, h, w), in [0, 1] but for overshoot.
-        indices: codes, (b, h', w') or (b, h', w', q) with q residual levels; (b, L) of several scales.
+        indices: codes, (b, h', w') or (b, h', w', q) with q residual levels; (b, n) of a row of tokens, (b, L) of
+            several scales.
         aux_loss: the quantizer's commitment or entropy loss, weighted; 0-d float32.
-        hidden: input of the last layer, (b, d, h, w), without a gradient: the adaptive weight is computed from it.
+        hidden: input of the decoder's last layer, (b, d, h, w), without a gradient: the adaptive weight is computed
+            from it. None of a decoder without a last layer.
+        features: (b, d, h', w') or (b, n, d), what the encoder gave, with its graph.
     """
 
     recon: Tensor
     indices: Tensor
     aux_loss: Tensor
-    hidden: Tensor
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with group norm and leaky ReLU, a 1x1 convolution, and the input added."""
-
-    def __init__(self, dim: int, groups: int):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=1),
-            nn.GroupNorm(groups, dim),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(dim, dim, 3, padding=1),
-            nn.GroupNorm(groups, dim),
-            nn.LeakyReLU(0.1),
-            nn.Conv2d(dim, dim, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)
-
-
-class GatedResidualBlock(nn.Module):
-    """As `ResidualBlock`, with gated linear units (arXiv 1612.08083) in place of leaky ReLU."""
-
-    def __init__(self, dim: int, groups: int):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(dim, 2 * dim, 3, padding=1),
-            nn.GLU(dim=1),
-            nn.GroupNorm(groups, dim),
-            nn.Conv2d(dim, 2 * dim, 3, padding=1),
-            nn.GLU(dim=1),
-            nn.GroupNorm(groups, dim),
-            nn.Conv2d(dim, dim, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)
-
-
-def build_encoder(
-    channels: int, dims: list[int], blocks: list[int], groups: int, first_kernel_size: int
-) -> nn.Sequential:
-    """(b, c, h, w) -> (b, dims[-1], h / 2**layers, w / 2**layers)."""
-    modules: list[nn.Module] = [nn.Conv2d(channels, dims[0], first_kernel_size, padding=first_kernel_size // 2)]
-    for dim_in, dim_out, num_blocks in zip(dims[:-1], dims[1:], blocks, strict=True):
-        modules += [nn.Conv2d(dim_in, dim_out, 4, stride=2, padding=1), nn.LeakyReLU(0.1)]
-        modules += [ResidualBlock(dim_out, groups) for _ in range(num_blocks)]
-    return nn.Sequential(*modules)
-
-
-def build_decoder(dims: list[int], blocks: list[int], groups: int) -> nn.Sequential:
-    """The encoder's mirror, up to the input of the last layer: (b, dims[-1], h', w') -> (b, dims[0], h, w)."""
-    modules: list[nn.Module] = []
-    for dim_in, dim_out, num_blocks in reversed(list(zip(dims[:-1], dims[1:], blocks, strict=True))):
-        modules += [GatedResidualBlock(dim_out, groups) for _ in range(num_blocks)]
-        modules += [nn.ConvTranspose2d(dim_out, dim_in, 4, stride=2, padding=1), nn.LeakyReLU(0.1)]
-    return nn.Sequential(*modules)
+    hidden: Tensor | None
+    features: Tensor
 
 
 class VQAutoencoder(TokenizerNetwork):
-    """Encoder, quantizer, decoder and a last 1x1 convolution.
+    """Encoder, quantizer and decoder.
 
     Args:
         channels: of the image.
-        dims: widths from the first convolution to the bottom, `layers + 1` of them.
-        blocks: residual blocks at each of the `layers` resolutions.
-        groups: of the group norms.
-        first_kernel_size: of the first convolution.
-        quantizer: maps the feature map to codes.
+        encoder: see `vqdist.models.networks.Encoder`.
+        quantizer: maps features to codes.
+        decoder: see `vqdist.models.networks.Decoder`.
     """
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        dims: list[int],
-        blocks: list[int],
-        groups: int,
-        first_kernel_size: int,
-        quantizer: Quantizer,
-    ):
+    def __init__(self, *, channels: int, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module):
         super().__init__()
         self.channels = channels
-        self.encoder = build_encoder(channels, dims, blocks, groups, first_kernel_size)
+        self.encoder = encoder
         self.quantizer = quantizer
-        self.decoder = build_decoder(dims, blocks, groups)
-        self.last_layer = nn.Conv2d(dims[0], channels, 1)
+        self.decoder = decoder
 
-    def forward(self, image: Tensor) -> Reconstruction:
+    def forward(self, image: Tensor) -> ForwardPass:
         """Images (b, c, h, w) in [0, 1] -> their reconstruction, codes and the quantizer's loss."""
-        quantized, indices, aux_loss = self.quantizer(self.encoder(image))
+        features = self.encoder(image)
+        quantized, indices, aux_loss = self.quantize(features)
         hidden = self.decoder(quantized)
-        return Reconstruction(self.last_layer(hidden), indices, aux_loss, hidden.detach())
+        if self.last_layer is None:
+            return ForwardPass(hidden, indices, aux_loss, None, features)
+        return ForwardPass(self.last_layer(hidden), indices, aux_loss, hidden.detach(), features)
+
+    def quantize(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of the encoder -> quantized features of the same shape, codes, the quantizer's loss."""
+        if features.ndim == 4:
+            return tuple(self.quantizer(features))
+        row = rearrange(features, "b n d -> b d n 1")  # of the quantizer's view a row of tokens is a narrow map
+        quantized, indices, aux_loss = self.quantizer(row)
+        return rearrange(quantized, "b d n 1 -> b n d"), rearrange(indices, "b n 1 ... -> b n ..."), aux_loss
 
     def decode(self, features: Tensor) -> Tensor:
-        """Quantized features (b, d, h', w') -> images (b, c, h, w)."""
-        return self.last_layer(self.decoder(features))
+        """Quantized features (b, d, h', w') or (b, n, d) -> images (b, c, h, w)."""
+        hidden = self.decoder(features)
+        return hidden if self.last_layer is None else self.last_layer(hidden)
+
+    @property
+    def last_layer(self) -> nn.Conv2d | None:
+        """The decoder's last convolution, if it has one."""
+        return self.decoder.last_layer
 
     @property
     def codebook_size(self) -> int:
@@ -152,15 +111,44 @@ class VQAutoencoder(TokenizerNetwork):
         """Sides of the maps of codes of a `multiscale_vq`, growing; None of any other quantizer."""
         return self.quantizer.scales
 
+    def code_shape(self, image_size: int) -> tuple[int, ...]:
+        """Shape of the codes of a square image; see `vqdist.models.networks.Encoder`."""
+        return tuple(self.encoder.code_shape(image_size))
+
     def tokenize(self, image: Tensor) -> Tensor:
-        return self.quantizer(self.encoder(image)).indices
+        return self.quantize(self.encoder(image))[1]
 
     def detokenize(self, ids: Tensor) -> Tensor:
-        return self.decode(self.quantizer.decode_indices(ids))
+        row = self.scales is None and ids.ndim == (3 if self.num_levels > 1 else 2)
+        if not row:
+            return self.decode(self.quantizer.decode_indices(ids))
+        features = self.quantizer.decode_indices(rearrange(ids, "b n ... -> b n 1 ..."))
+        return self.decode(rearrange(features, "b d n 1 -> b n d"))
 
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         out = self(image)
         return out.recon, out.indices
+
+    def first_name(self, name: str) -> str:
+        if isinstance(self.decoder, ConvDecoder):
+            name = re.sub(r"^decoder\.net\.", "decoder.", re.sub(r"^decoder\.(?=last_layer\.)", "", name))
+        return name
+
+    # before decoders were parts, vqdist's own was a sequence of layers, and the last layer stood beside it
+    _RENAMED = ((r"^decoder\.(\d+)\.", r"decoder.net.\1."), (r"^last_layer\.", "decoder.last_layer."))
+
+    def current_name(self, name: str) -> str:
+        """Return how a tensor is called now that a checkpoint or export calls by this name."""
+        own = self.__dict__.get("_own_names")
+        if own is None:
+            own = self.__dict__["_own_names"] = frozenset(self.state_dict())
+        if name in own:
+            return name
+        for pattern, replacement in self._RENAMED:
+            renamed = re.sub(pattern, replacement, name)
+            if renamed in own:
+                return renamed
+        return name
 
 
 class VQGanVAE(
@@ -175,14 +163,21 @@ class VQGanVAE(
     Save and load with `save_pretrained(folder)`, `VQGanVAE.from_pretrained(folder or repository)` and
     `push_to_hub(repository)`; the discriminator and the perceptual network are not saved.
 
+    Encoder, decoder, discriminator, quantizer and terms are parts: each takes a name, an import path with arguments
+    (`{"class_path": "my_nets.MyEncoder", "init_args": {"width": 32}}`), or a built object. Arguments of vqdist's own
+    networks (`dim`, `layers`, `encdec_...`, `discr_layers`) are refused where no such network is left to read them.
+
     Args:
-        dim: channels of the first convolution; a multiple of `encdec_resnet_groups`.
+        dim: channels of the first convolution of vqdist's own networks; a multiple of `encdec_resnet_groups`. Required
+            unless encoder, decoder and discriminator are all given, or there is no discriminator.
         channels: channels of the images: 1 grey, 3 colour, 4 colour and alpha.
         layers: halvings of the resolution; image sides must be multiples of 2 ** layers.
         l2_recon_loss: mean squared error for the reconstruction instead of the mean absolute error.
         use_hinge_loss: hinge adversarial losses; false takes binary cross-entropy.
         quantizer: `vq` (EMA codebook), `lfq` (lookup-free), `fsq` (finite scalar), `simvq`, `residual_vq` or
-            `multiscale_vq` (VAR's, a map of codes for each scale); by default what `lookup_free_quantization` says.
+            `multiscale_vq` (VAR's, a map of codes for each scale), or one of your own, which is built with the
+            features' `dim`, and with `codebook_size` if it takes that; by default what `lookup_free_quantization`
+            says.
         lookup_free_quantization: `lfq` if true, `vq` if false; only where `quantizer` is not given.
         codebook_size: number of codes (of each level, for `residual_vq`).
         vq_kwargs: options of `vq` and `residual_vq` in vector-quantize-pytorch, over the defaults codebook_dim 256,
@@ -200,22 +195,35 @@ class VQGanVAE(
         encdec_num_resnet_blocks: residual blocks at the lowest resolution, or a list with one number per resolution.
         encdec_resnet_groups: groups of the group norms.
         encdec_first_conv_kernel_size: kernel size of the first convolution, odd.
+        encoder: images to features, see `vqdist.models.networks.Encoder`; by default `conv`.
+        decoder: features to images, see `vqdist.models.networks.Decoder`; by default `conv`, the encoder's mirror.
+        discriminator: images to logits, see `vqdist.models.networks.Discriminator`; by default `patch`.
+        terms: what the generator minimises besides the quantizer's and the adversarial loss, see `vqdist.Term`: names,
+            `{class_path: ..., init_args: {weight: 0.1}}`, or objects; by default what `l2_recon_loss` and `perceptual`
+            say.
         **kwargs: `vq_NAME=value` is the same as `vq_kwargs={NAME: value}`.
     """
 
     model_type = "vqgan"
+    part_options: ClassVar[Mapping[str, Registry[Any]]] = {
+        "encoder": ENCODERS,
+        "quantizer": QUANTIZERS,
+        "decoder": DECODERS,
+        "discriminator": DISCRIMINATORS,
+        "terms": TERMS,
+    }
 
     def __init__(
         self,
         *,
-        dim: int,
+        dim: int | None = None,
         channels: int = 3,
         layers: int = 4,
         l2_recon_loss: bool = False,
         use_hinge_loss: bool = True,
-        quantizer: str | None = None,
+        quantizer: str | dict[str, Any] | None = None,
         lookup_free_quantization: bool = True,
-        codebook_size: int = 65536,
+        codebook_size: int = DEFAULT_CODEBOOK_SIZE,
         vq_kwargs: dict[str, Any] | None = None,
         lfq_kwargs: dict[str, Any] | None = None,
         quantizer_kwargs: dict[str, Any] | None = None,
@@ -228,40 +236,63 @@ class VQGanVAE(
         encdec_num_resnet_blocks: int | list[int] = 1,
         encdec_resnet_groups: int = 16,
         encdec_first_conv_kernel_size: int = 5,
+        encoder: str | dict[str, Any] | None = None,
+        decoder: str | dict[str, Any] | None = None,
+        discriminator: str | dict[str, Any] | None = None,
+        terms: list[str | dict[str, Any]] | None = None,
         **kwargs: Any,
     ):
         super().__init__()
-        vq_kwargs = {**(vq_kwargs or {}), **_vq_prefixed(kwargs)}
-        _check_shape_options(dim, channels, layers, encdec_resnet_groups, encdec_first_conv_kernel_size)
-        name = quantizer or ("lfq" if lookup_free_quantization else "vq")
-        dims = [dim, *(dim * mult for mult in _layer_mults(encdec_layer_mults, layers))]
+        check_channels(channels)
+        given = {"encoder": encoder, "quantizer": quantizer, "decoder": decoder}
+        given |= {"discriminator": discriminator, "terms": terms}
+        conv = {
+            "dim": dim,
+            "layers": layers,
+            "encdec_layer_mults": encdec_layer_mults,
+            "encdec_num_resnet_blocks": encdec_num_resnet_blocks,
+            "encdec_resnet_groups": encdec_resnet_groups,
+            "encdec_first_conv_kernel_size": encdec_first_conv_kernel_size,
+            "discr_layers": discr_layers,
+        }
+        with_gan = use_gan and use_vgg_and_gan
+        _check_conv_options(conv, encoder, decoder, discriminator, with_gan)
         self.channels = channels
-        self.layers = layers
         self.l2_recon_loss = l2_recon_loss
         self.use_hinge_loss = use_hinge_loss
         self.perceptual = perceptual if use_vgg_and_gan else "none"
-        self._perceptual_loss: list[PerceptualLoss | None] = []  # in a list, so that it is never part of this module
-        if vgg is not None:
-            self._perceptual_loss.append(PerceptualLoss(vgg) if use_vgg_and_gan else None)
-        self._min_perceptual_size = MIN_IMAGE_SIZE if vgg is None and self.perceptual != "none" else 0
+        own = {"layers": layers, "layer_mults": encdec_layer_mults, "num_resnet_blocks": encdec_num_resnet_blocks}
+        own |= {"channels": channels, "groups": encdec_resnet_groups}
+        if encoder is not None:
+            encoder = require_module(ENCODERS.build(encoder, channels=channels), "encoder")
+        features = widths_of(dim, layers, encdec_layer_mults)[-1] if encoder is None else encoder.dim
+        vq_kwargs = {**(vq_kwargs or {}), **_vq_prefixed(kwargs)}
+        built_quantizer = _build_quantizer(
+            quantizer or ("lfq" if lookup_free_quantization else "vq"),
+            dim=features,
+            codebook_size=codebook_size,
+            groups={"vq_kwargs": vq_kwargs, "lfq_kwargs": lfq_kwargs, "quantizer_kwargs": quantizer_kwargs},
+        )
+        if encoder is None:
+            encoder = ConvEncoder(dim, **own, first_kernel_size=encdec_first_conv_kernel_size)
+        if decoder is None:
+            decoder = ConvDecoder(dim, **own)
+        else:
+            decoder = require_module(DECODERS.build(decoder, channels=channels, dim=features), "decoder")
+        _check_fit(encoder, decoder)
         self.autoencoder = VQAutoencoder(
-            channels=channels,
-            dims=dims,
-            blocks=_blocks_per_layer(encdec_num_resnet_blocks, layers),
-            groups=encdec_resnet_groups,
-            first_kernel_size=encdec_first_conv_kernel_size,
-            quantizer=build_quantizer(
-                name,
-                dim=dims[-1],
-                codebook_size=codebook_size,
-                **_options_of(name, vq_kwargs, lfq_kwargs, quantizer_kwargs),
-            ),
+            channels=channels, encoder=encoder, quantizer=built_quantizer, decoder=decoder
         )
-        self.discriminator = (
-            PatchDiscriminator(dim, channels=channels, layers=discr_layers, groups=encdec_resnet_groups)
-            if use_gan and use_vgg_and_gan
-            else None
-        )
+        self._missing: dict[str, UnavailablePart] = {}  # what only training needs, and could not be built
+        self.discriminator = self._build_discriminator(discriminator, conv) if with_gan else None
+        self._check_terms(terms, vgg)
+        # in lists, so that nothing of it is ever part of this module
+        self._terms: list[Any] = list(terms or [])
+        self._vgg = [vgg] if vgg is not None and use_vgg_and_gan else []
+        self._objective: list[Objective] = []
+        self._record_parts(given)
+        if vgg is not None:
+            self._hub_mixin_config["perceptual"] = recorded(vgg) if use_vgg_and_gan else "none"
 
     @property
     def network(self) -> VQAutoencoder:
@@ -279,47 +310,72 @@ class VQGanVAE(
         return self.quantizer.codebook_size
 
     @property
+    def layers(self) -> int | None:
+        """Halvings of the resolution by vqdist's own encoder; None of another."""
+        return getattr(self.autoencoder.encoder, "layers", None)
+
+    @property
     def stride(self) -> int:
-        """Pixels per code along each side: 2 ** layers."""
+        """Pixels per code along each side: 2 ** layers. Only of vqdist's own encoder; see `code_shape` for any."""
+        if self.layers is None:
+            name = type(self.autoencoder.encoder).__name__
+            raise UserError(f"encoder {name} need not have one stride; use code_shape(image_size)")
         return 2**self.layers
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.autoencoder.last_layer.weight.device
+        return next(self.autoencoder.parameters()).device
+
+    def code_shape(self, image_size: int) -> tuple[int, ...]:
+        """Shape of the codes of a square image of this side in pixels: (h', w'), or (n,) of a row of tokens."""
+        return self.autoencoder.code_shape(image_size)
 
     def check_image_size(self, size: int) -> None:
         """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
-        check_image_size(size, self.layers, "layers")
+        shape = self.code_shape(size)
         if self.quantizer.scales is not None:
-            check_scales(size, self.layers, "layers", self.quantizer.scales)
+            check_scales(size, shape, self.quantizer.scales, f" (2 ** {self.layers} layers)" if self.layers else "")
 
     def check_training_size(self, size: int) -> None:
         """As `check_image_size`, and for the networks that are needed for training only."""
         self.check_image_size(size)
-        if self.discriminator is not None and size < self.discriminator.min_image_size:
-            layers = size.bit_length() - 2
-            fewer = f"discr_layers {layers} or " if layers > 0 else ""
-            raise UserError(
-                f"image_size {size} is too small for discr_layers {self.discriminator.layers}, which needs at least "
-                f"{self.discriminator.min_image_size}; use {fewer}use_gan false"
-            )
-        if size < self._min_perceptual_size:
-            raise UserError(
-                f"image_size {size} is too small for the perceptual loss, whose VGG16 needs "
-                f"{self._min_perceptual_size}; use perceptual none"
-            )
+        smallest = 0 if self.discriminator is None else self.discriminator.min_image_size
+        if size < smallest:
+            raise UserError(f"image_size {size} is too small for {self._discriminator_needs(size, smallest)}")
+        if not self._terms and not self._vgg and self.perceptual != "none" and size < MIN_IMAGE_SIZE:
+            raise too_small_for_vgg16(size)  # before anything is downloaded
+        self.objective().check_image_size(size)
+
+    def _discriminator_needs(self, size: int, smallest: int) -> str:
+        if not isinstance(self.discriminator, PatchDiscriminator):
+            name = type(self.discriminator).__name__
+            return f"discriminator {name}, which needs at least {smallest}; use larger images, or use_gan false"
+        layers = size.bit_length() - 2
+        fewer = f"discr_layers {layers} or " if layers > 0 else ""
+        return f"discr_layers {self.discriminator.layers}, which needs at least {smallest}; use {fewer}use_gan false"
 
     def get_encoded_fmap_size(self, image_size: int) -> int:
         """Codes along one side of an image with this side (in pixels)."""
-        return image_size // self.stride
+        return self.code_shape(image_size)[0]
+
+    def objective(self) -> Objective:
+        """The terms on this model's device; made on first use, since the perceptual one may download weights.
+
+        Raises:
+            UserError: weights are missing, or a part that only training needs came with the file of an export and is
+                code that was not trusted, or an object that nobody recorded.
+        """
+        for missing in self._missing.values():
+            raise missing
+        if not self._objective:
+            terms = [TERMS.build(term) for term in self._terms] or self._default_terms()
+            self._objective.append(Objective(terms))
+        return self._objective[0].to(self.device)
 
     def perceptual_loss(self) -> PerceptualLoss | None:
         """The perceptual network on this model's device, made on first use; None if it is off."""
-        if not self._perceptual_loss:
-            self._perceptual_loss.append(PerceptualLoss.build(self.perceptual))
-        loss = self._perceptual_loss[0]
-        return None if loss is None else loss.to(self.device)
+        return next((term.loss for term in self.objective() if isinstance(term, Perceptual)), None)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (b, c, h, w) in [0, 1] -> quantized features (b, d, h', w'), codes (b, h', w'), quantizer's loss.
@@ -327,7 +383,7 @@ class VQGanVAE(
         Codes of several scales are (b, L).
         """
         self._check_image(image)
-        return tuple(self.quantizer(self.autoencoder.encoder(image)))
+        return self.autoencoder.quantize(self.autoencoder.encoder(image))
 
     def decode(self, fmap: Tensor) -> Tensor:
         """Quantized features (b, d, h', w') -> images (b, c, h, w), not clamped."""
@@ -339,14 +395,19 @@ class VQGanVAE(
         Where a position has several codes they are the last axis: (b, h', w', q) or (b, n, q). Codes of several scales
         are (b, L), or those of the first scales.
         """
-        if self.quantizer.scales is None and ids.ndim == (3 if self.quantizer.num_levels > 1 else 2):
+        row = ids.ndim == (3 if self.quantizer.num_levels > 1 else 2)
+        if row and self.quantizer.scales is None and not self._codes_in_a_row:
             side = int(ids.shape[1] ** 0.5)
             if side * side != ids.shape[1]:
                 raise UserError(
                     f"{ids.shape[1]} codes do not make a square; give codes of shape (batch, height, width)"
                 )
             ids = rearrange(ids, "b (h w) ... -> b h w ...", h=side)
-        return self.decode(self.quantizer.decode_indices(ids))
+        return self.autoencoder.detokenize(ids)
+
+    @property
+    def _codes_in_a_row(self) -> bool:
+        return self.image_size is not None and len(self.code_shape(self.image_size)) == 1
 
     def forward(
         self,
@@ -376,44 +437,106 @@ class VQGanVAE(
         )
         return (loss, out.recon) if return_recons else loss
 
-    def _generator_loss(self, image: Tensor, out: Reconstruction) -> Tensor:
-        reconstruction = self.reconstruction_loss(out.recon, image)
-        perceptual_loss = self.perceptual_loss()
-        perceptual = None if perceptual_loss is None else perceptual_loss(out.recon, image)
-        total = reconstruction + out.aux_loss + (0 if perceptual is None else perceptual)
+    def _generator_loss(self, image: Tensor, out: ForwardPass) -> Tensor:
+        terms = self.objective().whole(out.recon, image, out)
+        total = terms.loss + out.aux_loss
         if self.discriminator is None:
             return total
         # with weights held fixed: the generator's loss leaves no gradient in the discriminator
         fixed = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         adversarial = self.adversarial_loss(torch.func.functional_call(self.discriminator, fixed, (out.recon,)))
-        reference = reconstruction if perceptual is None else perceptual
+        if self.autoencoder.last_layer is None:
+            return total + adversarial
         weight = self.autoencoder.last_layer.weight
-        gradients = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (reference, adversarial))
+        gradients = (
+            torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (terms.reference, adversarial)
+        )
         return total + losses.adaptive_weight(*gradients) * adversarial
 
-    def _discriminator_loss(self, image: Tensor, out: Reconstruction, add_gradient_penalty: bool) -> Tensor:
+    def _discriminator_loss(self, image: Tensor, out: ForwardPass, add_gradient_penalty: bool) -> Tensor:
         if self.discriminator is None:
             raise UserError("return_discr_loss is set but this model has no discriminator; build it with use_gan=True")
-        real, fake = self.discriminator(torch.cat([image, out.recon.detach()])).chunk(2)
-        loss = self.discriminator_loss(real, fake)
+        loss = self.discriminator_loss(*halves(self.discriminator(torch.cat([image, out.recon.detach()]))))
         return loss + losses.gradient_penalty(self.discriminator, image) if add_gradient_penalty else loss
 
     def reconstruction_loss(self, recon: Tensor, image: Tensor) -> Tensor:
         """L1, or L2 with `l2_recon_loss`; 0-d."""
         return losses.reconstruction_loss(recon, image, "l2" if self.l2_recon_loss else "l1")
 
-    def adversarial_loss(self, fake_logits: Tensor) -> Tensor:
+    def adversarial_loss(self, fake_logits: Tensor | list[Tensor]) -> Tensor:
         """What the generator minimises of the discriminator's logits for reconstructions; 0-d."""
         loss = losses.hinge_generator_loss if self.use_hinge_loss else losses.bce_generator_loss
-        return loss(fake_logits)
+        return losses.over_outputs(loss, logits_of(fake_logits))
 
-    def discriminator_loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    def discriminator_loss(self, real_logits: Tensor | list[Tensor], fake_logits: Tensor | list[Tensor]) -> Tensor:
         """What the discriminator minimises, without the gradient penalty; 0-d."""
         loss = losses.hinge_discriminator_loss if self.use_hinge_loss else losses.bce_discriminator_loss
-        return loss(real_logits, fake_logits)
+        return losses.over_outputs(loss, logits_of(real_logits), logits_of(fake_logits))
 
     def _check_image(self, image: Tensor) -> None:
-        check_images(image, self.channels, self.layers, "layers")
+        if self.layers is not None:
+            return check_images(image, self.channels, self.layers, "layers")
+        if image.ndim != 4 or image.shape[1] != self.channels:
+            raise UserError(
+                f"images of shape {tuple(image.shape)} were given; (batch, {self.channels}, height, width) is expected"
+            )
+        check_pixels(image)
+
+    def _build_discriminator(self, given: Any, conv: Mapping[str, Any]) -> nn.Module | None:
+        if given is None:
+            return PatchDiscriminator(
+                conv["dim"], channels=self.channels, layers=conv["discr_layers"], groups=conv["encdec_resnet_groups"]
+            )
+        try:
+            return require_module(DISCRIMINATORS.build(given, channels=self.channels), "discriminator")
+        except UnavailablePart as error:  # images are coded and decoded without it
+            self._missing["discriminator"] = error
+            return None
+
+    def _check_terms(self, terms: list[Any] | None, vgg: nn.Module | None) -> None:
+        """Raise `UserError` for terms that cannot be, or beside an option that says the same."""
+        if terms is None:
+            return
+        set_too = {"l2_recon_loss": self.l2_recon_loss, "perceptual": self.perceptual not in ("vgg16", "none")}
+        for name, is_set in {**set_too, "vgg": vgg is not None}.items():
+            if is_set:
+                raise UserError(f"{name} is set, and terms say the same; leave it out and give it as a term")
+        if not isinstance(terms, (list, tuple)) or not terms:
+            raise UserError(f"terms {terms!r} are not possible; give a list, as [reconstruction, perceptual]")
+        try:
+            for term in terms:
+                if isinstance(term, (str, Mapping)):
+                    TERMS.factory(Spec.of(term, "term").target)
+        except UnavailablePart as error:  # images are coded and decoded without them
+            self._missing["terms"] = error
+
+    def _default_terms(self) -> list[Any]:
+        """What the ancestor minimises; the adaptive weight compares with the perceptual loss where there is one."""
+        kind = "l2" if self.l2_recon_loss else "l1"
+        features = self._vgg[0] if self._vgg else self.perceptual
+        if features == "none":
+            return [Reconstruction(kind, reference=True)]
+        return [Reconstruction(kind), Perceptual(features, reference=True)]
+
+    def _record_parts(self, given: Mapping[str, Any]) -> None:
+        """Let config.json say truly what the parts are, also of those that were given as objects."""
+        for name, part in given.items():
+            if part is not None:
+                self._hub_mixin_config[name] = recorded(part)
+        self._built = {name: type(part) for name, part in self._parts().items()}
+
+    def _parts(self) -> dict[str, nn.Module | None]:
+        network = self.autoencoder
+        return {"encoder": network.encoder, "quantizer": network.quantizer, "decoder": network.decoder}
+
+    def configuration(self) -> dict[str, Any]:
+        """Return what config.json holds; a part that was replaced after the model was built is said to be what it is."""
+        replaced = {name: part for name, part in self._parts().items() if type(part) is not self._built[name]}
+        return {**super().configuration(), **{name: recorded(part) for name, part in replaced.items()}}
+
+    def current_name(self, name: str) -> str:
+        prefix = "autoencoder."
+        return prefix + self.autoencoder.current_name(name.removeprefix(prefix))
 
     def saved_part(self) -> nn.Module:
         return _OnlyAutoencoder(self.autoencoder)
@@ -437,40 +560,85 @@ def _vq_prefixed(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix("vq_"): value for key, value in kwargs.items()}
 
 
-def _check_shape_options(dim: int, channels: int, layers: int, groups: int, first_kernel_size: int) -> None:
-    check_channels(channels)
-    if layers < 1:
-        raise UserError(f"layers {layers} is not possible; at least one halving of the resolution is needed")
-    if groups < 1:
-        raise UserError(f"encdec_resnet_groups {groups} is not possible; it must be at least 1")
-    if dim < groups or dim % groups:
+def _check_conv_options(
+    conv: Mapping[str, Any], encoder: Any, decoder: Any, discriminator: Any, with_gan: bool
+) -> None:
+    """Raise `UserError` for options of vqdist's own networks that are missing, or that no network would read."""
+    own_ends, own_critic = encoder is None or decoder is None, with_gan and discriminator is None
+    readers = dict.fromkeys(conv, own_ends)
+    readers |= {"encdec_first_conv_kernel_size": encoder is None, "discr_layers": own_critic}
+    readers |= {"dim": own_ends or own_critic, "encdec_resnet_groups": own_ends or own_critic}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(VQGanVAE.__init__).parameters.items()}
+    for name, is_read in readers.items():
+        # a model without a discriminator has always taken discr_layers
+        if not is_read and conv[name] != defaults[name] and (name != "discr_layers" or discriminator is not None):
+            raise UserError(
+                f"{name} {conv[name]} does nothing: all networks that would read it are given; leave it out"
+            )
+    if discriminator is not None and not with_gan:
+        raise UserError("a discriminator is given but use_gan (or use_vgg_and_gan) is false; leave one of them out")
+    if conv["dim"] is None and readers["dim"]:
+        needs = "discriminator" if not own_ends else "encoder" if encoder is None else "decoder"
+        raise UserError(f"dim is missing, and vqdist's own {needs} needs it; give it, or a {needs} of your own")
+    if own_ends:
+        check_widths(conv["dim"], conv["layers"], conv["encdec_resnet_groups"])
+    elif own_critic:
+        check_widths(conv["dim"], 1, conv["encdec_resnet_groups"])
+
+
+def _check_fit(encoder: nn.Module, decoder: nn.Module) -> None:
+    """Raise `UserError` for a decoder that cannot take the encoder's features, or whose last layer cannot be used."""
+    taken = getattr(decoder, "dim", encoder.dim)
+    if taken != encoder.dim:
         raise UserError(
-            f"dim {dim} is not a multiple of encdec_resnet_groups {groups}; try {max(groups, dim - dim % groups)}"
+            f"decoder {type(decoder).__name__} takes features of width {taken} and encoder {type(encoder).__name__} "
+            f"gives {encoder.dim}; make them equal"
         )
-    if first_kernel_size % 2 == 0:
-        raise UserError(f"encdec_first_conv_kernel_size {first_kernel_size} is even; try {first_kernel_size + 1}")
+    last = decoder.last_layer
+    if last is None:
+        return
+    if not isinstance(last, nn.Conv2d) or last.padding_mode != "zeros":
+        raise UserError(
+            f"the last_layer of decoder {type(decoder).__name__} is a {type(last).__name__}; give a Conv2d with zero "
+            "padding, or None if forward returns the image"
+        )
 
 
-def _layer_mults(mults: list[int] | None, layers: int) -> list[int]:
-    mults = [2**layer for layer in range(layers)] if mults is None else list(mults)
-    if any(mult < 1 for mult in mults):
-        raise UserError(f"encdec_layer_mults {mults} is not possible; each must be at least 1")
-    if len(mults) != layers:
-        raise UserError(f"encdec_layer_mults has {len(mults)} numbers; layers {layers} needs {layers}")
-    return mults
-
-
-def _blocks_per_layer(blocks: int | list[int], layers: int) -> list[int]:
-    blocks = [*[0] * (layers - 1), blocks] if isinstance(blocks, int) else list(blocks)
-    if any(number < 0 for number in blocks):
-        raise UserError(f"encdec_num_resnet_blocks {blocks} is not possible; each must be at least 0")
-    if len(blocks) != layers:
-        raise UserError(f"encdec_num_resnet_blocks has {len(blocks)} numbers; layers {layers} needs {layers}")
-    return blocks
+def _build_quantizer(
+    given: Any, *, dim: int, codebook_size: int, groups: Mapping[str, dict[str, Any] | None]
+) -> Quantizer:
+    """The quantizer of a name with its group of options, or another part."""
+    if isinstance(given, str) and given in QUANTIZERS:
+        return build_quantizer(given, dim=dim, codebook_size=codebook_size, **_options_of(given, **groups))
+    for name, options in groups.items():
+        if options:
+            raise UserError(f"{name} {options} is given beside the quantizer's init_args; move it into these")
+    set_size = codebook_size != DEFAULT_CODEBOOK_SIZE
+    if not isinstance(given, (str, Mapping)):
+        built = QUANTIZERS.check(given, type(given).__name__)
+        if set_size and built.codebook_size != codebook_size:
+            raise UserError(
+                f"codebook_size {codebook_size} is given, and the quantizer has {built.codebook_size} codes"
+            )
+        return built
+    spec = Spec.of(given, "quantizer")
+    factory = QUANTIZERS.factory(spec.target)
+    for name in QUANTIZERS:
+        if QUANTIZERS[name] is factory:
+            size = {"codebook_size": codebook_size} if set_size or "levels" not in spec.init_args else {}
+            return build_quantizer(name, **{"dim": dim, **size, **spec.init_args})
+    built = QUANTIZERS.build(given, dim=dim, codebook_size=codebook_size)
+    if set_size and built.codebook_size != codebook_size:
+        raise UserError(
+            f"codebook_size {codebook_size} is given, and quantizer {spec.target} has {built.codebook_size} codes; "
+            "leave it out"
+        )
+    return built
 
 
 def _options_of(
     name: str,
+    *,
     vq_kwargs: dict[str, Any] | None,
     lfq_kwargs: dict[str, Any] | None,
     quantizer_kwargs: dict[str, Any] | None,

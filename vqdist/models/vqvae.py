@@ -96,7 +96,11 @@ class SimpleVQVAE(
     def check_image_size(self, size: int) -> None:
         """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
         check_image_size(size, LAYERS, HALVINGS)
-        check_scales(size, LAYERS, HALVINGS, self.scales)
+        check_scales(size, self.code_shape(size), self.scales, f" (2 ** {LAYERS} {HALVINGS})")
+
+    def code_shape(self, image_size: int) -> tuple[int, int]:
+        """Shape of the feature map of square images of this side in pixels, (h', w')."""
+        return image_size // self.stride, image_size // self.stride
 
     def forward(self, img: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (b, c, h, w) in [0, 1] -> (decoded, vq_loss, indices).

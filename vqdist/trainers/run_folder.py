@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vqdist import seeding
 from vqdist.backends import Backend, Engine, peers
 from vqdist.backends.environment import world_size_of_launcher
-from vqdist.backends.state import load_tensors, save_tensors
+from vqdist.backends.state import load_network_tensors, save_tensors
 from vqdist.checkpoint import (
     CheckpointStore,
     checkpoint_path,
@@ -179,7 +179,8 @@ class RunFolder(ABC):
         if not (path / "ema.safetensors").is_file():
             raise UserError(f"{path} was saved with use_ema false and has no average; resume it with use_ema false")
         try:
-            self.ema.fill(load_tensors(path / "ema.safetensors"))  # whole, where a rank may hold a part
+            # whole, where a rank may hold a part
+            self.ema.fill(load_network_tensors(self.main_engine.module, path / "ema.safetensors"))
         except RuntimeError as error:
             raise UserError(f"{path} holds the average of another network than this configuration builds") from error
         if self.backend.any(not self.ema.follows()):

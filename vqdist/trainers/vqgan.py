@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqdist import losses
 from vqdist.backends import Engine
 from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
-from vqdist.models.discriminator import mean_logit
-from vqdist.models.vqgan import Reconstruction, VQGanVAE
+from vqdist.models.networks.base import halves, logits_of
+from vqdist.models.vqgan import ForwardPass, VQGanVAE
 from vqdist.schedules import linear_ramp
 from vqdist.trainers.base import mark_last
 from vqdist.trainers.config import TrainerConfig
@@ -83,14 +84,15 @@ class VQGanVAETrainer(TokenizerTrainer):
     def check_model(self) -> None:
         if not isinstance(self.model, VQGanVAE):
             raise UserError(f"the model is a {type(self.model).__name__}; VQGanVAETrainer trains a VQGanVAE")
-        self.model.check_training_size(self.config.image_size)
-        self.model.perceptual_loss()  # missing weights are found out here
+        self.model.check_training_size(self.config.image_size)  # missing weights are found out here
+        if self.model.discriminator is not None and self.config.adaptive_weight:
+            self._require_last_layer()
         if self.model.discriminator is None:
             self.config.refuse_set(*DISCRIMINATOR_OPTIONS, because="the model has no discriminator (use_gan)")
 
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
-        self.last_layer_shape = vae.autoencoder.last_layer.weight.shape
+        self.last_layer = _ConvShape.of(vae.autoencoder.last_layer)
         if config.compile:
             vae.autoencoder.encoder.compile()
             vae.autoencoder.decoder.compile()
@@ -104,8 +106,16 @@ class VQGanVAETrainer(TokenizerTrainer):
                 vae.discriminator, optimizer, max_grad_norm=config.discr_max_grad_norm
             )
             self._refuse_impossible_penalty()
-        self.perceptual = vae.perceptual_loss()
+        self.objective = vae.objective()
         return engines
+
+    def _require_last_layer(self) -> None:
+        if self.model.autoencoder.last_layer is None:
+            raise UserError(
+                f"decoder {type(self.model.autoencoder.decoder).__name__} has no last_layer, from whose gradients the "
+                "adaptive weight of the adversarial loss is computed; give --trainer.adaptive_weight false, and an "
+                "adversarial_weight"
+            )
 
     def _refuse_impossible_penalty(self) -> None:
         every = self.config.apply_grad_penalty_every
@@ -140,21 +150,16 @@ class VQGanVAETrainer(TokenizerTrainer):
             numbers["discriminator_grad_norm"] = discriminator.step(lr=self.learning_rate(self.discr_lr))
         return numbers
 
-    def generator_loss(self, image: Tensor, out: Reconstruction) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(self, image: Tensor, out: ForwardPass) -> tuple[Tensor, dict[str, Tensor]]:
         """What to call `backward` on, and the numbers to log.
 
-        The graph is cut at the reconstruction: each loss gives its gradient there, the adaptive weight is made of
-        these, and the returned sum has the combined gradient. So the loss networks run backward once, the autoencoder
-        once, and no gradient passes an engine's output twice, which DeepSpeed forbids.
+        The graph is cut at the reconstruction: each term gives its gradient there, the adaptive weight is made of
+        these, and the returned surrogate has the combined gradient. So the loss networks run backward once, the
+        autoencoder once, and no gradient passes an engine's output twice, which DeepSpeed forbids.
         """
         recon = out.recon.detach().to(torch.float32).requires_grad_()
-        reconstruction = self.model.reconstruction_loss(recon, image)
-        parts = {"recon_loss": reconstruction, "aux_loss": out.aux_loss}
-        gradient = reference = torch.autograd.grad(reconstruction, recon)[0]
-        if self.perceptual is not None:
-            parts["perceptual_loss"] = self.perceptual(recon, image)
-            reference = torch.autograd.grad(parts["perceptual_loss"], recon)[0]
-            gradient = gradient + reference
+        gradient, reference, feature_loss, parts = self.objective.at_the_cut(recon, image, out)
+        parts["aux_loss"] = out.aux_loss
         weight = self.scheduled_adversarial_weight()
         if weight > 0:
             parts["adversarial_loss"] = self.model.adversarial_loss(self.discriminator.frozen(recon))
@@ -164,7 +169,7 @@ class VQGanVAETrainer(TokenizerTrainer):
                 weight = weight * parts["adaptive_weight"]
             gradient = gradient + weight * adversarial
             parts["adversarial_weight"] = torch.as_tensor(weight)
-        return (out.recon * gradient).sum() + out.aux_loss, parts
+        return losses.surrogate(out.recon, gradient, out.aux_loss, feature_loss), parts
 
     def scheduled_adversarial_weight(self) -> float:
         """What the schedule says of the adversarial loss at this step; 0 where it does not reach the generator."""
@@ -180,7 +185,9 @@ class VQGanVAETrainer(TokenizerTrainer):
         Both gradients are averaged over ranks before their norms are taken: a weight of each rank's own would be a
         different loss from the one that one process computes.
         """
-        gradients = losses.last_layer_grads(hidden, self.last_layer_shape, reference, adversarial)
+        gradients = losses.last_layer_grads(
+            hidden, self.last_layer.weight_shape, reference, adversarial, **self.last_layer.options
+        )
         return losses.adaptive_weight(*self.backend.average(gradients), max_weight=self.config.max_adaptive_weight)
 
     def discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -189,17 +196,17 @@ class VQGanVAETrainer(TokenizerTrainer):
         penalised = bool(every) and self.step % every == 0
         if penalised and self.discriminator.double_backward:
             image = image.detach().requires_grad_()  # its logits serve the loss and the penalty
-            real, fake = self.discriminator(image), self.discriminator(recon.to(image.dtype))
+            real, fake = logits_of(self.discriminator(image)), logits_of(self.discriminator(recon.to(image.dtype)))
         else:
-            real, fake = self.discriminator(torch.cat([image, recon.to(image.dtype)])).chunk(2)
+            real, fake = halves(self.discriminator(torch.cat([image, recon.to(image.dtype)])))
         loss = self.model.discriminator_loss(real, fake)
-        numbers = {"discr_loss": loss, "real_logits": mean_logit(real), "fake_logits": mean_logit(fake)}
+        numbers = {"discr_loss": loss, "real_logits": _mean(real), "fake_logits": _mean(fake)}
         if penalised:
             numbers["gradient_penalty"] = self.gradient_penalty(real, image)
             loss = loss + numbers["gradient_penalty"]
         return loss, numbers
 
-    def gradient_penalty(self, logits: Tensor, image: Tensor) -> Tensor:
+    def gradient_penalty(self, logits: list[Tensor], image: Tensor) -> Tensor:
         """The penalty at real images (b, c, h, w), 0-d; added to the loss, as DDP allows one backward only."""
         weight = self.config.grad_penalty_weight
         if self.discriminator.double_backward:
@@ -219,3 +226,27 @@ class VQGanVAETrainer(TokenizerTrainer):
                 yield self.model
             finally:
                 self.model.autoencoder = live
+
+
+@dataclass(frozen=True)
+class _ConvShape:
+    """What must be known of the last layer to take gradients at its weight without the weight."""
+
+    weight_shape: tuple[int, ...]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d | None) -> _ConvShape | None:
+        if layer is None:
+            return None
+        padding = layer.padding
+        if isinstance(padding, str):
+            sizes = zip(layer.dilation, layer.kernel_size, strict=True)
+            padding = tuple(0 if padding == "valid" else spread * (size - 1) // 2 for spread, size in sizes)
+        options = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation, "groups": layer.groups}
+        return cls(tuple(layer.weight.shape), options)
+
+
+def _mean(logits: list[Tensor]) -> Tensor:
+    """The mean over outputs, patches and images, in float32, without a gradient: what is logged of a discriminator."""
+    return torch.stack([output.detach().to(torch.float32).mean() for output in logits]).mean()

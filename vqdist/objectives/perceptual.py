@@ -9,6 +9,7 @@ from __future__ import annotations
 import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
+from vqdist.objectives.base import TERMS, Term
 
 # What torchvision's weights were trained with, for images in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -107,6 +109,47 @@ class PerceptualLoss(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> PerceptualLoss:
         self._hidden[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+@TERMS.add("perceptual")
+class Perceptual(Term):
+    """The perceptual loss as a term.
+
+    Args:
+        features: `vgg16` (torchvision's weights, downloaded once), or a file with VGG16 weights (.pth, .safetensors);
+            in Python also a network: ImageNet-normalised images (b, 3, h, w) -> a tensor or a sequence of tensors.
+        weight, reference, name: see `Term`.
+    """
+
+    def __init__(
+        self,
+        features: str | nn.Module = "vgg16",
+        weight: float = 1.0,
+        *,
+        reference: bool = False,
+        name: str = "perceptual",
+    ):
+        super().__init__(weight, reference=reference, name=name)
+        loss = features if isinstance(features, PerceptualLoss) else PerceptualLoss.build(features)
+        if loss is None:
+            raise UserError("the perceptual term has no features; give `vgg16` or a file, or leave the term out")
+        self.loss = loss
+        self.min_image_size = MIN_IMAGE_SIZE if isinstance(features, str) else 0
+
+    def check_image_size(self, size: int) -> None:
+        if size < self.min_image_size:
+            raise too_small_for_vgg16(size)
+
+    def forward(self, recon: Tensor, image: Tensor, out: Any = None) -> Tensor:
+        return self.loss(recon, image)
+
+
+def too_small_for_vgg16(size: int) -> UserError:
+    """Return the error for square images of this side (in pixels)."""
+    return UserError(
+        f"image_size {size} is too small for the perceptual loss, whose VGG16 needs {MIN_IMAGE_SIZE}; use perceptual "
+        "none"
+    )
 
 
 class _Normalised(nn.Module):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
+from vqdist.models.networks.base import DISCRIMINATORS
 
 
+@DISCRIMINATORS.add("patch")
 class PatchDiscriminator(nn.Module):
     """Strided 4x4 convolutions, group norm (equal on any number of ranks, unlike batch norm) and leaky ReLU 0.1.
 
@@ -49,8 +50,3 @@ class PatchDiscriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Images (b, c, h, w) in [0, 1] -> logits (b, 1, h', w'), positive for real."""
         return self.head(self.body(image))
-
-
-def mean_logit(logits: Tensor) -> Tensor:
-    """The mean over all patches and images, in float32, without a gradient: what is logged of a discriminator."""
-    return logits.detach().to(torch.float32).mean()

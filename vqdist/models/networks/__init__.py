@@ -1,0 +1,7 @@
+"""Encoders, decoders and discriminators: the contracts, and one file for each family."""
+
+from __future__ import annotations
+
+from vqdist.models.networks.base import DECODERS, DISCRIMINATORS, ENCODERS, Decoder, Discriminator, Encoder
+
+__all__ = ["DECODERS", "DISCRIMINATORS", "ENCODERS", "Decoder", "Discriminator", "Encoder"]

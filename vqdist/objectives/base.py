@@ -1,0 +1,95 @@
+"""One term of the generator's objective: its contract, and the registry of those that have a name."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from vqdist.errors import UserError
+from vqdist.parts import Registry
+
+
+class Term(nn.Module):
+    """A loss with its weight; a subclass says in `forward` which.
+
+    `forward(recon, image, out)` returns a 0-d float32 tensor, the mean over the batch. `recon` and `image` are
+    (b, c, h, w) in [0, 1], `recon` but for overshoot; `out` is all that the autoencoder gave, a
+    `vqdist.models.vqgan.ForwardPass` with `features`, `indices`, `hidden`. Every rank calls a term on its own share.
+
+    A term on pixels is a function of `recon`. The graph is cut there, so that its gradient is taken once and the
+    autoencoder is not run backward for each term. A term on features is a function of `out.features`; its loss is
+    added to the quantizer's. A term has no weights that are trained: those belong into a network.
+
+    Example:
+        class EdgeLoss(Term):
+            def forward(self, recon, image, out):
+                edges = recon.diff(dim=-1) - image.diff(dim=-1)
+                return edges.abs().mean()
+
+    Args:
+        weight: factor of the loss; 0 measures it only.
+        reference: whether the adaptive weight of the adversarial loss compares with this term. Where no term says so,
+            all terms on pixels are the reference.
+        name: what the loss is logged as, with `_loss` behind; by default the name of the class in lower case.
+
+    Attributes:
+        acts_on: "pixels" or "features".
+    """
+
+    acts_on: ClassVar[Literal["pixels", "features"]] = "pixels"
+
+    def __init__(self, weight: float = 1.0, *, reference: bool = False, name: str | None = None):
+        super().__init__()
+        self.weight = weight
+        self.reference = reference
+        self.name = name or default_name(type(self))
+
+    def check_image_size(self, size: int) -> None:
+        """Raise `UserError` if square images of this side (in pixels) are too small for this term."""
+
+    def forward(self, recon: Tensor, image: Tensor, out: Any) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no forward(recon, image, out)")
+
+
+TERMS: Registry[Any] = Registry(
+    "term",
+    contract="term (vqdist.Term): a callable (recon, image, out) -> loss with `name` and `weight`",
+    modules=("vqdist.objectives.reconstruction", "vqdist.objectives.perceptual"),
+)
+
+
+def default_name(cls: type) -> str:
+    """Return a class's name as logs write it: `EdgeLoss` is "edge"."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+    return re.sub(r"_(loss|term)$", "", words)
+
+
+def checked(term: Any) -> Any:
+    """Return a term with all attributes of the contract; raise `UserError` for what cannot be a term.
+
+    A callable that is no `Term` is taken with weight 1 and the name of its class where it says nothing else.
+    """
+    called = type(term).__name__
+    if not callable(term):
+        raise UserError(f"{called} is no {TERMS.contract}")
+    defaults = {"weight": 1.0, "reference": False, "name": default_name(type(term)), "acts_on": "pixels"}
+    for attribute, value in defaults.items():
+        if not hasattr(term, attribute):
+            setattr(term, attribute, value)
+    if isinstance(term.weight, bool) or not isinstance(term.weight, (int, float)) or not math.isfinite(term.weight):
+        raise UserError(f"the weight of term {term.name} is {term.weight!r}; give a finite number")
+    if term.weight < 0:
+        raise UserError(f"the weight of term {term.name} is {term.weight}; it must be at least 0")
+    if term.acts_on not in ("pixels", "features"):
+        raise UserError(f"term {term.name} acts on {term.acts_on!r}; it must be pixels or features")
+    if isinstance(term, nn.Module):
+        trained = [name for name, weight in term.named_parameters() if weight.requires_grad]
+        if trained:
+            raise UserError(
+                f"term {term.name} has weights that nothing would train ({', '.join(trained[:3])}); freeze them with "
+                "requires_grad_(False), or make them part of a network"
+            )
+    return term
