@@ -154,7 +154,7 @@ def last_layer_grads(
 
 
 def surrogate(output: Tensor, gradient: Tensor, *losses: Tensor | None) -> Tensor:
-    """A 0-d tensor whose backward gives `gradient` to a network's output, and each of the losses its own.
+    """Return a 0-d tensor whose backward gives `gradient` to a network's output, and each of the losses its own.
 
     Where the graph is cut at the output, this is what goes to the one backward pass of the network; its value means
     nothing.
@@ -171,7 +171,7 @@ def surrogate(output: Tensor, gradient: Tensor, *losses: Tensor | None) -> Tenso
 
 
 def over_outputs(loss: Callable[..., Tensor], *outputs: list[Tensor]) -> Tensor:
-    """The mean of a loss over the outputs of a discriminator with several, as one at each of three scales.
+    """Return the mean of a loss over the outputs of a discriminator with several, as one at each of three scales.
 
     Args:
         loss: takes a tensor of logits from each of `outputs`.

@@ -15,6 +15,7 @@ from vqdist.parts import Registry, Spec, arguments_of
 Given = tuple[str | None, str | None]
 """An option's name, without dashes, and its value if it has one; what is no option has the name None."""
 
+INDENT = 6 * " "
 Parts = Mapping[str, Registry[Any]]
 """The kind of part that each option takes, by the option without dashes."""
 
@@ -26,11 +27,13 @@ def joined(given: list[Given], parts: Parts) -> list[Given]:
     gives, or that a configuration file gives; the result is one `--X` with the whole specification.
     """
     for option in parts:
-        pieces = [(name, value) for name, value in given if name is not None and name.startswith(f"{option}.")]
+        pieces: list[Given] = [
+            (name, value) for name, value in given if name is not None and name.startswith(f"{option}.")
+        ]
         if not pieces:
             continue
         whole = [value for name, value in given if name == option]
-        started = _value(whole[-1]) if whole else _of_files(given, option)
+        started = _value(whole[-1]) if whole and whole[-1] is not None else _of_files(given, option)
         specification = _changed(option, started, pieces)
         given = [one for one in given if one not in pieces and one[0] != option]
         given.append((option, json.dumps(specification)))
@@ -38,7 +41,7 @@ def joined(given: list[Given], parts: Parts) -> list[Given]:
 
 
 def _replacing(name: str | None, value: str | None, parts: Parts) -> list[Given]:
-    """The option, after one that clears it: jsonargparse would mix two dictionaries that name a class."""
+    """Return the option after one that clears it: jsonargparse would mix two dictionaries that name a class."""
     return [(name, "null"), (name, value)] if name in parts and value is not None else [(name, value)]
 
 
@@ -66,8 +69,9 @@ def _help(option: str, registry: Registry[Any], target: str | None) -> str:
         said = [_kind(parameter), _default(parameter)]
         lines.append(f"  {parameter.name:<20} ({', '.join(filter(None, said))})")
         if parameter.name in documented:
-            indented = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
-            lines.append(textwrap.fill(documented[parameter.name], 100, **indented))
+            lines.append(
+                textwrap.fill(documented[parameter.name], 100, initial_indent=INDENT, subsequent_indent=INDENT)
+            )
     return "\n".join(lines if parameters else [*lines, "  none"])
 
 
@@ -95,7 +99,7 @@ def _documented(factory: Any) -> dict[str, str]:
 
 
 def _changed(option: str, started: Any, pieces: list[Given]) -> dict[str, Any]:
-    """The specification `started`, or none, with the pieces put in."""
+    """Return the specification `started`, or a new one, with the pieces put in."""
     spec: dict[str, Any] = {"class_path": None, "init_args": {}}
     if started is not None:
         read = Spec.of(started, f"--{option}")
@@ -120,8 +124,8 @@ def _changed(option: str, started: Any, pieces: list[Given]) -> dict[str, Any]:
 
 
 def _of_files(given: list[Given], option: str) -> Any:
-    """What the configuration files say of an option; the last one wins."""
-    import yaml
+    """Return the value of an option in the configuration files, the last of them."""
+    import yaml  # type: ignore[import-untyped]
 
     found = None
     for name, value in given:
@@ -138,7 +142,7 @@ def _of_files(given: list[Given], option: str) -> Any:
 
 
 def _value(text: str) -> Any:
-    """A value as YAML reads it, with numbers as 1e-3, too."""
+    """Return a value as YAML reads it, with numbers as 1e-3, too."""
     import yaml
 
     try:

@@ -38,7 +38,7 @@ class DataConfig:
 
     @classmethod
     def part_options(cls) -> dict[tuple[str, str], Registry[Any]]:
-        """The options that take a part, by group of the command line and name, with the kind of part.
+        """Return the options that take a part, by group of the command line and name, with the kind of part.
 
         Such a field has the import path of its registry in its metadata: `field(..., metadata={"part": "..."})`.
         """

@@ -530,7 +530,7 @@ class VQGanVAE(
         return {"encoder": network.encoder, "quantizer": network.quantizer, "decoder": network.decoder}
 
     def configuration(self) -> dict[str, Any]:
-        """Return what config.json holds; a part that was replaced after the model was built is said to be what it is."""
+        """Return what config.json holds; of a part that was replaced after the model was built, what it is now."""
         replaced = {name: part for name, part in self._parts().items() if type(part) is not self._built[name]}
         return {**super().configuration(), **{name: recorded(part) for name, part in replaced.items()}}
 

@@ -1,4 +1,4 @@
-"""What the generator of a tokenizer minimises: the terms, one file each, and their sum."""
+"""The objective of a tokenizer's generator: the terms, one file each, and their sum."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class PerceptualLoss(nn.Module):
 
     @classmethod
     def build(cls, spec: str | Path | nn.Module | None) -> PerceptualLoss | None:
-        """The perceptual loss that a user asks for.
+        """Return the perceptual loss that a user asks for.
 
         Args:
             spec: `vgg16` (torchvision's ImageNet weights, downloaded once), a file with VGG16 weights (a state dict in
@@ -89,7 +89,7 @@ class PerceptualLoss(nn.Module):
         return cls(VGG16Features(_vgg16_layers(weights, source=str(spec))))
 
     def forward(self, recon: Tensor, image: Tensor) -> Tensor:
-        """The loss, 0-d float32; its gradient reaches `recon` only.
+        """Return the loss, 0-d float32; its gradient reaches `recon` only.
 
         Args:
             recon: (b, c, h, w), nominally in [0, 1]; c is 1 (repeated to three), 3, or 4 (alpha is left out).
@@ -178,7 +178,7 @@ def _three_channels(image: Tensor) -> Tensor:
 
 
 def _vgg16_layers(weights: dict[str, Tensor], source: str) -> nn.Sequential:
-    """The convolutional layers with these weights, named as in torchvision, with or without `features.` in front."""
+    """Return VGG16's convolutions with these weights, whose names are torchvision's, also without `features.`."""
     from torchvision.models import vgg16  # takes a second to import, and only this needs it
 
     with torch.device("meta"):  # neither memory nor random numbers for layers that are filled or dropped

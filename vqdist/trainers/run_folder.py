@@ -274,7 +274,7 @@ class RunFolder(ABC):
         return folder
 
     def _resolved_configuration(self) -> dict[str, Any]:
-        model = getattr(self.model, "_hub_mixin_config", None) or {}
+        model = self.model.configuration()
         images = self.dataset.fingerprint()  # in place of their path, which may differ between machines
         return {
             "model_type": self._model_type,
@@ -354,7 +354,7 @@ class RunFolder(ABC):
         """Every option that all ranks must agree on, by name, as JSON."""
         config = {**self.config.recorded(), "model_type": self._model_type, "backend": self.backend.title}
         options = {name: value for name, value in config.items() if name not in OWN_OF_A_HOST}
-        model = getattr(self.model, "_hub_mixin_config", None) or {}
+        model = self.model.configuration()
         options |= {f"model.{name}": value for name, value in model.items()}
         tokenizer = getattr(self.model, "tokenizer", None)
         options["tokenizer"] = None if tokenizer is None else tokenizer.fingerprint()
