@@ -108,7 +108,7 @@ def check_average(trainer, steps: int, *, beta: float, after: int, every: int) -
 def test_weights_are_averaged_by_the_formula_and_buffers_copied_at_every_step(tmp_path, beta, after, every):
     options = {"ema_beta": beta, "ema_update_after_step": after, "ema_update_every": every}
     trainer = build_trainer(tmp_path, quantizer="random_vq", lr=1e-2, num_train_steps=7, **options)
-    assert "last_layer.weight" in check_average(trainer, 7, beta=beta, after=after, every=every)
+    assert "decoder.last_layer.weight" in check_average(trainer, 7, beta=beta, after=after, every=every)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -127,7 +127,7 @@ def test_a_codebook_moves_while_the_average_does_not(tmp_path):
     first, last = train_steps(trainer, 1), train_steps(trainer, 3)
     embed = next(name for name in first if name.startswith("ema.") and name.endswith("embed"))
     assert not torch.equal(first[embed], last[embed]) and not unfollowed_buffers(trainer)
-    assert torch.equal(first["ema.last_layer.weight"], last["ema.last_layer.weight"])
+    assert torch.equal(first["ema.decoder.last_layer.weight"], last["ema.decoder.last_layer.weight"])
 
 
 def test_the_average_of_the_digits_recipe_uses_the_codes_of_the_live_network(tmp_path):

@@ -234,7 +234,7 @@ def _open_tokenizer(options):
 
 
 def _fingerprint_of_before(options) -> str | None:
-    """Return that of the tokenizer that the run was begun with, or that made the codes; None of a new run on images."""
+    """Return that of the tokenizer of the run so far, or of the stored codes; None of a new run on images."""
     from vqdist.data.codes import read_manifest
 
     with contextlib.suppress(UserError, AttributeError, KeyError):  # the trainer says what is wrong with them
