@@ -10,10 +10,12 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import not_finite
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,6 +39,7 @@ from vqdist.models.networks.conv import ResidualBlock
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
 from vqdist.objectives import perceptual
 from vqdist.trainers import base
+from vqdist.trainers.base import Trainer
 from vqdist.trainers.config import TrainerConfig
 from vqdist.trainers.dvae import DiscreteVAETrainerConfig
 from vqdist.trainers.vqgan import VQGanTrainerConfig
@@ -292,6 +295,22 @@ def tf32(tmp_path, monkeypatch):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def end_of_nan(trainer: Trainer, steps: range) -> int:
+    """Return the step at which a training ends whose images of these steps are NaN."""
+    not_finite.spoil_images(trainer, steps)
+    with suppress(UserError):
+        trainer.train()
+    return trainer.step
+
+
+@case_of("on_nonfinite", "max_skipped_steps")
+def updates_that_are_not_finite(tmp_path):
+    assert end_of_nan(build_trainer(tmp_path / "raise"), range(2, 3)) == 2
+    for most in (2, 4):
+        options = {"on_nonfinite": "skip", "num_train_steps": 7, "max_skipped_steps": most}
+        assert end_of_nan(build_trainer(tmp_path / str(most), **options), range(2, 8)) == 1 + most
 
 
 @case_of("channels_last", "compile")
@@ -737,6 +756,8 @@ WRONG_OPTIONS = [
         for epochs in (-1.0, 1e300, float("inf"))
     ),
     ({"on_bad_image": "ignore"}, r"^on_bad_image 'ignore' is not known; choose one of raise, skip$"),
+    ({"on_nonfinite": "ignore"}, r"^on_nonfinite 'ignore' is not known; choose one of raise, skip$"),
+    ({"max_skipped_steps": 3}, r"^max_skipped_steps 3 does nothing, because on_nonfinite is raise; leave it out$"),
     ({"ema_beta": 1.5}, r"^ema_beta 1.5 is not possible; give a decay in \[0, 1\]$"),
     ({"valid_frac": 1.0}, r"^valid_frac 1.0 is not possible; give a share of the images in \[0, 1\)"),
     ({"valid_frac": 0.999}, r"^valid_frac 0.999 of 64 images leaves none to train on; lower it$"),
@@ -771,6 +792,7 @@ LOWEST = {
     **dict.fromkeys(["warmup_steps", "validate_every", "save_results_every", "save_model_every"], 0),
     **dict.fromkeys(["check_ranks_every", "num_workers", "lr", "discr_lr", "ema_update_after_step"], 0),
     "weight_decay": 0,
+    "max_skipped_steps": 1,
     **dict.fromkeys(["apply_grad_penalty_every", "grad_penalty_weight", "discriminator_start"], 0),
     **dict.fromkeys(["discriminator_warmup_steps", "adversarial_ramp_steps", "adversarial_weight"], 0),
     "max_adaptive_weight": 0,

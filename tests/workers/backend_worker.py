@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import not_finite
 import pytest
 import torch
 import torch.distributed
@@ -328,6 +329,8 @@ def main() -> None:
     autoregressive(backend, folder, results)
     gradients_do_not_leak(backend, folder)
     ends(backend, folder, results)
+    for scenario in not_finite.SCENARIOS:
+        scenario(folder, **backend)
     if name in SHARDED:
         whole_runs(backend, folder)
         channels_last(backend, folder)

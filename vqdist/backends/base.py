@@ -50,11 +50,18 @@ class Engine(ABC):
         """Add grad(loss) / (number of micro-batches) to the gradients."""
 
     @abstractmethod
-    def step(self, *, lr: float) -> Tensor:
-        """Clip, update with this learning rate, clear.
+    def step(self, *, lr: float, finite: Tensor | None = None) -> Tensor:
+        """Clip, update with this learning rate, clear. Without `finite` the device is not waited for.
+
+        Args:
+            lr: the learning rate.
+            finite: whether this rank's losses are finite (0-d, bool). Where it is given, the update is dropped on
+                every rank if one rank's losses or the norm are not finite: weights, moments and their step counts
+                stay as they are. To know that waits for the device.
 
         Returns:
-            The 2-norm of the gradients before clipping (0-d, on the device).
+            The 2-norm of the gradients before clipping (0-d, on the device), equal on every rank. It is not finite if
+            the update was dropped.
         """
 
     @property
@@ -83,6 +90,20 @@ class Engine(ABC):
         this network's."""
         (self.local if weights is None else weights).load_state_dict(tensors)
 
+    def held_weights(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Weights and saved buffers as they lie on this rank, as "weight NAME" and "buffer NAME", with no exchange.
+
+        Names are the same on every rank. `weights`: see `whole`.
+        """
+        held = self.local if weights is None else weights
+        parameters = {name for name, _ in held.named_parameters(remove_duplicate=False)}
+        for name, tensor in held.state_dict().items():
+            yield f"{'weight' if name in parameters else 'buffer'} {name}", tensor
+
+    def held_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's state as it lies on this rank, as "KIND of NAME", with no exchange; likewise."""
+        yield from ()
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state; every rank calls it, rank 0 writes."""
@@ -90,6 +111,11 @@ class Engine(ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, whatever backend and number of ranks wrote it."""
+
+
+def norm_of_dropped(norm: Tensor) -> Tensor:
+    """Return what `Engine.step` returns of a dropped update: the norm where it is not finite, else NaN."""
+    return torch.where(norm.isfinite(), torch.nan, norm)
 
 
 class Backend(ABC):

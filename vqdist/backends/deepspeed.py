@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqdist.backends import state
-from vqdist.backends.base import Engine
+from vqdist.backends.base import Engine, norm_of_dropped
 from vqdist.backends.build_ops import find_stale_lock, prepare_environment
 from vqdist.backends.deepspeed_config import read_config
 from vqdist.backends.distributed import DistributedBackend, group_timeout
@@ -74,17 +74,61 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, *, lr: float) -> Tensor:
+    def step(self, *, lr: float, finite: Tensor | None = None) -> Tensor:
+        norm = self._stage_0_norm() if self.zero_stage == 0 else None
+        good = finite if finite is None or norm is None else norm.isfinite() & finite.to(norm.device)
+        dropped = good is not None and self.backend.any(not bool(good))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._stage_0_norm() if self.zero_stage == 0 else None
-        self.engine.step()
+        with self._discarding() if dropped else nullcontext():
+            self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return torch.as_tensor(float("nan") if norm is None else norm, device=self.backend.device).detach()
+        norm = torch.as_tensor(float("nan") if norm is None else norm, device=self.backend.device).detach()
+        if finite is not None and self.zero_stage > 0:
+            self._check_discarded(norm)
+        return norm_of_dropped(norm) if dropped else norm
+
+    @contextmanager
+    def _discarding(self) -> Iterator[None]:
+        """Within this context DeepSpeed's step clears gradients and updates nothing.
+
+        Where it partitions, it discards an update whose norm is not finite; so it is given such a norm.
+        """
+        optimizer, nan = self.engine.optimizer, torch.full((), torch.nan, device=self.backend.device)
+        name, replaced = {
+            0: ("step", lambda *_args, **_kwargs: None),
+            1: ("scaled_global_norm", lambda *_args, **_kwargs: nan),
+            2: ("scaled_global_norm", lambda *_args, **_kwargs: nan),
+            3: ("_get_norm_groups", lambda: [nan]),
+        }[self.zero_stage]
+        setattr(optimizer, name, replaced)  # of this object, before that of its class
+        try:
+            yield
+        finally:
+            delattr(optimizer, name)
+
+    def _check_discarded(self, norm: Tensor) -> None:
+        """Raise `UserError` if the update of a norm that is not finite was made: other versions may do so."""
+        if not bool(norm.isfinite()) and not self.engine.optimizer.overflow:
+            raise UserError(
+                f"DeepSpeed {deepspeed.__version__} makes updates whose gradient norm is not finite, so on_nonfinite "
+                "skip is not possible; use on_nonfinite raise, or the version of DeepSpeed that vqdist was tried with"
+            )
 
     def _stage_0_norm(self) -> Tensor:
         gradients = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
         return torch.stack(gradients).norm()
+
+    def held_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield them by weight where they are whole, else by partition."""
+        if self.zero_stage == 0:
+            for key, tensor in state.optimizer_tensors(self.module, self.engine.basic_optimizer).items():
+                yield key.replace("/", " of ", 1), tensor
+            return
+        for number, partition in enumerate(self.engine.basic_optimizer.state.values()):
+            for kind, value in partition.items():
+                if torch.is_tensor(value):
+                    yield f"{kind} of partition {number}", value
 
     def save(self, folder: Path) -> None:
         optimizer = self._optimizer_tensors()

@@ -199,9 +199,13 @@ class FullyShardedEngine(ShardedEngine, TorchEngine):
         self.module.set_requires_gradient_sync(last)
         return super().micro_step(last=True)
 
-    def step(self, *, lr: float) -> Tensor:
-        norm = super().step(lr=lr)
+    def clip(self) -> Tensor:
+        norm = super().clip()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def held_moments(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in super().held_moments():
+            yield name, tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def gather(self, name: str, shard: Tensor) -> Tensor:
         return self._as_sharded(name, shard).full_tensor().detach()

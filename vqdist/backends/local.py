@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqdist.backends import state
-from vqdist.backends.base import Backend, Engine
+from vqdist.backends.base import Backend, Engine, norm_of_dropped
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.errors import UserError
 
@@ -82,13 +83,23 @@ class TorchEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         (loss / self.grad_accum_every).backward()
 
-    def step(self, *, lr: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+    def step(self, *, lr: float, finite: Tensor | None = None) -> Tensor:
+        norm = self.clip()  # by a norm that is not finite it spoils all gradients, which are dropped then
+        dropped = finite is not None and self.backend.any(not bool(norm.isfinite() & finite.to(norm.device)))
+        if not dropped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
+        return norm_of_dropped(norm) if dropped else norm
+
+    def clip(self) -> Tensor:
+        """Scale the gradients down to `max_grad_norm`; return their 2-norm before (0-d)."""
+        return nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).detach()
+
+    def held_moments(self) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in state.optimizer_tensors(self.module, self.optimizer).items():
+            yield key.replace("/", " of ", 1), tensor
 
     def save(self, folder: Path) -> None:
         if self.backend.is_main:

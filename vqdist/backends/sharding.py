@@ -115,9 +115,17 @@ class ShardedEngine(Engine):
         with autocast_for(self.backend.device, self.precision):
             return self._fixed(*args, **kwargs)
 
-    def step(self, *, lr: float) -> Tensor:
+    def step(self, *, lr: float, finite: Tensor | None = None) -> Tensor:
         self._fixed = None
-        return super().step(lr=lr)
+        return super().step(lr=lr, finite=finite)
+
+    def held_weights(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        held: Shards = self.local if weights is None else weights
+        saved = self.empty.state_dict().keys()
+        for kind, tensors in (("weight", held.named_shards()), ("buffer", held.named_whole_buffers())):
+            for name, tensor in tensors.items():
+                if name in saved:
+                    yield f"{kind} {name}", tensor
 
     def save(self, folder: Path) -> None:
         is_main = self.backend.is_main

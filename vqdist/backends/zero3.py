@@ -60,6 +60,15 @@ class Zero3Engine(ShardedEngine, DeepSpeedEngine):
         padded = F.pad(whole.flatten(), (0, size * self.backend.world_size - whole.numel()))
         return padded.narrow(0, size * self.backend.rank, size).to(self.backend.device)
 
+    def held_weights(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parts without what fills them up, which nothing ever sets."""
+        for key, part in super().held_weights(weights):
+            kind, _, name = key.partition(" ")
+            if kind == "weight":
+                left = self.empty.get_parameter(name).numel() - part.numel() * self.backend.rank
+                part = part[: max(0, left)]
+            yield key, part
+
     def fill(self, tensors: Mapping[str, Tensor], weights: nn.Module | None = None) -> None:
         super().fill(tensors, weights)
         if weights is not None:

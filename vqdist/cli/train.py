@@ -246,6 +246,8 @@ def _fingerprint_of_before(options) -> str | None:
 
 
 def _print_summary(trainer, numbers: dict[str, float]) -> None:
+    if trainer.guard.skip:
+        numbers = {**numbers, "skipped_steps": trainer.guard.skipped_steps}
     width = max(map(len, [*numbers, trainer.picture_name]))
     print(f"\n{trainer.step} steps on {trainer.backend.name}, {trainer.position} images")
     for name, value in numbers.items():

@@ -189,9 +189,8 @@ class ARTrainer(Trainer):
             self.predicted.update(out.logits.detach(), out.indices)
             if self.codes is not None:
                 self.codes.add(out.indices)
-        numbers = means.means()
+        numbers = self.step_engine("model", means.means(), lr=self.learning_rate(self.config.lr))
         numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
-        numbers["grad_norm"] = self.engine.step(lr=self.learning_rate(self.config.lr))
         return numbers
 
     def hide_labels(self, label: Tensor, positions: range) -> Tensor:

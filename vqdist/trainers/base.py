@@ -30,6 +30,7 @@ from vqdist.stopping import Stopped, StopSignals, record_stop
 from vqdist.tracking import Tracker, check_trackers
 from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
+from vqdist.trainers.finite import FiniteGuard, held_tensors
 from vqdist.trainers.reporting import Reporting
 from vqdist.trainers.run_folder import RunFolder
 
@@ -73,6 +74,7 @@ class Trainer(Reporting, RunFolder):
         position: images of the data order that were used, over all ranks.
         engines: the networks that are trained, by name.
         ema: moving average of the network that is evaluated and exported, or None.
+        guard: keeps values that are not finite out of checkpoints.
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
@@ -126,7 +128,7 @@ class Trainer(Reporting, RunFolder):
         """One optimizer step of every engine on what `take` gave for this rank's batches: images (b, c, h, w).
 
         Returns:
-            Numbers to log, as 0-d tensors on the device.
+            Numbers to log, as 0-d tensors on the device. Each must be finite, or the run ends: see `FiniteGuard`.
         """
 
     def numbers_over_ranks(self) -> dict[str, float]:
@@ -215,14 +217,18 @@ class Trainer(Reporting, RunFolder):
             This step's numbers on this rank, as 0-d tensors: reading one waits for the device.
         """
         micro_batches = self.next_micro_batches()
+        self.guard.begin(self.engines)
         logs = self.update(micro_batches)
         self.step += 1
         self.position += self.global_batch
-        self.update_ema()
+        self.guard.end(self.step, logs)
+        if not self.guard.dropped(next(iter(self.engines))):
+            self.update_ema()
         self.means.add(logs)
         if self.bar is not None:
             self.bar.update()
         self._log_when_due()
+        self._end_if(self.guard.gives_up())
         self._evaluate_when_due()
         self._save_when_due()
         return logs
@@ -252,6 +258,21 @@ class Trainer(Reporting, RunFolder):
         size, world_size = self.config.batch_size, self.backend.world_size
         start = self.position + (micro_batch * world_size + self.backend.rank) * size
         return range(start, start + size)
+
+    def step_engine(self, name: str, numbers: dict[str, Tensor], *, lr: float) -> dict[str, Tensor]:
+        """Update an engine after its last micro-batch, or drop the update as `on_nonfinite` says.
+
+        Args:
+            name: of the engine.
+            numbers: its losses and what else is logged of it, 0-d; they must be finite.
+            lr: its learning rate.
+
+        Returns:
+            The numbers with the gradient norm: `grad_norm`, or `NAME_grad_norm` where there are several engines.
+        """
+        norm = "grad_norm" if len(self.engines) == 1 else f"{name}_grad_norm"
+        self.guard.owned(norm, name)
+        return {**numbers, norm: self.guard.step(name, self.engines[name], numbers, lr=lr)}
 
     def update_ema(self) -> None:
         """Fold the new weights into the average."""
@@ -354,6 +375,9 @@ class Trainer(Reporting, RunFolder):
         self.engines = self.build_engines()
         self.ema = self._make_ema() if config.use_ema else None
         check_ranks_agree(self.backend, self.named_tensors(), self.step)
+        skip = config.on_nonfinite == "skip"
+        self.guard = FiniteGuard(self.backend, skip=skip, max_skipped_steps=config.max_skipped_steps)
+        self.guard.except_constants(self.held_tensors())
         self._batches: Iterator | None = None
         self._saved = -1
         self.signals: StopSignals | None = None  # while `train` runs
@@ -469,6 +493,10 @@ class Trainer(Reporting, RunFolder):
         if self.ema is not None:
             for key, tensor in self.ema.named_tensors():
                 yield f"ema.{key}", tensor
+
+    def held_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of this rank that goes into a checkpoint, as messages name it; nothing is exchanged."""
+        return held_tensors(self.engines, None if self.ema is None else (self.main_engine, self.ema.ema_model))
 
     def to_device(self, images: Tensor) -> Tensor:
         """Images (in the run's memory format) or codes on this rank's device, without waiting."""

@@ -75,6 +75,11 @@ class TrainerConfig(DataConfig):
     """Steps from one checkpoint to the next; 0 saves at the end only."""
     keep_checkpoints: int | None = 3
     """Newest checkpoints to keep; null keeps all."""
+    on_nonfinite: str = "raise"
+    """When losses or gradients are not finite: `raise` ends the run before its next checkpoint; `skip` drops the
+    update and goes on, and waits for the device in every step to do so."""
+    max_skipped_steps: int = 10
+    """End the run after so many skipped updates of one network in a row; for on_nonfinite skip."""
     check_ranks_every: int = 1000
     """Steps from one comparison of weights and codebooks over ranks to the next; 0 compares at the start only."""
     results_folder: str = "./results"
@@ -113,6 +118,10 @@ class TrainerConfig(DataConfig):
         if self.lr_schedule != "exponential":
             self.refuse_set("lr_decay_rate", because=f"lr_schedule is {self.lr_schedule}")
         self.one_of("on_bad_image", ("raise", "skip"))
+        self.one_of("on_nonfinite", ("raise", "skip"))
+        self.at_least("max_skipped_steps", 1)
+        if self.on_nonfinite == "raise":
+            self.refuse_set("max_skipped_steps", because="on_nonfinite is raise")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise UserError(f"adam_betas {self.adam_betas} is not possible; give two decays in [0, 1), as [0.9, 0.95]")
         if not 0 <= self.ema_beta <= 1:
@@ -187,7 +196,7 @@ FREE_TO_CHANGE = frozenset(
         *("validate_every", "save_results_every", "num_images_save", "save_model_every", "keep_checkpoints"),
         *("check_ranks_every", "folder", "exts", "num_workers", "prefetch_factor", "pin_memory", "on_bad_image"),
         *("backend", "accelerate_kwargs", "deepspeed_config", "dist_timeout"),
-        *("tf32", "channels_last", "fused_adam", "compile"),
+        *("tf32", "channels_last", "fused_adam", "compile", "on_nonfinite", "max_skipped_steps"),
     ]
 )
 

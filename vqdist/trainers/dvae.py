@@ -124,10 +124,9 @@ class DiscreteVAETrainer(TokenizerTrainer):
                 self.engine.backward(loss)
                 means.add(numbers)
                 self.codes.add(logits.detach().argmax(dim=1))
-        numbers = means.means()
+        numbers = self.step_engine("vae", means.means(), lr=self.learning_rate(self.config.lr))
         numbers["temperature"] = torch.tensor(self.temperature)
         numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
-        numbers["grad_norm"] = self.engine.step(lr=self.learning_rate(self.config.lr))
         return numbers
 
     def loss(self, image: Tensor, recon: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -19,11 +18,11 @@ from vqdist.backends import Backend
 from vqdist.checkpoint import CheckpointStore
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split, valid_loader
-from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.stopping import BrokenOff, StopSignals
 from vqdist.tracking import Tracker, memory_gb
 from vqdist.trainers.config import TrainerConfig
+from vqdist.trainers.finite import FiniteGuard
 
 
 class Reporting:
@@ -35,6 +34,7 @@ class Reporting:
     valid_dataset: ImageDataset
     split: Split
     means: RunningMeans
+    guard: FiniteGuard
     tracker: Tracker | None
     signals: StopSignals | None
     bar: tqdm | None
@@ -67,20 +67,12 @@ class Reporting:
         numbers["images_per_second"] = self.global_batch * (self.step - self._clock_step) / max(elapsed, 1e-9)
         numbers["data_wait"] = self._waited / max(elapsed, 1e-9)
         numbers["memory_gb"] = memory_gb(self.device)
+        if self.guard.skip:
+            numbers["skipped_steps"] = self.guard.skipped_steps
         self._restart_clock()
         if self.is_main:
             self._log(numbers)
-        broken = [name for name, value in numbers.items() if name.endswith("loss") and not math.isfinite(value)]
-        if broken:
-            self._settle()
-            newest = self.checkpoints.latest()
-            kept = (
-                "there is no checkpoint yet: start" if newest is None else f"the newest checkpoint is {newest}: resume"
-            )
-            raise UserError(
-                f"{', '.join(f'{name} is {numbers[name]}' for name in broken)} at step {self.step}; {kept} with a "
-                "lower lr or max_grad_norm, and --trainer.allow_config_change true to do so in the same run folder"
-            )
+        self._end_if(self.guard.numbers())
 
     def _log(self, numbers: dict[str, float]) -> None:
         self.tracker.log(self.step, numbers)

@@ -8,7 +8,7 @@ import time
 import uuid
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from vqdist.metrics import RunningMeans
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
+from vqdist.trainers.finite import FiniteGuard, how_to_go_on
 from vqdist.trainers.global_batch import GlobalBatch
 
 # options that may differ between hosts
@@ -70,12 +71,18 @@ class RunFolder(ABC):
     dataset: ImageDataset
     split: Split
     means: RunningMeans
+    guard: FiniteGuard
     step: int
     position: int
     num_train_steps: int
     global_batch: int
     _lock: FolderLock | None = None  # of the run folder, on rank 0
     _exported: int = -1  # the step of which `train` has looked after the export
+    _resumed_at = -1  # the step of the checkpoint that was loaded
+
+    @abstractmethod
+    def held_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of this rank that goes into a checkpoint, as messages name it."""
 
     @abstractmethod
     def averaged_model(self) -> AbstractContextManager[PretrainedModel]:
@@ -90,7 +97,14 @@ class RunFolder(ABC):
         """Write the averaged model and its step; every rank calls it, rank 0 writes with `save_pretrained`.
 
         It appears whole or not at all, and an equal one stays.
+
+        Raises:
+            UserError: a value of the run is not finite.
         """
+        self._end_if(self.guard.tensors(self.held_tensors()))
+        self._write_export(folder)
+
+    def _write_export(self, folder: Path) -> None:
         with self.averaged_model() as model:
             if self.is_main:
                 self._export(model, folder)
@@ -102,7 +116,12 @@ class RunFolder(ABC):
     # ------------------------------------------------------------------------------------- save and load
 
     def save(self, path: str | Path) -> None:
-        """Write the whole state of the run as one folder; every rank calls this."""
+        """Write the whole state of the run as one folder; every rank calls this.
+
+        Raises:
+            UserError: it cannot be written, or has a value that is not finite.
+        """
+        self._check_finite()
         write_atomically(Path(path), self.backend, self._write_state, self._state_info())
 
     def load(self, path: str | Path) -> None:
@@ -116,8 +135,13 @@ class RunFolder(ABC):
         self.step, self.position = info["step"], info["position"]
         self._validation_broken_off = info.get("validation_broken_off", False)
         self._batches = None
-        self._saved, self._exported = self.step, -1
+        self._saved = self._resumed_at = self.step
+        self._exported = -1
         self._load_rank_state(path, info)
+        self.guard.restore(info.get("skipped"))
+        problem = self.guard.tensors(self.held_tensors())
+        if problem is not None:  # as checkpoints could be before they were looked at
+            raise UserError(f"{path} was saved though {problem}; remove it to resume from an older one")
         self._restart_clock()
 
     def _verified(self, path: Path) -> dict[str, Any]:
@@ -130,6 +154,7 @@ class RunFolder(ABC):
 
     def _save_checkpoint(self) -> None:
         paused = time.perf_counter()
+        self._check_finite()
         self.checkpoints.save(self.step, self._write_state, self._state_info())
         self._export_step()
         self._saved = self.step
@@ -138,8 +163,22 @@ class RunFolder(ABC):
     def _export_step(self) -> None:
         """Let `export/` be that of this step; every rank calls this, and fails if it cannot be written."""
         with everywhere(self.backend, f"{self.run_folder / 'export'} cannot be written"):
-            self.export(self.run_folder / "export")
+            self._write_export(self.run_folder / "export")
         self._exported = self.step
+
+    def _check_finite(self) -> None:
+        """Raise `UserError` if a number since the start or any tensor that is to be saved is not finite."""
+        self._end_if(self.guard.numbers() or self.guard.tensors(self.held_tensors()))
+
+    def _end_if(self, problem: str | None) -> None:
+        """Raise `UserError` on every rank alike if there is a problem with values that are not finite."""
+        if problem is None:
+            return
+        self._settle()
+        at_step = "" if " at step " in problem else f" at step {self.step}"
+        newest = self.checkpoints.latest()
+        resumed = newest == self.checkpoints.path(self._resumed_at)
+        raise UserError(f"{problem}{at_step}; {how_to_go_on(newest, resumed=resumed)}")
 
     def _settle(self) -> None:
         """Wait until the newest checkpoint is complete; every rank calls this, and fails if it cannot be."""
@@ -157,6 +196,7 @@ class RunFolder(ABC):
             "backend": self.backend.name,
             "global_batch": dataclasses.asdict(self.told_batch),
             "validation_broken_off": self._validation_broken_off,
+            "skipped": self.guard.state(),
         }
 
     def _write_state(self, folder: Path) -> None:

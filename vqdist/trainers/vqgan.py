@@ -130,25 +130,25 @@ class VQGanVAETrainer(TokenizerTrainer):
         """One generator update and, once it has joined, one discriminator update."""
         generator, discriminator = self.generator, self.discriminator
         train_discriminator = discriminator is not None and self.step >= self.config.discriminator_start
-        means = RunningMeans()
+        of_generator, of_discriminator = RunningMeans(), RunningMeans()
         for image, last in mark_last(micro_batches):
             with generator.micro_step(last=last):
                 out = generator(image)
                 loss, numbers = self.generator_loss(image, out)
                 generator.backward(loss)
-                means.add(numbers)
+                of_generator.add(numbers)
                 self.codes.add(out.indices)
             if train_discriminator:
                 with discriminator.micro_step(last=last):
                     loss, numbers = self.discriminator_loss(image, out.recon.detach())
                     discriminator.backward(loss)
-                    means.add(numbers)
-        numbers = means.means()
-        numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
-        numbers["generator_grad_norm"] = generator.step(lr=self.learning_rate(self.config.lr))
+                    of_discriminator.add(numbers)
+        lr = self.learning_rate(self.config.lr)
+        numbers = self.step_engine("generator", of_generator.means(), lr=lr)
         if train_discriminator:
-            numbers["discriminator_grad_norm"] = discriminator.step(lr=self.learning_rate(self.discr_lr))
-        return numbers
+            discr_lr = self.learning_rate(self.discr_lr)
+            numbers |= self.step_engine("discriminator", of_discriminator.means(), lr=discr_lr)
+        return {**numbers, "lr": torch.tensor(lr)}
 
     def generator_loss(self, image: Tensor, out: ForwardPass) -> tuple[Tensor, dict[str, Tensor]]:
         """What to call `backward` on, and the numbers to log.
