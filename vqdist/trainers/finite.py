@@ -230,8 +230,8 @@ def how_to_go_on(newest: Path | None, *, resumed: bool) -> str:
 def _moved_by_forward(engine: Engine) -> list[Tensor]:
     """Return all that a forward in training mode may move.
 
-    These are buffers (EMA codebooks, running statistics), and weights of modules with buffers of their own (the k-means
-    start of a learned codebook), where weights are whole.
+    These are buffers (EMA codebooks, running statistics), and weights of modules with buffers of their own (the
+    k-means start of a learned codebook), where weights are whole.
     """
     moved = list(engine.module.buffers())
     if engine.local is engine.module:
