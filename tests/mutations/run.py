@@ -76,10 +76,10 @@ PROMISES = {
         ("test_checkpoint.py",),
     ),
     "finite": Promise(
-        "a run whose numbers are not finite ends",
-        "not math.isfinite(value)",
-        "False",
-        ("test_trainer.py", "test_dvae_trainer.py::test_loss_that_is_no_number_stops_the_run"),
+        "no tensor that is not finite is committed to a checkpoint",
+        "broken = ~torch.stack(list(checked.values()))",
+        "broken = torch.zeros(len(checked), dtype=torch.bool, device=self.backend.device)",
+        ("test_finite.py",),
     ),
     "clip": Promise(
         "gradients are clipped to their limit",
