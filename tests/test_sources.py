@@ -1,6 +1,7 @@
 """A spec string becomes a source: the right files in the right order, or one line that says what to do."""
 
 import importlib.resources
+import json
 import os
 import pickle
 import sys
@@ -11,9 +12,14 @@ import torch
 from PIL import Image
 from source_files import message_of, same_after_pickling, save
 
+from vqdist.cli import main
+from vqdist.data import sources
+from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
-from vqdist.data.sources import DummyDataset, FolderSource, Source, digits, open_source
+from vqdist.data.images import BadImageError
+from vqdist.data.sources import DummyDataset, FolderSource, Source, digits, folder_of, open_source
 from vqdist.data.sources.base import DIGIT_LIKE, PackedStrings
+from vqdist.parts import Registry
 
 
 def relative_names(source):
@@ -139,7 +145,7 @@ def test_empty_folders(tmp_path):
 def test_near_names(spec):
     near = {"d": "digits", "s": "synthetic", "t": "torchvision"}[spec[0].lower()]
     message = message_of(open_source, spec)
-    assert message.startswith(f"no folder and no data source is called {spec!r}; did you mean `{near}`? Give a folder")
+    assert message.startswith(f"there is no folder and no data source {spec!r}; nearest: {near}; there are digits, ")
     for form in ["digits", "synthetic[:LENGTH]", "torchvision:NAME", "wds:", "hf:NAME"]:
         assert form in message
 
@@ -238,6 +244,228 @@ def test_a_source_of_ones_own():
 
     dataset = ImageDataset(Squares(), 4, channels=1)
     assert dataset[1].eq(1).all() and dataset.label(0) is None and dataset.name(1) == "squares[1]"
+
+
+OWN = """
+import random
+from PIL import Image
+from vqdist import Source
+
+class Squares(Source):
+    shade = 5
+
+    def __init__(self, count=40, side=20):
+        self.count, self.side = count, side
+
+    def __len__(self):
+        return self.count
+
+    def image(self, index):
+        return Image.new("RGB", (self.side, 16), (index * self.shade % 256, 40, 200))
+
+    def label(self, index):
+        return index % 10
+
+class Files(Squares):
+    def __init__(self, spec=None, exts=None):
+        super().__init__()
+        self.given = spec, exts
+
+class Random(Squares):
+    def image(self, index):
+        return Image.new("L", (4, 4), random.randrange(256))
+
+class Array(Squares):
+    def image(self, index):
+        return [[0]]
+
+class Words(Squares):
+    def label(self, index):
+        return "cat"
+
+class Bare(Source):
+    pass
+
+def make(count):
+    return Squares(count)
+
+class Other:
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Start in a folder that holds a module of a user."""
+    (tmp_path / "my_data.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    yield tmp_path
+    sys.modules.pop("my_data", None)
+
+
+@pytest.mark.parametrize(
+    "given, count",
+    [
+        ("my_data.Squares", 40),
+        ({"class_path": "my_data.Squares"}, 40),
+        ({"class_path": "my_data.Squares", "init_args": {"count": 7}}, 7),
+        ('{"class_path": "my_data.make", "init_args": {"count": 3}}', 3),
+        ({"class_path": "synthetic", "init_args": {"spec": "synthetic:5"}}, 5),
+        ({"class_path": "digits"}, 10_000),
+    ],
+)
+def test_a_source_in_every_form(own, given, count):
+    dataset = ImageDataset(given, 16)
+    assert len(dataset) == count and dataset[1].shape == (3, 16, 16) and isinstance(dataset.label(1), int)
+    assert same_after_pickling(open_source(given)) if count < 100 else True
+
+
+def test_a_source_that_is_built_is_taken_as_it_is(own):
+    from my_data import Squares
+
+    source = Squares(6)
+    assert ImageDataset(source, 16).source is source and source.spec == "Squares"
+    assert source.name(2) == "Squares[2]"
+
+
+def test_an_existing_folder_goes_before_an_import_path(own):
+    save(own / "my_data.Squares" / "a.png")
+    assert isinstance(open_source("my_data.Squares"), FolderSource)
+
+
+def test_a_source_is_told_the_spec_and_the_extensions_if_it_asks(own):
+    import my_data
+
+    registry = Registry("data source", Source)
+    registry.add("files")(my_data.Files)
+    registry.add("squares")(my_data.Squares)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "SOURCES", registry)
+        assert open_source("files:a:b", exts=["png"]).given == ("files:a:b", ["png"])
+        assert open_source("files").given == ("files", None)
+        assert len(open_source("squares")) == 40
+        assert "takes nothing after a colon" in message_of(open_source, "squares:3")
+    assert open_source("my_data.Files", exts=["png"]).given == (None, ["png"])
+    assert message_of(open_source, "my_data.Squares", exts=["png"]).startswith("exts ['png'] has no meaning for 'my_d")
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("my_data.Sqares", ["no folder 'my_data.Sqares', which would be taken first", "nearest: Squares"]),
+        ("no_such_module.Squares", ["no folder", "no module 'no_such_module'"]),
+        ("my_data.Other", ["no Source", "vqdist.data.sources.base.Source"]),
+        ({"class_path": "my_data.Squares", "init_args": {"cuont": 3}}, ["no argument 'cuont'", "nearest: count"]),
+        ({"class_path": "my_data.Squares", "init_args": {"count": 0}}, ["'Squares' holds no images"]),
+        ({"class_path": "torchvison"}, ["no data source 'torchvison'", "nearest: torchvision"]),
+        ({"class_path": "torchvision"}, ["'spec'", "init_args"]),
+        ({"init_args": {}}, ["class_path"]),
+        ('{"class_path": ', ["not JSON", "my_data.Source"]),
+        ("{}", ["class_path"]),
+    ],
+)
+def test_mistakes_with_an_own_source_are_one_line(own, given, expected):
+    message = message_of(open_source, given)
+    for words in expected:
+        assert words in message
+
+
+def test_mistakes_in_an_own_source_are_one_line(own):
+    import my_data
+
+    assert "Random[0] is another image each time" in message_of(my_data.Random().fingerprint)
+    assert "Array[3] is a list; return a PIL image" in message_of(lambda: ImageDataset(my_data.Array(), 8)[3])
+    assert "label of Words[3] is 'cat'" in message_of(ImageDataset(my_data.Words(), 8).label, 3)
+    with pytest.raises(NotImplementedError, match="Bare has no __len__"):
+        ImageDataset(my_data.Bare(), 8)
+
+
+def test_the_fingerprint_of_an_own_source_knows_length_pixels_and_labels(own):
+    import my_data
+
+    class Lighter(my_data.Squares):
+        shade = 6
+
+    class Shifted(my_data.Squares):
+        def label(self, index):
+            return (index + 1) % 10
+
+    Lighter.__name__ = Shifted.__name__ = "Squares"
+    seen = [my_data.Squares(), my_data.Squares(41), my_data.Squares(40, 21), Lighter(), Shifted()]
+    assert len({source.fingerprint() for source in seen}) == 5
+    assert my_data.Squares().fingerprint() == my_data.Squares().fingerprint()
+
+
+def test_a_broken_image_does_not_keep_a_source_from_its_fingerprint(own):
+    import my_data
+
+    class Broken(my_data.Squares):
+        def image(self, index):
+            if index == 0:
+                raise BadImageError("cannot decode it")
+            return super().image(index)
+
+    dataset = ImageDataset(Broken(), 8, on_bad_image="skip")
+    assert len(dataset.fingerprint()) == 64 and dataset.fetch(0, 0)[1] == ("Broken[0]",)
+
+
+@pytest.mark.parametrize("given", [{"class_path": "vqdist.data.sources.FolderSource"}, None])
+def test_the_folder_of_a_source_is_known(own, given):
+    save(own / "images" / "a.png")
+    spec = str(own / "images") if given is None else {**given, "init_args": {"folder": str(own / "images")}}
+    assert folder_of(spec) == folder_of(open_source(spec)) == own / "images"
+    assert folder_of("digits") is folder_of({"class_path": "digits"}) is folder_of(None) is None
+
+
+OWN_SINK = """
+from vqdist import Sink
+
+class Table(Sink):
+    def __init__(self, run_folder, every=1):
+        self.file, self.every = (run_folder / "table.csv").open("a"), every
+
+    def log(self, step, values):
+        if step % self.every == 0:
+            self.file.write(f"{step},{values.get('loss')}\\n")
+
+    def close(self):
+        self.file.close()
+"""
+
+
+def test_a_run_from_yaml_with_an_own_source_and_an_own_sink(own, capsys):
+    """Trained with loader processes, resumed, refused with other images, measured, encoded and reconstructed."""
+    (own / "my_sinks.py").write_text(OWN_SINK)
+    (own / "run.yaml").write_text(
+        "data: {folder: {class_path: my_data.Squares, init_args: {count: 24}}, image_size: 16, num_workers: 1}\n"
+        "model: {num_layers: 2, num_tokens: 16, codebook_dim: 8, hidden_dim: 8}\n"
+        "trainer:\n"
+        "  batch_size: 4\n"
+        "  num_train_steps: 2\n"
+        "  trackers: [{class_path: my_sinks.Table, init_args: {every: 2}}]\n"
+        "out: run\n"
+    )
+    data = json.dumps({"class_path": "my_data.Squares", "init_args": {"count": 24}})
+    assert main(["train", "dvae", "--config", "run.yaml"]) == 0, capsys.readouterr().err
+    assert [line.split(",")[0] for line in (own / "run/table.csv").read_text().splitlines()] == ["2", "2"]
+    trainer = json.loads((own / "run/config.json").read_text())["trainer"]
+    assert trainer["folder"] == json.loads(data)
+    assert trainer["trackers"] == [{"class_path": "my_sinks.Table", "init_args": {"every": 2}}]
+    assert main(["train", "dvae", "--config", "run.yaml", "--data", data, "--trainer.num_train_steps", "4"]) == 0
+    capsys.readouterr()
+    assert main(["train", "dvae", "--config", "run.yaml", "--data.folder.class_path", "my_data.Files"]) == 2
+    assert "give all of it" in capsys.readouterr().err
+    assert main(["train", "dvae", "--config", "run.yaml", "--data", "my_data.Squares"]) == 2
+    assert "data.images" in capsys.readouterr().err
+    for command, options in {
+        "evaluate": ["--num_workers", "1"],
+        "encode": ["--out", "codes", "--num_workers", "1"],
+        "reconstruct": ["--out", "sheet.png"],
+    }.items():
+        assert main([command, "run", "--data", data, *options]) == 0, capsys.readouterr().err
+    assert CodeDataset("codes").label(13) == 3 and (own / "sheet.png").is_file()
+    sys.modules.pop("my_sinks", None)
 
 
 def test_packed_strings():

@@ -13,7 +13,7 @@ from vqdist.version import __version__
 if TYPE_CHECKING:
     from vqdist.data.codes import CodeDataset
     from vqdist.data.dataset import ImageDataset
-    from vqdist.data.sources import DummyDataset
+    from vqdist.data.sources import DummyDataset, Source
     from vqdist.errors import PeerLost, RanksDiverged, UserError
     from vqdist.models.autoregressive import AutoregressiveModel, SecondStage
     from vqdist.models.dvae import DiscreteVAE
@@ -54,6 +54,7 @@ _PUBLIC = {
     "SecondStage": "vqdist.models.autoregressive",
     "SimpleVQVAE": "vqdist.models.vqvae",
     "Sink": "vqdist.tracking",
+    "Source": "vqdist.data.sources",
     "Stopped": "vqdist.stopping",
     "Term": "vqdist.objectives",
     "Tokenizer": "vqdist.models.tokenizer",
@@ -87,6 +88,7 @@ __all__ = [
     "SecondStage",
     "SimpleVQVAE",
     "Sink",
+    "Source",
     "Stopped",
     "Term",
     "Tokenizer",

@@ -35,6 +35,7 @@ from vqdist.data.codes import (
 )
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, default_workers, listed_loader
+from vqdist.data.sources import folder_of
 from vqdist.errors import UserError
 from vqdist.files import LEASE_SECONDS, LOCK, FolderLock, lock_folder, read_json, sha256_of, write_json
 from vqdist.metrics import code_histogram, codebook_usage
@@ -320,15 +321,15 @@ def make_plan(tokenizer: Tokenizer, dataset: ImageDataset, *, batch_size: int, s
     }
 
 
-def check_folder(folder: Path, images: str | None = None) -> None:
+def check_folder(folder: Path, images: Any = None) -> None:
     """Raise `UserError` if codes cannot go into this folder.
 
     Args:
         folder: for the codes.
         images: the spec of the images.
     """
-    source = Path(images).expanduser() if images else None
-    if source is not None and source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+    source = folder_of(images)
+    if source is not None and folder.resolve().is_relative_to(source.resolve()):
         raise UserError(f"the folder of codes {folder} lies in the folder of the images, {source}; give another --out")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and a folder for the codes is expected; give another --out")

@@ -238,6 +238,11 @@ class Registry(Generic[T]):
         self._check_arguments(spec, factory, arguments, keywords, hidden=known.keys() - spec.init_args.keys())
         return spec, factory, keywords
 
+    def takes(self, target: str, argument: str) -> bool:
+        """Return whether the factory of a name or import path has a parameter of this name."""
+        taken = _parameters(self.factory(target))
+        return taken is None or argument in taken
+
     def check(self, part: Any, called: str) -> T:
         """Return a built part; raise `UserError` unless it is of this kind."""
         if self.base is not None and not isinstance(part, self.base):
@@ -352,7 +357,7 @@ def missing_members(part: Any, base: type) -> list[str]:
     return sorted(name for name in members if not name.startswith("_") and not hasattr(part, name))
 
 
-def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
+def unknown(what: str, name: str, known: Iterable[str], hint: str = "", *, like: str | None = None) -> UserError:
     """Return the one error for a name that is not known: it tells the nearest, and lists all where they are few.
 
     Args:
@@ -360,10 +365,11 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> UserE
         name: as given.
         known: names that there are.
         hint: added at the end.
+        like: compared with the names in place of `name`, where only a part of it is one.
     """
     known = list(known)
     listed = f"; there are {', '.join(known)}" if len(known) <= 12 else ""
-    return UserError(f"there is no {what} {name!r}{_near(name, known)}{listed}{hint}")
+    return UserError(f"there is no {what} {name!r}{_near(like or name, known)}{listed}{hint}")
 
 
 def _near(name: str, known: Iterable[str]) -> str:

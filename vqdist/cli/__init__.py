@@ -76,7 +76,10 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"vqdist {__version__}")
         return 0
-    return _command(arguments[0])(arguments[1:])
+    command = _command(arguments[0])
+    if os.getcwd() not in sys.path:  # modules of a user lie in the folder that the command is started in
+        sys.path.append(os.getcwd())
+    return command(arguments[1:])
 
 
 def _overview() -> str:

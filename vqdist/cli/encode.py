@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.errors import UserError
@@ -38,7 +39,9 @@ def encode(arguments: list[str]) -> int:
 def _parser():
     parser = make_parser("vqdist encode", "Store the codes of all images of --data by a run's tokenizer.")
     parser.add_argument("run", type=str, help="Run folder of a tokenizer, or a folder that save_pretrained wrote.")
-    parser.add_argument("--data.folder", type=str, required=True, help="Images, as for train (short: --data).")
+    parser.add_argument(
+        "--data.folder", type=str | dict[str, Any], required=True, help="Images, as for train (short: --data)."
+    )
     parser.add_argument(
         "--out", type=str, required=True, help="Folder for the codes; one begun by this command goes on."
     )
@@ -85,7 +88,7 @@ def _check(options) -> None:
         raise UserError(f"dist_timeout {options.dist_timeout} is not possible; it must be above 0 and at most 525600")
     if not options.out:
         raise UserError("--out is empty; give the folder for the codes")
-    if options.data.folder.startswith("codes:"):
+    if isinstance(options.data.folder, str) and options.data.folder.startswith("codes:"):
         raise UserError(f"--data {options.data.folder} are codes already; give the images that they were made of")
     check_folder(Path(options.out).expanduser(), options.data.folder)
 

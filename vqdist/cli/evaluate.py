@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.cli.sample import add_draw_options, draw_options
@@ -96,7 +96,9 @@ def _run_parser(program: str, description: str, epilog: str | None = None):
     """What `evaluate` and `reconstruct` share: a run, images, and how to load them."""
     parser = make_parser(program, description, epilog)
     parser.add_argument("run", type=str, help="Run folder, or a folder that save_pretrained wrote.")
-    parser.add_argument("--data.folder", type=str, required=True, help="Images, as for train (short: --data).")
+    parser.add_argument(
+        "--data.folder", type=str | dict[str, Any], required=True, help="Images, as for train (short: --data)."
+    )
     parser.add_argument(
         "--data.image_size",
         type=int | None,
@@ -227,8 +229,8 @@ def _open_generator(model: AutoregressiveModel, options) -> _GeneratorRun:
     if size is not None and size != model.image_size:
         raise UserError(f"image_size {size} is given but the model is for {model.image_size}; leave it out")
     folder = options.data.folder
-    stored = folder.startswith(CODES)
-    dataset = _open_codes(folder.removeprefix(CODES), model, options) if stored else _open_images(options, model)
+    stored = folder.removeprefix(CODES) if isinstance(folder, str) and folder.startswith(CODES) else None
+    dataset = _open_images(options, model) if stored is None else _open_codes(stored, model, options)
     run = _GeneratorRun(options, model, dataset, _open_extractor(options, model, len(dataset)))
     run.check()
     return run

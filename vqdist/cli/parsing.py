@@ -97,6 +97,13 @@ def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIA
         return parser.parse_args(_spell_out(given, aliases))
     except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(_one_line(str(error), known, aliases)) from error
+    except AttributeError as error:
+        if "init_args" not in str(error):
+            raise
+        raise UserError(
+            "an option with class_path and init_args that a file gives cannot be changed in part on the command line; "
+            """give all of it, as '{"class_path": "my_module.MyClass", "init_args": {"width": 32}}'"""
+        ) from error
 
 
 def add_trust_option(parser) -> None:
@@ -172,6 +179,9 @@ def _spell_out(given: list[Given], aliases: Mapping[str, Alias]) -> list[str]:
             continue
         alias = aliases.get(name)
         option, meant = (name, value) if alias is None else (alias.option, alias.resolve(name, value))
+        if meant is not None and meant.lstrip().startswith("{") and "class_path" in meant:
+            # jsonargparse would merge it with the class_path of a file, and fails where that is a dictionary
+            arguments.append(f"--{option}=replaced")
         arguments.append(f"--{option}" if meant is None else f"--{option}={meant}")
         said.setdefault(option, {})[name] = (meant, f"--{name}" if value is None else f"--{name} {value}")
     for option, by_name in said.items():

@@ -15,8 +15,8 @@ CODES = "codes:"
 class DataConfig:
     """Which images, of which size, split and loaded how."""
 
-    folder: str | None = None
-    """Image folder, or `digits`, `synthetic`, `torchvision:NAME`, `wds:URL-{000..099}.tar`, `hf:NAME`."""
+    folder: str | dict[str, Any] | None = None
+    """Image folder, `digits`, `synthetic`, `torchvision:NAME`, `wds:URL-{000..099}.tar`, `hf:NAME`, `class_path`."""
     image_size: int
     """Side of the square training images in pixels."""
     exts: list[str] | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqdist.data.images import BadImageError, check_channels
-from vqdist.data.sources import Source, TensorSource, open_source
-from vqdist.data.sources.base import checked_index
+from vqdist.data.sources import Source, TensorSource, not_empty, open_source
+from vqdist.data.sources.base import checked_index, checked_label
 from vqdist.errors import UserError
 from vqdist.seeding import derive_seed
 
@@ -27,9 +28,9 @@ class ImageDataset(Dataset):
     out; training images are mirrored with probability 0.5 where the source allows it (not digits).
 
     Args:
-        source: a spec (see `vqdist.data.sources`), a `Source`, another `ImageDataset` of the same size and channels
-            (its images are looked at anew; augmented only if both are), or any map-style dataset of float tensors
-            (c, h, w) in [0, 1], which are taken as they are.
+        source: a spec (see `vqdist.data.sources`), also as class_path and init_args, a `Source`, another
+            `ImageDataset` of the same size and channels (its images are looked at anew; augmented only if both
+            are), or any map-style dataset of float tensors (c, h, w) in [0, 1], which are taken as they are.
         image_size: side in pixels.
         channels: 1, 3 or 4.
         exts: file name extensions to read from a folder or tar files; by default every image format that is known.
@@ -46,7 +47,7 @@ class ImageDataset(Dataset):
 
     def __init__(
         self,
-        source: Source | Dataset | str | os.PathLike,
+        source: Source | Dataset | str | Mapping[str, Any] | os.PathLike,
         image_size: int,
         *,
         channels: int = 3,
@@ -112,7 +113,7 @@ class ImageDataset(Dataset):
         The image may be the next good one, and then so is the class.
         """
         item, candidate, bad = self._first_good(epoch, index, among)
-        return item, self.source.label(candidate), bad
+        return item, checked_label(self.source, candidate), bad
 
     def _first_good(
         self, epoch: int, index: int, among: Sequence[int] | Tensor | None
@@ -133,7 +134,7 @@ class ImageDataset(Dataset):
 
     def label(self, index: int) -> int | None:
         """Return the class of the image at an index (of this very index, also where a broken image is replaced)."""
-        return self.source.label(checked_index(index, len(self)))
+        return checked_label(self.source, checked_index(index, len(self)))
 
     def name(self, index: int) -> str:
         """Return the path or name of the image at an index."""
@@ -167,9 +168,11 @@ class ImageDataset(Dataset):
                 yield candidate
 
 
-def _as_source(source: Source | Dataset | str | os.PathLike, exts: Iterable[str] | str | None) -> Source:
-    if source is None or isinstance(source, str | os.PathLike):
+def _as_source(
+    source: Source | Dataset | str | Mapping[str, Any] | os.PathLike, exts: Iterable[str] | str | None
+) -> Source:
+    if source is None or isinstance(source, str | os.PathLike | Mapping):
         return open_source(source, exts=exts)
     if exts is not None:
         raise UserError(f"exts {exts!r} has no meaning for a {type(source).__name__} that is open; leave it out")
-    return source if isinstance(source, Source) else TensorSource(source)
+    return not_empty(source) if isinstance(source, Source) else TensorSource(source)

@@ -57,8 +57,8 @@ class ARTrainerConfig(TrainerConfig):
     @property
     def codes_folder(self) -> str | None:
         """The folder of stored codes, where `folder` names one."""
-        folder = self.folder or ""
-        return folder.removeprefix(CODES) if folder.startswith(CODES) else None
+        folder = self.folder
+        return folder.removeprefix(CODES) if isinstance(folder, str) and folder.startswith(CODES) else None
 
     @property
     def sample_options(self) -> dict[str, Any]:

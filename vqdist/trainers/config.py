@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vqdist.data.config import DataConfig
+from vqdist.data.sources.base import Source
 from vqdist.errors import UserError
 from vqdist.parts import recorded, unknown
 from vqdist.schedules import LR_SCHEDULES
@@ -217,7 +218,7 @@ def build_config(config_class: type[C], options: dict[str, Any]) -> C:
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
     kinds = get_type_hints(config_class)
     for name, value in options.items():
-        if not _is_of(value, kinds[name]):
+        if not _is_of(value, kinds[name]) and not (name == "folder" and isinstance(value, Source)):
             raise UserError(f"{name} {value!r} is not possible; give {_in_words(kinds[name])}")
     config = config_class(**options)
     config.check()

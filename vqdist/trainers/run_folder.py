@@ -32,12 +32,14 @@ from vqdist.checkpoint import (
 )
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Split
+from vqdist.data.sources import folder_of
 from vqdist.errors import UserError
 from vqdist.export import mend_export, write_export
 from vqdist.files import LEASE_SECONDS, FolderLock, lock_folder, read_json, write_json
 from vqdist.manifest import read_manifest
 from vqdist.metrics import RunningMeans
 from vqdist.models.pretrained import PretrainedModel
+from vqdist.parts import called
 from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig, default_options, differing_keys
 from vqdist.trainers.finite import FiniteGuard, how_to_go_on
@@ -303,8 +305,8 @@ class RunFolder(ABC):
     def _run_folder(self) -> Path:
         if not self.config.results_folder:
             raise UserError("results_folder is empty; give the folder of the run")
-        folder, images = Path(self.config.results_folder).expanduser(), Path(self.config.folder or "").expanduser()
-        if self.config.folder and images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
+        folder, images = Path(self.config.results_folder).expanduser(), folder_of(self.config.folder)
+        if images is not None and folder.resolve().is_relative_to(images.resolve()):
             raise UserError(
                 f"the run folder {folder} lies in the folder of the images, {images}: its pictures would be trained "
                 "on; give another one"
@@ -418,8 +420,9 @@ class RunFolder(ABC):
         others = self._ranks_where(bool((fingerprint != self.backend.gather(fingerprint)[0]).any()))
         if others:
             raise UserError(
-                f"the images of {self.config.folder or 'the dataset'} on {peers.named(others)} are others than on "
-                f"{peers.named([0])}; every host must see the same files: use a shared file system, or copy them anew"
+                f"the images of {called(self.config.folder or 'the dataset')} on {peers.named(others)} are others "
+                f"than on {peers.named([0])}; every host must see the same files: use a shared file system, or copy "
+                "them anew"
             )
 
     def _ranks_where(self, flag: bool) -> list[int]:

@@ -8,6 +8,7 @@
 | `torchvision:NAME[:SPLIT][?key=value&...]` | a class of `torchvision.datasets` |
 | `wds:SHARDS` | samples of local or remote tar files, e.g. `wds:/data/train-{000..099}.tar` |
 | `hf:NAME[:SPLIT][?key=value&...]` | a Hugging Face dataset: of the Hub, of a folder, or saved by `save_to_disk` |
+| `my_data.MySource`, `{class_path: my_data.MySource, init_args: {...}}` | a `Source` of one's own, see there |
 
 - Folders: hidden files and folders (a leading dot) are passed over; symbolic links are followed, except back to a
   folder that encloses them. A folder that is called like another spec is written `./digits`.
@@ -30,9 +31,11 @@ Legend: c channel, h w image.
 
 from __future__ import annotations
 
-import difflib
+import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from vqdist.data.sources.base import FORMS, Source, absolute_path
 from vqdist.data.sources.digits import DigitsSource
@@ -43,57 +46,99 @@ from vqdist.data.sources.tensors import TensorSource
 from vqdist.data.sources.torchvision_datasets import TorchvisionSource
 from vqdist.data.sources.webdataset_shards import WebDatasetSource
 from vqdist.errors import UserError
+from vqdist.parts import PATH, PartSpec, Registry, Spec, called, unknown
 
 __all__ = [
     "DigitsSource",
     "DummyDataset",
     "FolderSource",
     "HuggingFaceSource",
+    "SOURCES",
     "Source",
     "SyntheticSource",
     "TensorSource",
     "TorchvisionSource",
     "WebDatasetSource",
+    "folder_of",
+    "not_empty",
     "open_source",
 ]
 
-OPENERS: dict[str, Callable[[str], Source]] = {
-    "digits": DigitsSource,
-    "synthetic": SyntheticSource,
-    "torchvision": TorchvisionSource,
-    "wds": WebDatasetSource,
-    "hf": HuggingFaceSource,
-}
+SOURCES: Registry[Source] = Registry("data source", Source)
+"""A factory gets the whole of `name:rest` as `spec`, where it has that parameter, and `exts` likewise."""
+SOURCES.add("digits")(DigitsSource)
+SOURCES.add("synthetic")(SyntheticSource)
+SOURCES.add("torchvision")(TorchvisionSource)
+SOURCES.add("wds")(WebDatasetSource)
+SOURCES.add("hf")(HuggingFaceSource)
 
 
-def open_source(spec: str | os.PathLike, *, exts: Iterable[str] | str | None = None) -> Source:
+def open_source(
+    spec: PartSpec | Mapping[str, Any] | os.PathLike, *, exts: Iterable[str] | str | None = None
+) -> Source:
     """Open the images that a spec names (the forms are listed on top of this module).
 
     Args:
         spec: the spec; a path object is always a folder.
         exts: file name extensions to read in place of the usual ones, with or without the dot, in any letter case; for
-            folders and `wds:` only.
+            folders, `wds:` and sources that have the parameter.
 
     Raises:
         UserError: there is no such source, it is empty, or it cannot be opened.
     """
     if isinstance(spec, os.PathLike):
         return FolderSource(spec, exts=exts)
+    if isinstance(spec, Mapping):
+        return _build(dict(spec), exts)
     if not isinstance(spec, str) or not spec.strip():
         raise UserError(f"the data source is {spec!r}; give {FORMS}")
+    if spec.lstrip().startswith("{"):
+        return _build(_read(spec), exts)
     kind, colon, rest = spec.partition(":")
-    if kind not in OPENERS:
+    if kind not in SOURCES:
         return _open_path(spec, exts)
     if colon and not rest:
         raise UserError(f"the data source {spec!r} ends after its colon; give {FORMS}")
-    if kind == "wds":
-        return WebDatasetSource(spec, exts=exts)
-    if exts is not None:
-        raise UserError(f"exts {exts!r} has no meaning for {spec!r}, which is not made of image files; leave it out")
-    source = OPENERS[kind](spec)
+    if rest and not SOURCES.takes(kind, "spec"):
+        raise UserError(f"the data source {kind!r} takes nothing after a colon; write {kind!r}, or give init_args")
+    return _build(kind, exts, spec=spec)
+
+
+def not_empty(source: Source) -> Source:
+    """Return a source; raise `UserError` if it holds no images."""
     if len(source) == 0:
-        raise UserError(f"{spec!r} holds no images; choose another split or dataset")
+        raise UserError(f"{source.spec!r} holds no images; choose another split or dataset")
     return source
+
+
+def folder_of(given: Any) -> Path | None:
+    """Return the folder of images that is given as a data source, or None where it is something else."""
+    if isinstance(given, Mapping):
+        given = (given.get("init_args") or {}).get("folder")
+    if isinstance(given, FolderSource):
+        return Path(given.folder)
+    path = Path(given).expanduser() if given and isinstance(given, str | os.PathLike) else None
+    return path if path is not None and path.is_dir() else None
+
+
+def _build(given: PartSpec, exts: Iterable[str] | str | None, **context: Any) -> Source:
+    if exts is not None:
+        if not SOURCES.takes(Spec.of(given, SOURCES.kind).target, "exts"):
+            said = context.get("spec", called(given))
+            raise UserError(
+                f"exts {exts!r} has no meaning for {said!r}, which is not made of image files; leave it out"
+            )
+        context["exts"] = exts
+    return not_empty(SOURCES.build(given, **context))
+
+
+def _read(spec: str) -> dict[str, Any]:
+    """Return the dictionary that a command line gives as text."""
+    try:
+        return json.loads(spec)
+    except (ValueError, RecursionError) as error:
+        example = '{"class_path": "my_data.Source", "init_args": {}}'
+        raise UserError(f"the data source {spec[:80]!r} is not JSON ({error}); give it as {example}") from error
 
 
 def _open_path(spec: str, exts: Iterable[str] | str | None) -> Source:
@@ -103,6 +148,18 @@ def _open_path(spec: str, exts: Iterable[str] | str | None) -> Source:
         raise UserError(f"{spec} is not a folder; tar files, local or remote, are given as `wds:{spec}`")
     if "/" in spec or spec.startswith((".", "~")):
         raise UserError(f"no such folder: {absolute_path(spec)}; check the path, or give {FORMS}")
-    near = difflib.get_close_matches(spec.partition(":")[0].lower(), OPENERS, n=1)
-    hint = f"did you mean `{near[0]}`? " if near else ""
-    raise UserError(f"no folder and no data source is called {spec!r}; {hint}Give {FORMS}")
+    if PATH.fullmatch(spec):
+        return _open_import_path(spec, exts)
+    raise unknown("folder and no data source", spec, SOURCES.names(), f"; give {FORMS}", like=_kind_like(spec))
+
+
+def _kind_like(spec: str) -> str:
+    return spec.partition(":")[0].lower()
+
+
+def _open_import_path(spec: str, exts: Iterable[str] | str | None) -> Source:
+    try:
+        SOURCES.factory(spec)
+    except UserError as error:
+        raise UserError(f"there is no folder {spec!r}, which would be taken first; {error}") from error
+    return _build(spec, exts)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqdist.data.images import image_to_tensor
+from vqdist.data.images import BadImageError, image_to_tensor
 from vqdist.errors import UserError
 
 IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
@@ -24,28 +24,50 @@ DIGIT_LIKE = re.compile(r"mnist|svhn|usps|semeion|omniglot|gtsrb|sst2|digits", r
 """Published datasets of digits, letters, text and traffic signs: mirrored, they mean something else."""
 
 FORMS = (
-    "a folder of images, `digits`, `synthetic[:LENGTH]`, `torchvision:NAME[:SPLIT]`, `wds:SHARDS-{000..099}.tar` or "
-    "`hf:NAME[:SPLIT]`"
+    "a folder of images, `digits`, `synthetic[:LENGTH]`, `torchvision:NAME[:SPLIT]`, `wds:SHARDS-{000..099}.tar`, "
+    "`hf:NAME[:SPLIT]` or the import path of a source of your own, `my_data.MySource`"
 )
 
 
 class Source:
-    """Images by index. A subclass gives `__len__`, `image` and `fingerprint`, and pickles (loader workers).
+    """Images by index. A subclass gives `__len__` and `image`, and where there are classes `label`.
+
+    ```python
+    class Squares(vqdist.Source):
+        def __init__(self, count=100, side=32):
+            self.count, self.side = count, side
+
+        def __len__(self):
+            return self.count
+
+        def image(self, index):  # a PIL image of any mode and size, the same each time
+            return Image.new("L", (self.side, self.side), index % 256)
+    ```
+
+    In YAML it is `data: {folder: {class_path: my_data.Squares, init_args: {count: 50}}}`, on the command line
+    `--data my_data.Squares`, in Python `folder=Squares(50)`. The constructor also gets `exts`, where it has that
+    parameter and the option was given. A source is pickled for loader processes, so it opens files in `image`. All
+    chance (crops, flips) belongs to the training, so that a resumed run sees the same images.
 
     Attributes:
-        spec: what was asked for, for messages.
+        spec: the source in messages; by default the name of the class.
         flip: whether a mirrored image is as good as the image.
     """
 
     spec: str
     flip: bool = True
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "spec" not in vars(cls):
+            cls.spec = cls.__name__
+
     def __len__(self) -> int:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no __len__")
 
     def image(self, index: int) -> Image.Image:
         """Return the decoded image at 0 <= index < len; `BadImageError` names it if it cannot be decoded."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no image")
 
     def label(self, index: int) -> int | None:
         """Return the class of an image, or None where the source has no classes."""
@@ -56,12 +78,22 @@ class Source:
         return f"{self.spec.partition('?')[0]}[{index}]"
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of names and sizes: equal on two nodes if they see the same images. Does not read images."""
-        raise NotImplementedError
+        """Return a SHA-256 (hex) that is equal where the images are: on all ranks, and in a run and its resume.
+
+        By default it is of the class's name, the length, and pixels and labels of up to 16 images, evenly spaced. A
+        subclass that knows names and sizes can do without reading images.
+
+        Raises:
+            UserError: an image is another one each time.
+        """
+        if "_sampled" not in vars(self):
+            self._sampled = fingerprint_of_sample(self)
+        return self._sampled
 
     def tensor(self, index: int, *, image_size: int, channels: int, rng: torch.Generator | None = None) -> Tensor:
         """Return the image as (c, h, w) float32 in [0, 1], see `images.image_to_tensor`."""
-        return image_to_tensor(self.image(index), image_size=image_size, channels=channels, rng=rng)
+        image = checked_image(self, index)
+        return image_to_tensor(image, image_size=image_size, channels=channels, rng=rng)
 
 
 class PackedStrings:
@@ -143,10 +175,59 @@ def digest_of(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def probes(source: Source) -> list[int]:
+    """Return up to 16 indices, evenly spaced: all that a fingerprint looks at where it must read the content."""
+    return np.linspace(0, len(source) - 1, num=min(len(source), 16)).astype(int).tolist()
+
+
 def some_labels(source: Source) -> str:
-    """Up to 16 labels, evenly spaced: what a fingerprint can know of the content without reading all of it."""
-    probes = np.linspace(0, len(source) - 1, num=min(len(source), 16)).astype(int)
-    return repr([source.label(int(index)) for index in probes])
+    """Return the labels of `probes`."""
+    return repr([source.label(index) for index in probes(source)])
+
+
+def fingerprint_of_sample(source: Source) -> str:
+    """Return a SHA-256 (hex) of class name, length, and the images and labels of `probes`.
+
+    Raises:
+        UserError: an image is another one each time.
+    """
+    lines = [type(source).__name__, str(len(source))]
+    for number, index in enumerate(probes(source)):
+        seen = _digest_of_image(source, index)
+        if number == 0 and _digest_of_image(source, index) != seen:
+            raise UserError(
+                f"{source.name(index)} is another image each time it is read; let image(index) depend on the index "
+                "alone, since the training adds all chance, or give the source a fingerprint() of its own"
+            )
+        lines.append(f"{seen} {checked_label(source, index)}")
+    return digest_of(lines)
+
+
+def _digest_of_image(source: Source, index: int) -> str:
+    try:
+        image = checked_image(source, index)
+    except BadImageError:  # the training says so, or passes over it
+        return "undecodable"
+    return digest_of([image.mode, str(image.size), hashlib.sha256(image.tobytes()).hexdigest()])
+
+
+def checked_image(source: Source, index: int) -> Image.Image:
+    """Return `source.image(index)`; raise `UserError` unless it is an image of Pillow."""
+    image = source.image(index)
+    if not isinstance(image, Image.Image):
+        raise UserError(
+            f"{source.name(index)} is a {type(image).__name__}; return a PIL image, as Image.fromarray(array), "
+            "or give tensors (c, h, w) in [0, 1] as a torch dataset, with dataset= in Python"
+        )
+    return image
+
+
+def checked_label(source: Source, index: int) -> int | None:
+    """Return `source.label(index)` as a number or None; raise `UserError` for anything else."""
+    label = source.label(index)
+    if label is not None and as_label(label) is None:
+        raise UserError(f"the label of {source.name(index)} is {label!r}; return the number of a class, or None")
+    return as_label(label)
 
 
 def absolute_path(path: str) -> str:
