@@ -253,7 +253,7 @@ MISTAKES = {
     ),
     "codes for features": ("prior FEATURES --data codes:x", "--features looks at images, and codes:x holds none"),
     "no codes": ("prior --data codes:absent", "there are no codes in absent"),
-    "codes for a tokenizer": ("dvae --data codes:absent", "no folder and no data source is called 'codes:absent'"),
+    "codes for a tokenizer": ("dvae --data codes:absent", "no folder and no data source 'codes:absent'"),
     "batch size": ("prior --batch_size 0", "batch_size 0 and num_workers 0 are not possible"),
 }
 

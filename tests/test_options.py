@@ -734,7 +734,7 @@ WRONG_OPTIONS = [
     ),
     ({"folder": "ABSENT/images"}, r"^no such folder: .*ABSENT/images; check the path"),
     ({"folder": "EMPTY"}, r"^no images in .*EMPTY: found no files; expected files ending in bmp, gif,"),
-    ({"folder": "syntetic"}, r"did you mean `synthetic`\?"),
+    ({"folder": "syntetic"}, r"nearest: synthetic"),
     ({"folder": "synthetic:64", "exts": ["png"]}, r"^exts \['png'\] has no meaning for 'synthetic:64'"),
     ({"lr_schedule": "linear"}, r"^lr_schedule 'linear' is not known; choose one of constant, cosine, exponential$"),
     ({"lr_decay_rate": 0.5}, r"^lr_decay_rate 0.5 does nothing, because lr_schedule is constant; leave it out$"),
@@ -778,7 +778,7 @@ WRONG_OPTIONS = [
     ({"num_train_steps": 2.5}, r"^num_train_steps 2.5 is not possible; give a whole number or null$"),
     ({"num_train_steps": None, "epochs": "2"}, r"^epochs '2' is not possible; give a number or null$"),
     ({"use_ema": 1}, r"^use_ema 1 is not possible; give true or false$"),
-    ({"folder": 64}, r"^folder 64 is not possible; give a string or null$"),
+    ({"folder": 64}, r"^folder 64 is not possible; give a string or a dictionary or null$"),
     (
         {"trackers": "wandb"},
         r"^trackers 'wandb' is not possible; give a list, each item a name, an import",

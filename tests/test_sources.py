@@ -353,7 +353,7 @@ def test_a_source_is_told_the_spec_and_the_extensions_if_it_asks(own):
 @pytest.mark.parametrize(
     "given, expected",
     [
-        ("my_data.Sqares", ["no folder 'my_data.Sqares', which would be taken first", "nearest: Squares"]),
+        ("my_data.Square", ["no folder 'my_data.Square', which would be taken first", "nearest: Squares"]),
         ("no_such_module.Squares", ["no folder", "no module 'no_such_module'"]),
         ("my_data.Other", ["no Source", "vqdist.data.sources.base.Source"]),
         ({"class_path": "my_data.Squares", "init_args": {"cuont": 3}}, ["no argument 'cuont'", "nearest: count"]),
@@ -454,8 +454,8 @@ def test_a_run_from_yaml_with_an_own_source_and_an_own_sink(own, capsys):
     assert trainer["trackers"] == [{"class_path": "my_sinks.Table", "init_args": {"every": 2}}]
     assert main(["train", "dvae", "--config", "run.yaml", "--data", data, "--trainer.num_train_steps", "4"]) == 0
     capsys.readouterr()
-    assert main(["train", "dvae", "--config", "run.yaml", "--data.folder.class_path", "my_data.Files"]) == 2
-    assert "give all of it" in capsys.readouterr().err
+    assert main(["train", "dvae", "--config", "run.yaml", "--data.folder.count", "30"]) == 2
+    assert "data.images" in capsys.readouterr().err
     assert main(["train", "dvae", "--config", "run.yaml", "--data", "my_data.Squares"]) == 2
     assert "data.images" in capsys.readouterr().err
     for command, options in {

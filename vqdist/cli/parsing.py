@@ -97,13 +97,6 @@ def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIA
         return parser.parse_args(_spell_out(given, aliases))
     except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(_one_line(str(error), known, aliases)) from error
-    except AttributeError as error:
-        if "init_args" not in str(error):
-            raise
-        raise UserError(
-            "an option with class_path and init_args that a file gives cannot be changed in part on the command line; "
-            """give all of it, as '{"class_path": "my_module.MyClass", "init_args": {"width": 32}}'"""
-        ) from error
 
 
 def add_trust_option(parser) -> None:

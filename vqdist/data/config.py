@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vqdist.parts import Registry, import_path
@@ -15,7 +15,7 @@ CODES = "codes:"
 class DataConfig:
     """Which images, of which size, split and loaded how."""
 
-    folder: str | dict[str, Any] | None = None
+    folder: str | dict[str, Any] | None = field(default=None, metadata={"part": "vqdist.data.sources.SOURCES"})
     """Image folder, `digits`, `synthetic`, `torchvision:NAME`, `wds:URL-{000..099}.tar`, `hf:NAME`, `class_path`."""
     image_size: int
     """Side of the square training images in pixels."""
@@ -42,9 +42,9 @@ class DataConfig:
 
         Such a field has the import path of its registry in its metadata: `field(..., metadata={"part": "..."})`.
         """
-        data = {field.name for field in fields(DataConfig)}
+        data = {f.name for f in fields(DataConfig)}
         return {
-            ("data" if field.name in data else "trainer", field.name): import_path(field.metadata["part"])
-            for field in fields(cls)
-            if "part" in field.metadata
+            ("data" if f.name in data else "trainer", f.name): import_path(f.metadata["part"])
+            for f in fields(cls)
+            if "part" in f.metadata
         }
