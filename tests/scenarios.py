@@ -171,6 +171,28 @@ AR_PARITY = {
     "var": {**AR_EVERYTHING, "label_dropout": 0.4},
 }
 
+# By what a prior is trained on every backend. The last columns are of tests/foreign: an own optimizer.
+OPTIMIZERS = {
+    "adam": {"optimizer": "adam", "weight_decay": 0.0},
+    "adamw": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.95], "amsgrad": True}}},
+    "sgd": {"optimizer": {"class_path": "sgd", "init_args": {"momentum": 0.9}}, "lr": 1e-2},
+    "nadam": {"optimizer": "torch.optim.NAdam"},
+    "muon": {"optimizer": "muon"},
+    "own": {"optimizer": {"class_path": "foreign.my_optimizer.Lion", "init_args": {"cautious_after": 3}}, "lr": 1e-5},
+    "counting": {"optimizer": "foreign.my_optimizer.Counting", "lr": 1e-5},
+}
+
+
+def optimizer_options(name: str) -> dict:
+    """Everything on, and this optimizer; two micro-batches."""
+    return {
+        **AR_EVERYTHING,
+        "adam_betas": [0.9, 0.999],
+        "label_dropout": 0.4,
+        "grad_accum_every": 2,
+        **OPTIMIZERS[name],
+    }
+
 
 # 64 synthetic images, and nothing is written before it is told to
 QUIET = {

@@ -134,7 +134,7 @@ def test_a_buffer_with_two_names_is_saved_and_filled_under_both():
 
     class OfOneRank(ShardedEngine):
         gather = cut = staticmethod(lambda _name, tensor: tensor)
-        local = named_optimizer_tensors = __call__ = micro_step = backward = load = None
+        local = named_optimizer_state = __call__ = micro_step = backward = load = None
 
     network = nn.Module()
     network.first = network.second = nn.BatchNorm1d(3)

@@ -28,7 +28,7 @@ PARTS = {
     "vqdist.seeding": LEAVES,
     "vqdist.allocator": set(),
     "vqdist.stopping": LEAVES,
-    "vqdist.schedules": LEAVES,
+    "vqdist.schedules": {*LEAVES, "vqdist.parts"},
     "vqdist.losses": LEAVES,
     "vqdist.sampling": {*LEAVES, "vqdist.losses"},
     "vqdist.objectives": {*LEAVES, "vqdist.losses"},

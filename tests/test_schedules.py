@@ -51,8 +51,10 @@ def test_the_epoch_is_of_the_exponential_rate_only(schedule):
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match="'linear' is not known; choose one of constant, cosine, exponential$"):
-        learning_rate(0, peak=1, schedule="linear", warmup_steps=0, total_steps=1)
+    with pytest.raises(
+        UserError, match="there is no lr_schedule 'liner'; nearest: linear; there are constant, cosine"
+    ):
+        learning_rate(0, peak=1, schedule="liner", warmup_steps=0, total_steps=1)
 
 
 def test_ramp_begins_where_it_is_told():

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from vqdist import UserError, VQGanVAE, VQGanVAETrainer
+from vqdist.backends.base import Capabilities
 from vqdist.completion import MANIFEST
 from vqdist.schedules import learning_rate
 from vqdist.trainers.base import Trainer, mark_last
@@ -90,7 +91,7 @@ def test_numbers_of_micro_batches_are_averaged(tmp_path):
 
 
 def test_networks_whose_weights_are_swapped_are_not_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr("vqdist.backends.local.LocalBackend.compiles", False, raising=False)
+    monkeypatch.setattr("vqdist.backends.local.capabilities_of_torch", lambda precision: Capabilities(compiles=False))
     with pytest.raises(UserError, match="compile is not possible on local, which swaps weights"):
         build_trainer(tmp_path, compile=True)
 

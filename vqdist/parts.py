@@ -143,8 +143,8 @@ class Registry(Generic[T]):
 
         def register(factory: Callable[..., T]) -> Callable[..., T]:
             known = self._factories.get(name)
-            if known is not None and _path_of(known) != _path_of(factory):
-                raise UserError(f"there is a {self.kind} {name!r} already, {_path_of(known)}; choose another name")
+            if known is not None and path_of(known) != path_of(factory):
+                raise UserError(f"there is a {self.kind} {name!r} already, {path_of(known)}; choose another name")
             self._factories[name] = factory
             return factory
 
@@ -188,7 +188,7 @@ class Registry(Generic[T]):
                 "import path of your own, my_module.MyClass"
             )
         for factory in self._factories.values():
-            if _path_of(factory) == target:
+            if path_of(factory) == target:
                 return factory
         if _TRUSTED.get() is False:
             raise UnavailablePart(
@@ -199,7 +199,7 @@ class Registry(Generic[T]):
         if not callable(found):
             raise UserError(f"{self.kind} {target} is a {type(found).__name__}; give a class or a function")
         if inspect.isclass(found) and self.base is not None and not _may_be(found, self.base):
-            raise UserError(f"{self.kind} {target} is no {self.contract}; derive it from {_path_of(self.base)}")
+            raise UserError(f"{self.kind} {target} is no {self.contract}; derive it from {path_of(self.base)}")
         return found
 
     def build(self, given: PartSpec | T, /, *arguments: Any, **context: Any) -> T:
@@ -330,7 +330,9 @@ def recorded(given: Any) -> Any:
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()}
     if isinstance(given, (list, tuple)):
         return [recorded(part) for part in given]
-    return {"class_path": _path_of(type(given)), GIVEN_BUILT: True}
+    if inspect.isclass(given) or inspect.isroutine(given):  # as an optimizer's factory
+        return path_of(given)
+    return {"class_path": path_of(type(given)), GIVEN_BUILT: True}
 
 
 def called(given: Any) -> str:
@@ -396,7 +398,8 @@ def _may_be(cls: type, base: type) -> bool:
     return issubclass(cls, base)
 
 
-def _path_of(thing: Any) -> str:
+def path_of(thing: Any) -> str:
+    """Return the import path of a class, a function, or of an object's class."""
     return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__name__)}"
 
 

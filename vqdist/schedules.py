@@ -1,19 +1,82 @@
-"""Schedules are functions of the step: nothing to step, nothing to save, nothing that a world size can multiply."""
+"""Schedules are functions of the step: nothing to step, nothing to save, nothing that a world size can multiply.
+
+A schedule of the learning rate is a part. It is called with the finished updates since the warm-up and the updates
+from the warm-up to the end of the run, and returns the factor of the peak rate. One that has a parameter `epoch` gets
+the finished passes over the images too. Its other parameters are its `init_args`:
+
+    def halved(step, total_steps, after: float = 0.5):
+        return 0.5 if step >= after * total_steps else 1.0
+
+    lr_schedule: {class_path: my_schedules.halved, init_args: {after: 0.8}}
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from vqdist.errors import UserError
+from vqdist.parts import PartSpec, Registry, arguments_of
 
-LR_SCHEDULES = ("constant", "cosine", "exponential")
+Schedule = Callable[..., float]
+SCHEDULES: Registry[Any] = Registry("lr_schedule")
+
+
+@SCHEDULES.add("constant")
+def constant(step: int, total_steps: int) -> float:
+    """Return 1."""
+    return 1.0
+
+
+@SCHEDULES.add("cosine")
+def cosine(step: int, total_steps: int, *, min_ratio: float = 0.0) -> float:
+    """Return half a cosine from 1 to `min_ratio` (SGDR, arXiv 1608.03983, without restarts)."""
+    return _between(min_ratio, 0.5 * (1 + math.cos(math.pi * _progress(step, total_steps))))
+
+
+@SCHEDULES.add("linear")
+def linear(step: int, total_steps: int, *, min_ratio: float = 0.0) -> float:
+    """Return a line from 1 to `min_ratio`."""
+    return _between(min_ratio, 1 - _progress(step, total_steps))
+
+
+@SCHEDULES.add("exponential")
+def exponential(step: int, total_steps: int, *, epoch: int = 0, decay_rate: float = 0.98) -> float:
+    """Return decay_rate ** epoch, of the finished passes over the images since the run began."""
+    _check_share("decay_rate", decay_rate, above_zero=True)
+    return decay_rate**epoch
+
+
+@SCHEDULES.add("wsd")
+def warmup_stable_decay(step: int, total_steps: int, *, min_ratio: float = 0.0, decay_share: float = 0.2) -> float:
+    """Return 1, and over the last `decay_share` of the steps a line to `min_ratio` (arXiv 2404.06395)."""
+    _check_share("decay_share", decay_share, above_zero=True)
+    left = max(0, total_steps - step) / max(1.0, decay_share * total_steps)
+    return _between(min_ratio, min(1.0, left))
+
+
+def _progress(step: int, total_steps: int) -> float:
+    return min(1.0, step / max(1, total_steps))
+
+
+def _between(min_ratio: float, factor: float) -> float:
+    _check_share("min_ratio", min_ratio)
+    return min_ratio + (1 - min_ratio) * factor
+
+
+def _check_share(name: str, value: float, *, above_zero: bool = False) -> None:
+    possible = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    if not possible or (above_zero and value == 0):
+        lowest = "above 0" if above_zero else "of at least 0"
+        raise UserError(f"{name} {value!r} of lr_schedule is not possible; give a share {lowest} and at most 1")
 
 
 def learning_rate(
     step: int,
     *,
     peak: float,
-    schedule: str,
+    schedule: PartSpec | Schedule,
     warmup_steps: int,
     total_steps: int,
     epoch: int = 0,
@@ -21,20 +84,50 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of the update that follows `step` finished ones.
 
-    It rises linearly over the first `warmup_steps` updates to `peak`; then it is constant, or falls to 0 at
-    `total_steps` along half a cosine (SGDR, arXiv 1608.03983, without restarts), or is `peak * decay_rate ** epoch`
-    with `epoch` finished passes over the images (`exponential`; the decay counts from the first epoch on).
+    It rises linearly over the first `warmup_steps` updates to `peak`; then it is `peak` times what the schedule says.
+
+    Args:
+        step: finished updates.
+        peak: the highest rate.
+        schedule: a name, an import path, both keys of a part, or a function: see `SCHEDULES`.
+        warmup_steps: updates of the warm-up.
+        total_steps: updates of the whole run.
+        epoch: finished passes over the images.
+        decay_rate: of the schedule `exponential`, where its init_args do not say it.
+
+    Raises:
+        UserError: there is no such schedule, its arguments are wrong, or it returns no rate.
     """
-    if schedule not in LR_SCHEDULES:
-        raise UserError(f"lr_schedule {schedule!r} is not known; choose one of {', '.join(LR_SCHEDULES)}")
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return peak
     if schedule == "exponential":
-        return peak * decay_rate**epoch
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        schedule = {"class_path": "exponential", "init_args": {"decay_rate": decay_rate}}
+    return peak * factor_of(schedule, step - warmup_steps, total_steps - warmup_steps, epoch)
+
+
+def factor_of(schedule: PartSpec | Schedule, step: int, total_steps: int, epoch: int = 0) -> float:
+    """Return the factor of the peak rate that a schedule says.
+
+    Args:
+        schedule: see `learning_rate`.
+        step: finished updates since the warm-up.
+        total_steps: updates from the warm-up to the end.
+        epoch: finished passes over the images.
+
+    Raises:
+        UserError: there is no such schedule, its arguments are wrong, or it returns no finite number of at least 0.
+    """
+    if callable(schedule):
+        takes_epoch = any(parameter.name == "epoch" for parameter in arguments_of(schedule))
+        factor = schedule(step, total_steps, **({"epoch": epoch} if takes_epoch else {}))
+    else:
+        factor = SCHEDULES.build(schedule, step, total_steps, epoch=epoch)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+        raise UserError(
+            f"lr_schedule {schedule!r} returned {factor!r} at step {step} of {total_steps}; a schedule returns the "
+            "factor of the peak rate, a finite number of at least 0"
+        )
+    return factor
 
 
 def linear_ramp(step: int, *, start: int, length: int) -> float:

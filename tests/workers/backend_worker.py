@@ -25,6 +25,7 @@ from scenarios import (
     DVAE_EVERYTHING,
     EVERYTHING,
     LINEAR,
+    OPTIMIZERS,
     SHARDED,
     WHOLE_RUNS,
     build_ar_trainer,
@@ -32,6 +33,7 @@ from scenarios import (
     build_trainer,
     exported_weights,
     largest_difference,
+    optimizer_options,
     train_steps,
     unfollowed_buffers,
     weights_of,
@@ -151,6 +153,25 @@ def autoregressive(backend: dict, folder: Path, results: dict) -> None:
     options = {**AR_PARITY["prior"], "precision": "bf16", "grad_accum_every": 2, **backend}
     trainer = build_ar_trainer(folder / "prior_bf16", "prior", **options)
     results["logs_prior_bf16"] = [trainer.backend.mean(trainer.train_step()) for _ in range(4)]
+
+
+def optimizers(backend: dict, folder: Path, results: dict) -> None:
+    """A prior by each optimizer: the weights after 4 steps, the same around a checkpoint, or the reason why not."""
+    results["optimizers"] = {}
+    for name in OPTIMIZERS:
+        build = partial(build_ar_trainer, kind="prior", **optimizer_options(name), **backend)
+        try:
+            straight = train_steps(build(folder / f"{name}_straight"), 4)
+            first = build(folder / f"{name}_stopped")
+            train_steps(first, 2)
+            first.save(first.run_folder / "checkpoints" / "step_00000002")
+            second = build(folder / f"{name}_stopped")
+            assert second.step == 2
+            for key, tensor in train_steps(second, 2).items():
+                assert torch.equal(tensor, straight[key]), f"{key} by {name} differs after resume"
+            results["optimizers"][name] = straight
+        except UserError as error:
+            results["optimizers"][name] = str(error)
 
 
 def codebooks_stay_equal(backend: dict, folder: Path) -> None:
@@ -327,6 +348,7 @@ def main() -> None:
     resume(backend, folder, results)
     discrete_vae(backend, folder, results)
     autoregressive(backend, folder, results)
+    optimizers(backend, folder, results)
     gradients_do_not_leak(backend, folder)
     ends(backend, folder, results)
     for scenario in not_finite.SCENARIOS:

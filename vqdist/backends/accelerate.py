@@ -20,10 +20,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 from torch.optim import Optimizer
 
-from vqdist.backends.base import Engine
+from vqdist.backends.base import Capabilities, Engine
 from vqdist.backends.distributed import DistributedBackend, group_timeout, require_address
 from vqdist.backends.fsdp import FullyShardedEngine, not_by_accelerate, sharding_asked_for
-from vqdist.backends.local import TorchEngine
+from vqdist.backends.local import TorchEngine, capabilities_of_torch
+from vqdist.backends.optimizer import check_optimizer
 from vqdist.errors import UserError
 
 OWNED_BY_THE_RUN = {
@@ -93,16 +94,28 @@ class AccelerateBackend(DistributedBackend):
 
     @property
     def title(self) -> str:
-        return f"{self.name} (FSDP2)" if self.sharding is not None and self.world_size > 1 else self.name
+        return f"{self.name} (FSDP2)" if self.shards else self.name
+
+    @property
+    def shards(self) -> bool:
+        """Whether weights are cut: FSDP2 is asked for, and there is more than one process."""
+        return self.sharding is not None and self.world_size > 1
+
+    @property
+    def capabilities(self) -> Capabilities:
+        if self.shards:
+            return Capabilities(double_backward=False, trains_bare=False, any_optimizer=False)
+        return capabilities_of_torch(self.precision)
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
+        check_optimizer(optimizer, self)
         self.broadcast_from_main(module)
         options: dict[str, Any] = {
             "max_grad_norm": max_grad_norm,
             "grad_accum_every": self.grad_accum_every,
             "precision": self.precision,
         }
-        if self.sharding is not None and self.world_size > 1:
+        if self.shards:
             return FullyShardedEngine(module, optimizer, self, sharding=self.sharding, **options)
         # of 1x1 convolutions, whose few weights may lie either way
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

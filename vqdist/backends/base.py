@@ -11,11 +11,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the engines of a backend can do; a trainer asks before it relies on it.
+
+    Attributes:
+        double_backward: gradients of gradients may be taken through an engine's outputs, as a gradient penalty does.
+            Where not, the penalty goes through `Engine.module`, in one backward with the rest.
+        trains_bare: a loss through `Engine.module` reaches the weights, which shards do not allow.
+        compiles: torch.compile may compile the networks before `Backend.prepare`.
+        any_optimizer: an optimizer sees whole weights. Where not, each rank updates a part of them, so the optimizer
+            must treat every number by itself: see `vqdist.backends.optimizer.is_elementwise`.
+    """
+
+    double_backward: bool = True
+    trains_bare: bool = True
+    compiles: bool = True
+    any_optimizer: bool = True
 
 
 class Engine(ABC):
@@ -24,14 +44,16 @@ class Engine(ABC):
     Attributes:
         module: the bare network, for its methods and options. Training through it skips the exchange of gradients; use
             the engine itself. Its weights are whole unless the runtime shards them.
-        double_backward: whether gradients of gradients may be taken through this engine's outputs, as a gradient
-            penalty does; where not, the penalty goes through `module`, in one backward with the rest.
-        trains_bare: whether that is possible: whether a loss through `module` reaches the weights.
+        backend: the runtime that made the engine.
     """
 
     module: nn.Module
-    double_backward: bool
-    trains_bare: bool = True
+    backend: Backend
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this engine can do."""
+        return self.backend.capabilities
 
     @abstractmethod
     def __call__(self, *args, **kwargs):
@@ -54,7 +76,7 @@ class Engine(ABC):
         """Clip, update with this learning rate, clear. Without `finite` the device is not waited for.
 
         Args:
-            lr: the learning rate.
+            lr: the learning rate; a group of weights with an `lr_scale` gets it times that.
             finite: whether this rank's losses are finite (0-d, bool). Where it is given, the update is dropped on
                 every rank if one rank's losses or the norm are not finite: weights, moments and their step counts
                 stay as they are. To know that waits for the device.
@@ -136,14 +158,14 @@ class Backend(ABC):
     device: torch.device
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What the engines of this backend can do."""
+        return Capabilities()
+
+    @property
     def title(self) -> str:
         """The name, and what of the networks is sharded."""
         return self.name
-
-    @property
-    def compiles(self) -> bool:
-        """Whether networks may be compiled by torch.compile before `prepare`."""
-        return True
 
     @property
     def is_main(self) -> bool:
@@ -157,7 +179,11 @@ class Backend(ABC):
 
     @abstractmethod
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
-        """Wrap a network and its optimizer. Afterwards weights and buffers are rank 0's on every rank."""
+        """Wrap a network and its optimizer. Afterwards weights and buffers are rank 0's on every rank.
+
+        Raises:
+            UserError: this runtime cannot hold the optimizer; the message says why.
+        """
 
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:

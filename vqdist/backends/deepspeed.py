@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqdist.backends import state
-from vqdist.backends.base import Engine, norm_of_dropped
+from vqdist.backends.base import Capabilities, Engine, norm_of_dropped
 from vqdist.backends.build_ops import find_stale_lock, prepare_environment
 from vqdist.backends.deepspeed_config import read_config
 from vqdist.backends.distributed import DistributedBackend, group_timeout
 from vqdist.backends.local import autocast_for, frozen_weights
+from vqdist.backends.optimizer import OptimizerRecord, check_optimizer, set_learning_rate
 from vqdist.backends.sharding import without_weights
 from vqdist.errors import UserError
 
@@ -57,7 +58,7 @@ class DeepSpeedEngine(Engine):
         self.precision = precision
         self.module = engine.module
         self.zero_stage = engine.zero_optimization_stage()
-        self.double_backward = False  # its output hooks raise, or at stage 1 give wrong weights without a word
+        self.record = OptimizerRecord(engine.basic_optimizer, zero_stage=self.zero_stage)
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)
@@ -78,10 +79,10 @@ class DeepSpeedEngine(Engine):
         norm = self._stage_0_norm() if self.zero_stage == 0 else None
         good = finite if finite is None or norm is None else norm.isfinite() & finite.to(norm.device)
         dropped = good is not None and self.backend.any(not bool(good))
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer, lr)
         with self._discarding() if dropped else nullcontext():
             self.engine.step()
+        self.record.check_once()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         norm = torch.as_tensor(float("nan") if norm is None else norm, device=self.backend.device).detach()
         if finite is not None and self.zero_stage > 0:
@@ -122,8 +123,9 @@ class DeepSpeedEngine(Engine):
     def held_moments(self) -> Iterator[tuple[str, Tensor]]:
         """Yield them by weight where they are whole, else by partition."""
         if self.zero_stage == 0:
-            for key, tensor in state.optimizer_tensors(self.module, self.engine.basic_optimizer).items():
-                yield key.replace("/", " of ", 1), tensor
+            for key, value in state.optimizer_state(self.module, self.engine.basic_optimizer).items():
+                if torch.is_tensor(value):
+                    yield key.replace("/", " of ", 1), value
             return
         for number, partition in enumerate(self.engine.basic_optimizer.state.values()):
             for kind, value in partition.items():
@@ -131,38 +133,50 @@ class DeepSpeedEngine(Engine):
                     yield f"{kind} of partition {number}", value
 
     def save(self, folder: Path) -> None:
-        optimizer = self._optimizer_tensors()
+        optimizer = dict(self.named_optimizer_state())
         if self.backend.is_main:
             state.save_tensors(folder / state.WEIGHTS, self.module.state_dict())
-            state.save_tensors(folder / state.OPTIMIZER, optimizer)
+            self.record.save(folder, optimizer)
 
     def load(self, folder: Path) -> None:
         device = self.backend.device
         state.load_weights(self, folder / state.WEIGHTS, device)
-        tensors = state.load_network_tensors(self.module, folder / state.OPTIMIZER, device)
+        values = self.record.load(folder, self.module, device)
         if self.zero_stage == 0:
-            state.load_optimizer_tensors(self.module, self.engine.basic_optimizer, tensors)
+            state.load_optimizer_state(self.module, self.engine.basic_optimizer, values)
             return
         for parameter in self.module.parameters():
             safe_set_full_fp32_param(parameter, parameter.detach())
-        if tensors:
-            self._load_partitions(tensors)
+        if values:
+            self._load_partitions(values)
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        """Whole optimizer state by parameter name, gathered from the ranks' partitions."""
+    def partitions(self) -> Iterator[tuple[Tensor, list[tuple[str, nn.Parameter]]]]:
+        """This rank's flat parts of the weights, each with the weights that it is of, by name."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        zero = self.engine.optimizer
+        flat, weights = (
+            (zero.fp32_partitioned_groups_flat, zero.fp16_groups)
+            if self.zero_stage == 3
+            else (zero.single_partition_of_fp32_groups, zero.bit16_groups)
+        )
+        for partition, group in zip(flat, weights, strict=True):
+            yield partition, [(names[id(parameter)], parameter) for parameter in group]
+
+    def named_optimizer_state(self) -> Iterator[tuple[str, Any]]:
+        """Whole optimizer state by `kind/parameter name`, gathered from the ranks' parts; every rank calls this."""
         basic = self.engine.basic_optimizer
         if self.zero_stage == 0:
-            return state.optimizer_tensors(self.module, basic)
+            yield from state.optimizer_state(self.module, basic).items()
+            return
         if not basic.state:
-            return {}
-        partition = next(iter(basic.state.values()))
-        self._link_states()
-        tensors = {}
-        for name, parameter in self.module.named_parameters():
-            for kind, value in partition.items():
-                whole = value if kind == "step" else safe_get_full_optimizer_state(parameter, kind)
-                tensors[f"{kind}/{name}"] = torch.as_tensor(whole, dtype=torch.float32)
-        return tensors
+            return
+        if self.zero_stage < 3:
+            self._link_states()
+        for partition, weights in self.partitions():
+            for name, parameter in weights:
+                for kind, value in basic.state[partition].items():
+                    is_part = isinstance(value, Tensor) and value.ndim > 0
+                    yield f"{kind}/{name}", safe_get_full_optimizer_state(parameter, kind) if is_part else value
 
     def _link_states(self) -> None:
         """Let each parameter know its part of the optimizer's state: of several groups of parameters, as weight decay
@@ -170,24 +184,41 @@ class DeepSpeedEngine(Engine):
         self.engine.optimizer._hp_optimizer_states_linked = False
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _load_partitions(self, tensors: dict[str, Tensor]) -> None:
+    def _load_partitions(self, values: dict[str, Any]) -> None:
         """Fill this rank's partitions of the optimizer state."""
-        moments = self.make_states(self.engine.optimizer.single_partition_of_fp32_groups, tensors)
+        cut = self.make_states(values)
         self._link_states()
-        for name, parameter in self.module.named_parameters():
-            for kind in moments:
-                safe_set_full_optimizer_state(parameter, tensors[f"{kind}/{name}"], kind)
+        for key in cut:
+            kind, _, name = key.partition("/")
+            safe_set_full_optimizer_state(self.module.get_parameter(name), values[key], kind)
 
-    def make_states(self, partitions: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-        """Make the optimizer's state of this rank's partitions, which DeepSpeed makes on the first step only: with the
-        step count of these tensors, and zeros for the kinds of state that are returned."""
+    def make_states(self, values: Mapping[str, Any]) -> list[str]:
+        """Make the optimizer's state of this rank's parts, which DeepSpeed makes on the first step only.
+
+        Args:
+            values: whole state by `kind/parameter name`.
+
+        Returns:
+            The keys of what lies in parts, for which there are zeros now; the rest is in place.
+        """
         optimizer = self.engine.optimizer.optimizer
-        moments = [kind for kind in dict.fromkeys(key.partition("/")[0] for key in tensors) if kind != "step"]
-        step = next(value for key, value in tensors.items() if key.startswith("step/"))
-        for partition in partitions:
-            optimizer.state[partition] = {kind: torch.zeros_like(partition) for kind in moments}
-            optimizer.state[partition]["step"] = state.place_step(optimizer, step, partition.device)
-        return moments
+        shared = _kinds_in_one_piece(values)
+        for partition, weights in self.partitions():
+            names = {name for name, _ in weights}
+            found = {key.partition("/")[0]: value for key, value in values.items() if key.partition("/")[2] in names}
+            optimizer.state[partition] = {
+                kind: state.placed(optimizer, kind, value, partition.device)
+                if kind in shared
+                else torch.zeros_like(partition)
+                for kind, value in found.items()
+            }
+        return [key for key in values if key.partition("/")[0] not in shared]
+
+
+def _kinds_in_one_piece(values: Mapping[str, Any]) -> set[str]:
+    """Kinds of state of which a weight has a number and not a tensor like itself, as Adam's count of steps."""
+    like_weights = {key.partition("/")[0] for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
+    return {key.partition("/")[0] for key in values} - like_weights
 
 
 class DeepSpeedBackend(DistributedBackend):
@@ -240,6 +271,7 @@ class DeepSpeedBackend(DistributedBackend):
         self.adopt_group(device, timeout)
 
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
+        check_optimizer(optimizer, self)
         self.broadcast_from_main(module)
         empty = without_weights(module) if self.zero_stage == 3 else None
         config = self._config_for(max_grad_norm)
@@ -256,8 +288,12 @@ class DeepSpeedBackend(DistributedBackend):
         return f"{self.name} (ZeRO {self.zero_stage})"
 
     @property
-    def compiles(self) -> bool:
-        return self.zero_stage < 3
+    def capabilities(self) -> Capabilities:
+        # through its hooks on outputs gradients of gradients raise, or at stage 1 give wrong weights without a word
+        whole = self.zero_stage < 3
+        return Capabilities(
+            double_backward=False, trains_bare=whole, compiles=whole, any_optimizer=self.zero_stage == 0
+        )
 
     @property
     def zero_stage(self) -> int:
@@ -270,6 +306,7 @@ class DeepSpeedBackend(DistributedBackend):
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.grad_accum_every,
             "gradient_clipping": max_grad_norm or 0.0,
+            "zero_allow_untested_optimizer": True,  # `check_optimizer` says which can be held
             "zero_force_ds_cpu_optimizer": False,  # with offload torch's own Adam runs on the host, nothing is built
             # no lower_precision_safe_modules: gradients are exchanged in float32, as on every other backend
             "torch_autocast": {

@@ -14,7 +14,7 @@ OWNED_BY_THE_RUN = {
     "train_micro_batch_size_per_gpu": "batch_size",
     "gradient_accumulation_steps": "grad_accum_every",
     "gradient_clipping": "max_grad_norm and discr_max_grad_norm",
-    "optimizer": "lr and discr_lr",
+    "optimizer": "optimizer, lr, discr_optimizer and discr_lr",
     "scheduler": "lr_schedule and warmup_steps",
     "fp16": "precision",
     "bf16": "precision",
@@ -31,8 +31,8 @@ OWNED_BY_THE_RUN = {
 }
 # what DeepSpeed would take without a word and vqdist could not honour: key -> the reason
 REFUSED_KEYS = {
-    "zero_force_ds_cpu_optimizer": "the optimizer is always torch's Adam",
-    "zero_allow_untested_optimizer": "the optimizer is always torch's Adam, which DeepSpeed has tested",
+    "zero_force_ds_cpu_optimizer": "the optimizer is that of --trainer.optimizer",
+    "zero_allow_untested_optimizer": "vqdist itself says which optimizer each stage can hold",
     "gradient_allreduce_op": "gradients are always averaged over processes",
     "dataloader_drop_last": "the images come from vqdist's own loader",
     "checkpoint": "checkpoints are vqdist's own, which any number of processes reads",

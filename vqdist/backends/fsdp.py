@@ -179,7 +179,6 @@ class FullyShardedEngine(ShardedEngine, TorchEngine):
         for group in optimizer.param_groups:
             group["params"] = [self.sharded[names[id(parameter)]] for parameter in group["params"]]
         TorchEngine.__init__(self, module, optimizer, backend, **options)
-        self.double_backward = False
         shards = {name: tensor.to_local().detach() for name, tensor in self.sharded.items()}
         self._local = Shards(shards, dict(module.named_buffers()))
         self._check_sharded()
@@ -215,22 +214,21 @@ class FullyShardedEngine(ShardedEngine, TorchEngine):
         whole = whole.to(like.device)
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
-    def named_optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in state.optimizer_tensors(self.module, self.optimizer).items():
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def named_optimizer_state(self) -> Iterator[tuple[str, Any]]:
+        for name, value in state.optimizer_state(self.module, self.optimizer).items():
+            yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
     def load(self, folder: Path) -> None:
         state.load_weights(self, folder / state.WEIGHTS)
-        tensors = state.load_network_tensors(self.module, folder / state.OPTIMIZER)
-        state.load_optimizer_tensors(self.module, self.optimizer, self._sharded_state(tensors))
+        values = self.record.load(folder, self.module, self.backend.device)
+        state.load_optimizer_state(self.module, self.optimizer, self._sharded_state(values))
 
-    def _sharded_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _sharded_state(self, values: Mapping[str, Any]) -> dict[str, Any]:
         sharded = {}
-        for key, value in tensors.items():
-            kind, _, name = key.partition("/")
-            sharded[key] = value.to(self.backend.device)
-            if kind != "step":
-                sharded[key] = self._as_sharded(name, self.cut(name, value))
+        for key, value in values.items():
+            name = key.partition("/")[2]
+            whole = isinstance(value, Tensor) and value.ndim > 0  # `fully_shard` takes no weight of a single number
+            sharded[key] = self._as_sharded(name, self.cut(name, value)) if whole else value
         return sharded
 
     def _as_sharded(self, name: str, shard: Tensor) -> DTensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqdist.backends import state
-from vqdist.backends.base import Backend, Engine, norm_of_dropped
+from vqdist.backends.base import Backend, Capabilities, Engine, norm_of_dropped
 from vqdist.backends.environment import world_size_of_launcher
+from vqdist.backends.optimizer import OptimizerRecord, check_optimizer, set_learning_rate
 from vqdist.errors import UserError
 
 
@@ -33,6 +34,11 @@ def frozen_weights(module: nn.Module):
 def autocast_for(device: torch.device, precision: str):
     """The forward's precision: float32 weights throughout; with bf16 the matrix products run in bfloat16."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def capabilities_of_torch(precision: str) -> Capabilities:
+    """What plain PyTorch can do; a gradient penalty is float32 under every precision, so bf16 takes it bare."""
+    return Capabilities(double_backward=precision == "fp32")
 
 
 class TorchEngine(Engine):
@@ -66,7 +72,7 @@ class TorchEngine(Engine):
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self.grad_accum_every = grad_accum_every
         self.precision = precision
-        self.double_backward = precision == "fp32"  # a penalty is float32 under every precision
+        self.record = OptimizerRecord(optimizer)
 
     def __call__(self, *args, **kwargs):
         with autocast_for(self.backend.device, self.precision):
@@ -87,9 +93,9 @@ class TorchEngine(Engine):
         norm = self.clip()  # by a norm that is not finite it spoils all gradients, which are dropped then
         dropped = finite is not None and self.backend.any(not bool(norm.isfinite() & finite.to(norm.device)))
         if not dropped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
+            self.record.check_once()
         self.optimizer.zero_grad(set_to_none=True)
         return norm_of_dropped(norm) if dropped else norm
 
@@ -98,21 +104,19 @@ class TorchEngine(Engine):
         return nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm).detach()
 
     def held_moments(self) -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in state.optimizer_tensors(self.module, self.optimizer).items():
-            yield key.replace("/", " of ", 1), tensor
+        for key, value in state.optimizer_state(self.module, self.optimizer).items():
+            if torch.is_tensor(value):
+                yield key.replace("/", " of ", 1), value
 
     def save(self, folder: Path) -> None:
         if self.backend.is_main:
             state.save_tensors(folder / state.WEIGHTS, self.module.state_dict())
-            state.save_tensors(folder / state.OPTIMIZER, state.optimizer_tensors(self.module, self.optimizer))
+            self.record.save(folder, state.optimizer_state(self.module, self.optimizer))
 
     def load(self, folder: Path) -> None:
         state.load_weights(self, folder / state.WEIGHTS, self.backend.device)
-        state.load_optimizer_tensors(
-            self.module,
-            self.optimizer,
-            state.load_network_tensors(self.module, folder / state.OPTIMIZER, self.backend.device),
-        )
+        values = self.record.load(folder, self.module, self.backend.device)
+        state.load_optimizer_state(self.module, self.optimizer, values)
 
 
 class LocalBackend(Backend):
@@ -139,7 +143,12 @@ class LocalBackend(Backend):
         self.precision = precision
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return capabilities_of_torch(self.precision)
+
     def prepare(self, module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None) -> Engine:
+        check_optimizer(optimizer, self)
         return TorchEngine(
             module,
             optimizer,

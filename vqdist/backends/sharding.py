@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,6 @@ class ShardedEngine(Engine):
         local: this rank's part; a runtime sets it once the network is sharded.
     """
 
-    double_backward = False
-    trains_bare = False
     local: Shards
 
     def __init__(self, empty: nn.Module):
@@ -81,8 +80,8 @@ class ShardedEngine(Engine):
         """This rank's shard of a whole tensor that is shaped like the weight of this name."""
 
     @abstractmethod
-    def named_optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole optimizer state by `kind/parameter name`; every rank calls this."""
+    def named_optimizer_state(self) -> Iterator[tuple[str, Any]]:
+        """Whole optimizer state, tensors and numbers, by `kind/parameter name`; every rank calls this."""
 
     def held_tensors(self) -> dict[str, Tensor]:
         return {**self.local.named_shards(), **self.local.named_whole_buffers()}
@@ -130,10 +129,10 @@ class ShardedEngine(Engine):
     def save(self, folder: Path) -> None:
         is_main = self.backend.is_main
         weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if is_main}
-        optimizer = {name: tensor.cpu() for name, tensor in self.named_optimizer_tensors() if is_main}
+        optimizer = {name: _kept(value) for name, value in self.named_optimizer_state() if is_main}
         if is_main:  # all exchanges are over: nobody waits for a rank that cannot write
             state.save_tensors(folder / state.WEIGHTS, weights)
-            state.save_tensors(folder / state.OPTIMIZER, optimizer)
+            self.record.save(folder, optimizer)
 
     def _whole_copy(self, held: Shards) -> nn.Module:
         """A plain network with the whole of these weights, held fixed; every rank calls this."""
@@ -158,6 +157,12 @@ def without_weights(module: nn.Module) -> nn.Module:
         for parameter in module.parameters()
     }
     return deepcopy(module, empty)
+
+
+def _kept(value: Any) -> Any:
+    """A whole value of state in the host's memory; one of the weights would not hold all of them beside its own.
+    A single number stays where it is, since a checkpoint says where that was."""
+    return value.cpu() if isinstance(value, Tensor) and value.ndim else value
 
 
 def _check_layout(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

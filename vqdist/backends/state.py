@@ -2,13 +2,14 @@
 
 `weights.safetensors` holds the network's state dict, `optimizer.safetensors` one tensor per parameter and kind of
 state, named `exp_avg/encoder.0.weight`. Both are whole tensors, so another world size or another backend can read
-them.
+them. `optimizer.json` beside them says the rest of the optimizer: see `optimizer.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from vqdist.errors import UserError
 from vqdist.files import follow_umask
 from vqdist.storage import with_own_storage
 
+T = TypeVar("T")
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 
@@ -45,18 +47,22 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         raise UserError(f"{path} is damaged ({error})") from error
 
 
-def load_network_tensors(module: nn.Module, path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read the tensors of a network, by the names that it has for them now.
+def with_current_names(module: nn.Module, values: Mapping[str, T]) -> dict[str, T]:
+    """Return values of a network by the names that it has for them now.
 
     A network whose tensors had other names in an earlier version has a method `current_name(name)`. In names of an
     optimizer's state, as `exp_avg/encoder.0.weight`, the part behind the slash is the network's.
     """
     rename = getattr(module, "current_name", None)
-    tensors = load_tensors(path, device)
     if rename is None:
-        return tensors
-    parted = {name: name.rpartition("/") for name in tensors}
-    return {f"{parted[name][0]}{parted[name][1]}{rename(parted[name][2])}": value for name, value in tensors.items()}
+        return dict(values)
+    parted = {name: name.rpartition("/") for name in values}
+    return {f"{parted[name][0]}{parted[name][1]}{rename(parted[name][2])}": value for name, value in values.items()}
+
+
+def load_network_tensors(module: nn.Module, path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read the tensors of a network, by the names that it has for them now."""
+    return with_current_names(module, load_tensors(path, device))
 
 
 def load_weights(engine: Engine, path: Path, device: torch.device | str = "cpu") -> None:
@@ -68,28 +74,28 @@ def load_weights(engine: Engine, path: Path, device: torch.device | str = "cpu")
         raise UserError(f"{path} holds another network than this configuration builds: {reason} ...") from error
 
 
-def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All state of a torch optimizer as {"kind/parameter name": tensor}; empty before the first step."""
+def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """All state of a torch optimizer as {"kind/parameter name": tensor or number}; empty before the first step."""
     return {
         f"{kind}/{name}": value
         for name, parameter in module.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
-        if torch.is_tensor(value)
     }
 
 
-def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give a torch optimizer the state that `optimizer_tensors` returned."""
+def load_optimizer_state(module: nn.Module, optimizer: Optimizer, values: Mapping[str, Any]) -> None:
+    """Give a torch optimizer the state that `optimizer_state` returned."""
     parameters = dict(module.named_parameters())
-    restored: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    optimizer.state.clear()
+    for key, value in values.items():
         kind, _, name = key.partition("/")
-        restored.setdefault(name, {})[kind] = value
-    for name, values in restored.items():
-        optimizer.state[parameters[name]] = {
-            kind: value if kind != "step" else place_step(optimizer, value, parameters[name].device)
-            for kind, value in values.items()
-        }
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = placed(optimizer, kind, value, parameter.device)
+
+
+def placed(optimizer: Optimizer, kind: str, value: Any, device: torch.device) -> Any:
+    """A value of state where the optimizer expects it, for a weight on this device."""
+    return place_step(optimizer, value, device) if kind == "step" and torch.is_tensor(value) else value
 
 
 def place_step(optimizer: Optimizer, step: Tensor, device: torch.device) -> Tensor:

@@ -10,11 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import (
-    safe_get_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 from torch import Tensor, nn
 
 from vqdist.backends import state
@@ -79,25 +75,12 @@ class Zero3Engine(ShardedEngine, DeepSpeedEngine):
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole, with their old values
                 parameter.partition()
 
-    def named_optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        states = self.engine.optimizer.optimizer.state
-        if not states:
-            return
-        partition = next(iter(states.values()))
-        for name, parameter in self._trained():
-            for kind, value in partition.items():
-                whole = value if kind == "step" else safe_get_full_optimizer_state(parameter, kind)
-                yield f"{kind}/{name}", torch.as_tensor(whole, dtype=torch.float32)
+    def named_optimizer_state(self) -> Iterator[tuple[str, Any]]:
+        yield from DeepSpeedEngine.named_optimizer_state(self)
 
     def load(self, folder: Path) -> None:
         state.load_weights(self, folder / state.WEIGHTS)
-        tensors = state.load_network_tensors(self.module, folder / state.OPTIMIZER)
-        if not tensors:
-            return
-        moments = self.make_states(self.engine.optimizer.fp32_partitioned_groups_flat, tensors)
-        for name, parameter in self._trained():
-            for kind in moments:
-                safe_set_local_optimizer_state(parameter, self.cut(name, tensors[f"{kind}/{name}"]), kind)
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.parameters.items() if parameter.requires_grad)
+        values = self.record.load(folder, self.module)
+        for key in self.make_states(values):
+            kind, _, name = key.partition("/")
+            safe_set_local_optimizer_state(self.parameters[name], self.cut(name, values[key]), kind)

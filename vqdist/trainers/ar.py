@@ -154,7 +154,7 @@ class ARTrainer(Trainer):
     def build_engines(self) -> dict[str, Engine]:
         if self.config.compile:
             self.model.compile()
-        optimizer = self.make_optimizer(self.model, self.config.lr)
+        optimizer = self.make_optimizer(self.model)
         self.engine = self.backend.prepare(self.model, optimizer, max_grad_norm=self.config.max_grad_norm)
         return {"model": self.engine}
 

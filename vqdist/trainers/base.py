@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from vqdist import seeding
@@ -31,6 +31,7 @@ from vqdist.tracking import Tracker, check_trackers
 from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
 from vqdist.trainers.finite import FiniteGuard, held_tensors
+from vqdist.trainers.optimizers import OptimizerOptions, make_optimizer
 from vqdist.trainers.reporting import Reporting
 from vqdist.trainers.run_folder import RunFolder
 
@@ -279,17 +280,24 @@ class Trainer(Reporting, RunFolder):
         if self.ema is not None:
             self.ema.update()
 
-    def learning_rate(self, peak: float) -> float:
-        """The rate of the coming update on the run's schedule."""
-        config = self.config
+    def learning_rate(
+        self, peak: float, *, schedule: Any = None, warmup_steps: int | None = None, start: int = 0
+    ) -> float:
+        """The rate of the coming update.
+
+        Args:
+            peak: the highest rate.
+            schedule: by default the run's.
+            warmup_steps: by default the run's.
+            start: step from which both count.
+        """
         return learning_rate(
-            self.step,
+            self.step - start,
             peak=peak,
-            schedule=config.lr_schedule,
-            warmup_steps=config.warmup_steps,
-            total_steps=self.num_train_steps,
+            schedule=self.config.schedule if schedule is None else schedule,
+            warmup_steps=self.config.warmup_steps if warmup_steps is None else warmup_steps,
+            total_steps=self.num_train_steps - start,
             epoch=self.position // len(self.split.train),
-            decay_rate=config.lr_decay_rate,
         )
 
     def finish(self) -> dict[str, float]:
@@ -367,7 +375,7 @@ class Trainer(Reporting, RunFolder):
         channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(device=self.device, memory_format=self.memory_format).train()
-        if config.compile and not self.backend.compiles:
+        if config.compile and not self.backend.capabilities.compiles:
             raise UserError(
                 f"compile is not possible on {self.backend.title}, which swaps weights while a network runs; leave it "
                 "out, or use ZeRO 0, 1, 2, DDP or FSDP2"
@@ -392,20 +400,9 @@ class Trainer(Reporting, RunFolder):
             update_every=self.config.ema_update_every,
         )
 
-    def make_optimizer(self, module: nn.Module, lr: float) -> Adam:
-        """Adam over the trainable weights of a network; AdamW (Loshchilov and Hutter 2019) where they decay."""
-        fused = self.config.fused_adam
-        fused = self.device.type == "cuda" if fused is None else fused
-        options = {"lr": lr, "betas": tuple(self.config.adam_betas), "fused": fused}
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if not self.config.weight_decay:
-            return Adam(trained, **options)
-        matrices = {
-            "params": [parameter for parameter in trained if parameter.ndim > 1],
-            "weight_decay": self.config.weight_decay,
-        }
-        vectors = {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0}
-        return AdamW([group for group in (matrices, vectors) if group["params"]], **options)
+    def make_optimizer(self, module: nn.Module, options: OptimizerOptions | None = None) -> Optimizer:
+        """Return the optimizer of a network's trainable weights, by default as the run's options say it."""
+        return make_optimizer(module, options or self.config.optimizer_options, self.device)
 
     def _make_tracker(self) -> Tracker:
         return Tracker(self.run_folder, self.config.trackers, self._resolved_configuration(), self.step)

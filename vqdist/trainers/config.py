@@ -13,10 +13,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from vqdist.data.config import DataConfig
 from vqdist.data.sources.base import Source
 from vqdist.errors import UserError
-from vqdist.parts import recorded, unknown
-from vqdist.schedules import LR_SCHEDULES
+from vqdist.parts import Spec, arguments_of, recorded, unknown
+from vqdist.schedules import SCHEDULES, factor_of
+from vqdist.trainers.optimizers import OptimizerOptions
 
 PRECISIONS = ("fp32", "bf16")
+# options that are arguments of the schedules that vqdist has
+SCHEDULE_OPTIONS = {"lr_min_ratio": "min_ratio", "lr_decay_share": "decay_share", "lr_decay_rate": "decay_rate"}
 C = TypeVar("C", bound="TrainerConfig")
 
 
@@ -31,21 +34,28 @@ class TrainerConfig(DataConfig):
     batch_size: int
     """Images of one micro-batch of one process."""
     lr: float = 3e-4
-    """Peak learning rate of Adam."""
+    """Peak learning rate."""
+    optimizer: Any = None
+    """`adam`, `adamw`, `sgd`, `muon`, `adamw_8bit`, or class_path and init_args; null is adam, or adamw with decay."""
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Decays of Adam's two moments."""
+    """Decays of the two moments of Adam and its kin."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW) of matrices and kernels, not of biases and gains; 0 for none."""
+    """Weight decay (decoupled, of AdamW) of matrices and kernels, not of biases and gains; 0 for none."""
     grad_accum_every: int = 1
     """Micro-batches per optimizer step; gradients are exchanged once, after the last."""
     max_grad_norm: float | None = None
     """Gradients with a larger 2-norm are scaled down to it; null does not clip."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly to its peak; 0 starts at the peak."""
-    lr_schedule: str = "constant"
-    """After the warm-up: `constant`, `cosine` (0 at the end) or `exponential` (times lr_decay_rate per epoch)."""
+    lr_schedule: Any = "constant"
+    """After the warm-up `constant`, `cosine`, `linear`, `exponential` (by epochs), `wsd` (constant, then linear), or
+    class_path and init_args of a function of the step."""
+    lr_min_ratio: float = 0.0
+    """Rate at the end of `cosine`, `linear` and `wsd`, as a share of the peak."""
+    lr_decay_share: float = 0.2
+    """Share of the steps after the warm-up in which `wsd` falls."""
     lr_decay_rate: float = 0.98
-    """Factor of an exponential schedule from one epoch (pass over the training images) to the next."""
+    """Factor of `exponential` from one epoch (pass over the training images) to the next."""
     precision: str = "fp32"
     """`fp32`, or `bf16`: weights and losses in float32, matrix products in bfloat16."""
     tf32: bool = True
@@ -115,16 +125,16 @@ class TrainerConfig(DataConfig):
         self.above_zero("dist_timeout", at_most=525_600)  # a year
         self.above_zero("epochs", at_most=1e9)
         self.above_zero("lr_decay_rate", at_most=1)
-        self.one_of("lr_schedule", LR_SCHEDULES)
-        if self.lr_schedule != "exponential":
-            self.refuse_set("lr_decay_rate", because=f"lr_schedule is {self.lr_schedule}")
+        self.above_zero("lr_decay_share", at_most=1)
+        if not 0 <= self.lr_min_ratio <= 1:
+            raise UserError(f"lr_min_ratio {self.lr_min_ratio} is not possible; give a share in [0, 1]")
+        factor_of(self.schedule, 0, 1000)
         self.one_of("on_bad_image", ("raise", "skip"))
         self.one_of("on_nonfinite", ("raise", "skip"))
         self.at_least("max_skipped_steps", 1)
         if self.on_nonfinite == "raise":
             self.refuse_set("max_skipped_steps", because="on_nonfinite is raise")
-        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise UserError(f"adam_betas {self.adam_betas} is not possible; give two decays in [0, 1), as [0.9, 0.95]")
+        self.two_decays("adam_betas")
         if not 0 <= self.ema_beta <= 1:
             raise UserError(f"ema_beta {self.ema_beta} is not possible; give a decay in [0, 1]")
         if self.precision == "fp16":
@@ -136,9 +146,47 @@ class TrainerConfig(DataConfig):
         if not self.use_ema:
             self.refuse_set("ema_beta", "ema_update_after_step", "ema_update_every", because="use_ema is false")
 
+        self.optimizer_options.resolved()
+
+    @property
+    def optimizer_options(self) -> OptimizerOptions:
+        """What was said of the optimizer of the network, or of the generator."""
+        said = {"betas": "adam_betas", "weight_decay": "weight_decay", "fused": "fused_adam"}
+        return OptimizerOptions(
+            self.optimizer,
+            self.lr,
+            self.adam_betas,
+            self.weight_decay,
+            self.fused_adam,
+            said=frozenset(what for what, name in said.items() if self.is_set(name)),
+        )
+
+    @property
+    def schedule(self) -> Any:
+        """The schedule of the learning rate with what the options `lr_...` say of it, for `learning_rate`."""
+        if callable(self.lr_schedule):
+            self.refuse_set(*SCHEDULE_OPTIONS, because="lr_schedule is a function")
+            return self.lr_schedule
+        spec = Spec.of(self.lr_schedule, "lr_schedule")
+        taken = {parameter.name for parameter in arguments_of(SCHEDULES.factory(spec.target))}
+        arguments = dict(spec.init_args)
+        for option, argument in SCHEDULE_OPTIONS.items():
+            if argument not in taken or spec.target not in SCHEDULES:
+                self.refuse_set(option, because=f"lr_schedule is {spec.target}")
+            elif argument not in spec.init_args:
+                arguments[argument] = getattr(self, option)
+            elif self.is_set(option):
+                raise UserError(f"{option} and init_args of lr_schedule both set {argument!r}; leave one of them out")
+        return {"class_path": spec.target, "init_args": arguments}
+
     def recorded(self) -> dict[str, Any]:
         """Return the options as config.json holds them; of a part that was given as an object the import path."""
         return {f.name: _recorded(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def is_set(self, name: str) -> bool:
+        """Return whether an option was changed from its default."""
+        value = getattr(self, name)
+        return (list(value) if isinstance(value, tuple) else value) != default_options(type(self)).get(name)
 
     def check_length(self) -> None:
         """Raise `UserError` unless exactly one option says how long to train."""
@@ -169,6 +217,12 @@ class TrainerConfig(DataConfig):
         if value is not None and not (0 < value <= at_most and value < math.inf):
             limit = f" and at most {at_most:g}" if at_most < math.inf else _and_finite(value)
             raise UserError(f"{name} {value} is not possible; it must be above 0{limit}")
+
+    def two_decays(self, name: str) -> None:
+        """Raise `UserError` unless this option is the decays of two moments; null passes."""
+        value = getattr(self, name)
+        if value is not None and (len(value) != 2 or not all(0 <= beta < 1 for beta in value)):
+            raise UserError(f"{name} {value} is not possible; give two decays in [0, 1), as [0.9, 0.95]")
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> None:
         """Raise `UserError` if this option is none of the choices."""

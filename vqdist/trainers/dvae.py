@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,9 @@ class DiscreteVAETrainerConfig(TrainerConfig):
     """Images of one micro-batch of one process."""
     lr: float = 1e-3
     """Peak learning rate of Adam."""
-    lr_schedule: str = "exponential"
-    """After the warm-up: `constant`, `cosine` (0 at the end) or `exponential` (times lr_decay_rate per epoch)."""
+    lr_schedule: Any = "exponential"
+    """After the warm-up `constant`, `cosine`, `linear`, `exponential` (by epochs), `wsd` (constant, then linear), or
+    class_path and init_args of a function of the step."""
     num_images_save: int = 4
     """Images in a picture."""
     starting_temp: float = 1.0
@@ -104,7 +106,7 @@ class DiscreteVAETrainer(TokenizerTrainer):
         if self.config.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
-        optimizer = self.make_optimizer(self.model, self.config.lr)
+        optimizer = self.make_optimizer(self.model)
         self.engine = self.backend.prepare(self.model, optimizer, max_grad_norm=self.config.max_grad_norm)
         return {"vae": self.engine}
 

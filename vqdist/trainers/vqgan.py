@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.models.networks.base import halves, logits_of
 from vqdist.models.vqgan import ForwardPass, VQGanVAE
-from vqdist.schedules import linear_ramp
+from vqdist.schedules import factor_of, linear_ramp
 from vqdist.trainers.base import mark_last
 from vqdist.trainers.config import TrainerConfig
+from vqdist.trainers.optimizers import OptimizerOptions
 from vqdist.trainers.tokenizer import TokenizerTrainer
 
 
@@ -28,6 +29,16 @@ class VQGanTrainerConfig(TrainerConfig):
 
     discr_lr: float | None = None
     """Peak learning rate of the discriminator; by default the generator's."""
+    discr_optimizer: Any = None
+    """As optimizer, for the discriminator; by default the generator's."""
+    discr_adam_betas: list[float] | None = None
+    """As adam_betas, for the discriminator; by default the generator's."""
+    discr_weight_decay: float | None = None
+    """As weight_decay, for the discriminator; by default the generator's."""
+    discr_lr_schedule: Any = None
+    """As lr_schedule, with the rest in init_args, for the discriminator; counts from discriminator_start."""
+    discr_lr_warmup_steps: int | None = None
+    """Steps from discriminator_start over which the rate of the discriminator rises; by default warmup_steps."""
     discr_max_grad_norm: float | None = None
     """As max_grad_norm, for the discriminator."""
     apply_grad_penalty_every: int = 4
@@ -52,6 +63,8 @@ class VQGanTrainerConfig(TrainerConfig):
         self.above_zero("discr_max_grad_norm")
         for name in (
             "discr_lr",
+            "discr_weight_decay",
+            "discr_lr_warmup_steps",
             "apply_grad_penalty_every",
             "grad_penalty_weight",
             "discriminator_start",
@@ -61,6 +74,20 @@ class VQGanTrainerConfig(TrainerConfig):
             "max_adaptive_weight",
         ):
             self.at_least(name, 0)
+        self.two_decays("discr_adam_betas")
+        self.discr_optimizer_options.resolved()
+        if self.discr_lr_schedule is not None:
+            factor_of(self.discr_lr_schedule, 0, 1000)
+
+    @property
+    def discr_optimizer_options(self) -> OptimizerOptions:
+        """What was said of the discriminator's optimizer; the generator's where nothing was."""
+        generator = self.optimizer_options
+        given = {"betas": self.discr_adam_betas, "weight_decay": self.discr_weight_decay}
+        said = {name: value for name, value in given.items() if value is not None}
+        optimizer = generator.overridden_by(said.keys()) if self.discr_optimizer is None else self.discr_optimizer
+        lr = self.lr if self.discr_lr is None else self.discr_lr
+        return replace(generator, **said, given=optimizer, lr=lr, said=frozenset(said), prefix="discr_")
 
 
 # all that the configuration adds to every trainer's is about the discriminator
@@ -96,12 +123,12 @@ class VQGanVAETrainer(TokenizerTrainer):
         if config.compile:
             vae.autoencoder.encoder.compile()
             vae.autoencoder.decoder.compile()
-        optimizer = self.make_optimizer(vae.autoencoder, config.lr)
+        optimizer = self.make_optimizer(vae.autoencoder)
         self.generator = self.backend.prepare(vae.autoencoder, optimizer, max_grad_norm=config.max_grad_norm)
         self.discriminator = None
         engines = {"generator": self.generator}
         if vae.discriminator is not None:
-            optimizer = self.make_optimizer(vae.discriminator, self.discr_lr)
+            optimizer = self.make_optimizer(vae.discriminator, config.discr_optimizer_options)
             self.discriminator = engines["discriminator"] = self.backend.prepare(
                 vae.discriminator, optimizer, max_grad_norm=config.discr_max_grad_norm
             )
@@ -119,7 +146,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     def _refuse_impossible_penalty(self) -> None:
         every = self.config.apply_grad_penalty_every
-        if every and not self.discriminator.trains_bare:
+        if every and not self.discriminator.capabilities.trains_bare:
             raise UserError(
                 f"apply_grad_penalty_every {every} is not possible where the discriminator's weights are sharded "
                 "(FSDP2, ZeRO 3): the penalty needs gradients of gradients, which do not reach a shard; give "
@@ -146,8 +173,10 @@ class VQGanVAETrainer(TokenizerTrainer):
         lr = self.learning_rate(self.config.lr)
         numbers = self.step_engine("generator", of_generator.means(), lr=lr)
         if train_discriminator:
-            discr_lr = self.learning_rate(self.discr_lr)
+            discr_lr = self.discr_learning_rate()
             numbers |= self.step_engine("discriminator", of_discriminator.means(), lr=discr_lr)
+            if self.has_own_schedule:
+                numbers["discr_lr"] = torch.tensor(discr_lr)
         return {**numbers, "lr": torch.tensor(lr)}
 
     def generator_loss(self, image: Tensor, out: ForwardPass) -> tuple[Tensor, dict[str, Tensor]]:
@@ -194,7 +223,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         """The discriminator's loss on real and reconstructed images (b, c, h, w), and the numbers to log."""
         every = self.config.apply_grad_penalty_every
         penalised = bool(every) and self.step % every == 0
-        if penalised and self.discriminator.double_backward:
+        if penalised and self.discriminator.capabilities.double_backward:
             image = image.detach().requires_grad_()  # its logits serve the loss and the penalty
             real, fake = logits_of(self.discriminator(image)), logits_of(self.discriminator(recon.to(image.dtype)))
         else:
@@ -209,7 +238,7 @@ class VQGanVAETrainer(TokenizerTrainer):
     def gradient_penalty(self, logits: list[Tensor], image: Tensor) -> Tensor:
         """The penalty at real images (b, c, h, w), 0-d; added to the loss, as DDP allows one backward only."""
         weight = self.config.grad_penalty_weight
-        if self.discriminator.double_backward:
+        if self.discriminator.capabilities.double_backward:
             return losses.gradient_penalty_of_logits(logits, image, weight)
         return losses.gradient_penalty(self.discriminator.module, image, weight)
 
@@ -217,6 +246,21 @@ class VQGanVAETrainer(TokenizerTrainer):
     def discr_lr(self) -> float:
         """The discriminator's peak learning rate."""
         return self.config.lr if self.config.discr_lr is None else self.config.discr_lr
+
+    @property
+    def has_own_schedule(self) -> bool:
+        """Whether the discriminator's rate has a schedule or a warm-up of its own."""
+        return self.config.discr_lr_schedule is not None or self.config.discr_lr_warmup_steps is not None
+
+    def discr_learning_rate(self) -> float:
+        """The discriminator's rate in the coming update: on its own schedule from its first update, or the run's."""
+        config = self.config
+        return self.learning_rate(
+            self.discr_lr,
+            schedule=config.discr_lr_schedule,
+            warmup_steps=config.discr_lr_warmup_steps,
+            start=config.discriminator_start if self.has_own_schedule else 0,
+        )
 
     @contextmanager
     def averaged_model(self) -> Iterator[VQGanVAE]:

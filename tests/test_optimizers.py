@@ -1,0 +1,316 @@
+"""Optimizers as parts: what is built of an option, groups of weights, what a checkpoint keeps, and each mistake."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from foreign.my_optimizer import Lion
+from scenarios import OPTIMIZERS, build_ar_trainer, build_trainer, optimizer_options, train_steps
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
+
+from vqdist.backends.base import Capabilities
+from vqdist.backends.local import LocalBackend
+from vqdist.backends.optimizer import check_optimizer, is_elementwise
+from vqdist.errors import UserError
+from vqdist.trainers.optimizers import MuonWithAdamW, OptimizerOptions, make_optimizer
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.Embedding(5, 4))
+
+
+def built(given, module: nn.Module | None = None, **options) -> Optimizer:
+    said = frozenset(options.keys() & {"betas", "weight_decay", "fused"})
+    return make_optimizer(module or network(), OptimizerOptions(given, 1e-3, said=said, **options), CPU)
+
+
+# ------------------------------------------------------------------------------------------------- what is built
+
+
+@pytest.mark.parametrize(
+    "given, options, expected",
+    [
+        (None, {}, Adam),
+        (None, {"weight_decay": 0.1}, AdamW),
+        ("sgd", {}, SGD),
+        ("torch.optim.NAdam", {}, NAdam),
+        (NAdam, {}, NAdam),
+        (lambda groups: SGD(groups, momentum=0.5), {}, SGD),
+        ({"class_path": "foreign.my_optimizer.Lion", "init_args": {"cautious_after": 7}}, {}, Lion),
+        ("muon", {}, MuonWithAdamW),
+    ],
+)
+def test_an_optimizer_is_given_by_name_path_class_or_function(given, options, expected):
+    assert type(built(given, **options)) is expected
+
+
+def test_arguments_come_from_the_part_or_from_the_run():
+    group = built({"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.8, 0.9], "eps": 1e-6}}).param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-6, 0.0)
+    assert built("adamw", betas=[0.5, 0.6]).param_groups[0]["betas"] == (0.5, 0.6)
+    assert built(Lion).param_groups[0]["betas"] == (0.9, 0.99)  # its own default, not Adam's
+    assert built("sgd", fused=True).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("given", [None, {"class_path": "adamw", "init_args": {"weight_decay": 0.1}}])
+def test_matrices_decay_and_biases_do_not(given):
+    groups = built(given, weight_decay=0.1).param_groups if given is None else built(given).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert [group["names"] for group in groups] == [["0.weight", "2.weight", "3.weight"], ["0.bias", "2.bias"]]
+
+
+class Slow(nn.Linear):
+    """A layer with a rate of its own."""
+
+    def parameter_groups(self):
+        return [{"params": [self.weight], "lr_scale": 0.1}, {"params": [self.bias], "weight_decay": 0.3}]
+
+
+def test_a_network_says_rates_and_decay_of_its_own_weights():
+    module = nn.Sequential(nn.Linear(2, 2), Slow(2, 2))
+    groups = built(None, module, weight_decay=0.1).param_groups
+    said = [(group["names"], group["lr_scale"], group["weight_decay"]) for group in groups]
+    assert said == [
+        (["0.weight"], 1.0, 0.1),
+        (["0.bias"], 1.0, 0.0),
+        (["1.weight"], 0.1, 0.1),
+        (["1.bias"], 1.0, 0.3),
+    ]
+    engine = LocalBackend(device="cpu").prepare(module, built(SGD, module), max_grad_norm=None)
+    before = [weight.detach().clone() for weight in module.parameters()]
+    engine.backward(engine(torch.ones(1, 2)).sum())
+    gradients = [weight.grad.clone() for weight in module.parameters()]
+    engine.step(lr=1.0)
+    gradients[-1] += 0.3 * before[-1]  # SGD's decay is in the gradient
+    for weight, old, gradient, rate in zip(module.parameters(), before, gradients, (1, 1, 0.1, 1), strict=True):
+        torch.testing.assert_close(weight.detach(), old - rate * gradient)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_muon_takes_hidden_matrices_and_kernels_and_adamw_the_rest(channels_last):
+    module = network()
+    module.head = nn.Linear(4, 2)
+    if channels_last:
+        module.to(memory_format=torch.channels_last)
+    expected = [weight.detach().clone() for weight in module.parameters()]
+    optimizer = built("muon", module, weight_decay=0.1)
+    hidden = [name for group in optimizer.hidden for name in group["names"]]
+    rest = [name for group in optimizer.adamw.param_groups for name in group["names"]]
+    assert hidden == ["0.weight", "2.weight"]
+    assert rest == ["3.weight", "head.weight", "0.bias", "2.bias", "head.bias"]
+    names = dict(module.named_parameters())
+    twins = {name: old.clone(memory_format=torch.contiguous_format) for name, old in zip(names, expected, strict=True)}
+    flat = {name: nn.Parameter(twins[name].flatten(1)) for name in hidden}
+    others = {name: nn.Parameter(twins[name]) for name in rest}
+    muon = torch.optim.Muon(flat.values(), lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    decay = [{"params": [others[name]], "weight_decay": 0.1 * (others[name].ndim > 1)} for name in rest]
+    adamw = AdamW(decay, lr=1e-3)
+    for step in range(3):
+        for name, weight in names.items():
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+            twin = flat.get(name, others.get(name))
+            twin.grad = weight.grad.reshape(twin.shape).clone()
+        optimizer.step(), muon.step(), adamw.step()
+    for name, weight in names.items():
+        torch.testing.assert_close(weight, {**flat, **others}[name].view(weight.shape), rtol=0, atol=0)
+    assert len(optimizer.state) == len(names)
+    assert [name for name, p in names.items() if "momentum_buffer" in optimizer.state[p]] == hidden
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+WRONG = [
+    ({"optimizer": "adamx"}, r"^there is no optimizer 'adamx'; nearest: adam.*; there are adam, adamw, sgd, muon"),
+    ({"optimizer": "torch.optim.AdmW"}, r"^optimizer torch.optim.AdmW: torch.optim has no 'AdmW'; nearest: AdamW"),
+    ({"optimizer": "torch.nn.Linear"}, r"^optimizer torch.nn.Linear is no Optimizer; derive it from"),
+    ({"optimizer": 3}, r"^optimizer 3 is not possible; give a name, or class_path and init_args"),
+    ({"optimizer": {"class_path": "sgd", "init_args": {"lr": 1}}}, r"^init_args of optimizer set 'lr', which lr says"),
+    ({"optimizer": "sgd", "adam_betas": [0.5, 0.9]}, r"^adam_betas \[0.5, 0.9\] does nothing, because optimizer sgd"),
+    (
+        {"optimizer": "foreign.my_optimizer.Lion", "fused_adam": True},
+        r"^fused_adam True does nothing, because optimizer Lion does not take fused",
+    ),
+    (
+        {"optimizer": {"class_path": "adamw", "init_args": {"betas": [0.5, 0.9]}}, "adam_betas": [0.5, 0.8]},
+        r"^adam_betas and init_args of optimizer both set 'betas'",
+    ),
+    (
+        {"optimizer": {"class_path": "adamw", "init_args": {"weight_decay": 0.1}}, "weight_decay": 0.2},
+        r"^weight_decay and init_args of optimizer both set 'weight_decay'",
+    ),
+    ({"optimizer": "adam", "weight_decay": 0.2}, r"^weight_decay 0.2 is decoupled .*; give optimizer adamw"),
+    ({"discr_optimizer": "sgd", "discr_adam_betas": [0.5, 0.9]}, r"^discr_adam_betas .* because discr_optimizer sgd"),
+]
+
+
+@pytest.mark.parametrize("options, message", WRONG)
+def test_a_wrong_option_is_one_line_before_anything_begins(tmp_path, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_trainer(tmp_path / "run", **options)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"class_path": "sgd", "init_args": {"momentm": 1}},
+            r"^optimizer sgd has no argument 'momentm'; nearest: mom",
+        ),
+        ({"class_path": "sgd", "init_args": {"nesterov": True}}, r"^optimizer sgd: Nesterov momentum requires"),
+        (SGD([torch.zeros(1)]), r"^optimizer is a built SGD; give its class or a function"),
+        (lambda groups: 3, r"is no Optimizer"),
+        (lambda groups: SGD(groups[0]["params"][1:]), r"leaves out 1 weights, 0.weight is the first"),
+        ("schedulefree.AdamWScheduleFree", r"swaps weights in its methods train and eval|there is no module"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built_is_one_line(given, message):
+    with pytest.raises(UserError, match=message):
+        built(given)
+
+
+@pytest.mark.parametrize(
+    "groups, message",
+    [
+        (lambda own: [{"params": [own, own]}], "parameter_groups name 0.weight twice"),
+        (lambda own: [{"params": [nn.Parameter(torch.zeros(1))]}], "parameter_groups of 0 names a weight that is not"),
+        (lambda own: [{"params": [own], "lr_scale": -1}], "lr_scale -1 of parameter_groups is not possible"),
+    ],
+)
+def test_groups_are_the_networks_own_weights(groups, message):
+    layer = nn.Linear(2, 2)
+    layer.parameter_groups = lambda: groups(layer.weight)
+    with pytest.raises(UserError, match=message):
+        built(None, nn.Sequential(layer))
+
+
+class InParts(LocalBackend):
+    """Stands for ZeRO 2: each process updates a part of every weight."""
+
+    capabilities = Capabilities(any_optimizer=False)
+
+
+def test_where_weights_are_cut_only_elementwise_optimizers_are_possible():
+    backend = InParts(device="cpu")
+    for given in (None, "sgd", "torch.optim.NAdam", "torch.optim.RMSprop", "foreign.my_optimizer.Lion"):
+        check_optimizer(built(given), backend)
+    for given in ("muon", "torch.optim.Adafactor"):
+        with pytest.raises(
+            UserError, match=r"cannot be used on local, where each process updates a part .*; use adamw"
+        ):
+            check_optimizer(built(given), backend)
+    with pytest.raises(UserError, match=r"Adagrad cannot be used on local, where .* makes its state when it is built"):
+        check_optimizer(built("torch.optim.Adagrad"), backend)
+    with pytest.raises(UserError, match=r"LBFGS cannot be used: its step needs closure"):
+        check_optimizer(torch.optim.LBFGS([torch.zeros(1)]), LocalBackend(device="cpu"))
+
+
+def test_a_subclass_or_a_function_says_itself_whether_it_is_elementwise():
+    class Mine(Adam):
+        pass
+
+    def factory(groups):
+        return Mine(groups)
+
+    assert not is_elementwise(built(Mine)) and not is_elementwise(built(factory))
+    factory.elementwise = True
+    assert is_elementwise(built(factory))
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    "optimizer", [*OPTIMIZERS, *(f"torch.optim.{name}" for name in ("Adagrad", "ASGD", "Rprop", "Adafactor"))]
+)
+def test_a_run_is_resumed_to_the_bit(optimizer, tmp_path):
+    options = optimizer_options(optimizer) if optimizer in OPTIMIZERS else {"optimizer": optimizer}
+    straight = train_steps(build_ar_trainer(tmp_path / "straight", **options), 4)
+    first = build_ar_trainer(tmp_path / "stopped", **options)
+    train_steps(first, 2)
+    first.save(first.run_folder / "checkpoints" / "step_00000002")
+    second = build_ar_trainer(tmp_path / "stopped", **options)
+    assert second.step == 2
+    assert {kind for state in second.engine.optimizer.state.values() for kind in state} == {
+        kind for state in first.engine.optimizer.state.values() for kind in state
+    }
+    for name, tensor in train_steps(second, 2).items():
+        assert torch.equal(tensor, straight[name]), name
+
+
+def test_numbers_of_state_and_groups_are_in_the_record(tmp_path):
+    trainer = build_ar_trainer(tmp_path, **optimizer_options("counting"))
+    train_steps(trainer, 3)
+    trainer.save(tmp_path / "saved")
+    record = json.loads((tmp_path / "saved" / "model" / "optimizer.json").read_text())
+    assert record["optimizer"] == "foreign.my_optimizer.Counting"
+    assert record["groups"] == [{"updates": 3}, {"updates": 3}]
+    assert set(record["numbers"].values()) == {3} and "updates/start.weight" in record["numbers"]
+
+
+def test_a_checkpoint_of_another_optimizer_is_one_line(tmp_path):
+    trainer = build_ar_trainer(tmp_path, optimizer="sgd")
+    trainer.train_step()
+    trainer.save(tmp_path / "checkpoints" / "step_00000001")
+    with pytest.raises(UserError, match=r"another configuration \(trainer.optimizer: 'sgd' -> None\)"):
+        build_ar_trainer(tmp_path)
+    with pytest.raises(
+        UserError, match=r"state of optimizer torch.optim.sgd.SGD and this run has torch.*Adam; resume"
+    ):
+        build_ar_trainer(tmp_path, allow_config_change=True)
+
+
+def test_a_checkpoint_from_before_the_choice_holds_adams_state(tmp_path):
+    trainer = build_ar_trainer(tmp_path)
+    trainer.train_step()
+    trainer.save(tmp_path / "saved")
+    (tmp_path / "saved" / "model" / "optimizer.json").unlink()
+    trainer.engine.load(tmp_path / "saved" / "model")
+    other = build_ar_trainer(tmp_path / "other", optimizer="sgd")
+    with pytest.raises(UserError, match=r"holds the state of optimizer torch.optim.adam.Adam and this run has"):
+        other.engine.load(tmp_path / "saved" / "model")
+
+
+class Keeping(Lion):
+    """Keeps something in its state, or in its groups, after an update."""
+
+    def __init__(self, groups, keep):
+        super().__init__(groups)
+        self.keep = keep
+
+    def step(self, closure=None):
+        super().step()
+        self.keep(self)
+
+
+@pytest.mark.parametrize(
+    "keep, message",
+    [
+        (lambda it: next(iter(it.state.values())).update(history=[1]), "it keeps a list as its state 'history'"),
+        (lambda it: it.state["all"].update(count=1), "it keeps state under 'all', which is no weight"),
+        (
+            lambda it: it.param_groups[0].update(history=[{}]),
+            "it changes 'history' of a group of weights, which is a list",
+        ),
+    ],
+)
+def test_state_that_cannot_be_saved_ends_the_run_at_its_first_step(keep, message, tmp_path):
+    trainer = build_ar_trainer(tmp_path, optimizer=lambda groups: Keeping(groups, keep))
+    with pytest.raises(UserError, match=f"state of optimizer Keeping cannot be saved: {message}"):
+        trainer.train_step()
+
+
+def test_the_discriminator_has_an_optimizer_of_its_own(tmp_path):
+    spec = {"class_path": "adamw", "init_args": {"betas": [0.7, 0.8], "weight_decay": 0.2}}
+    trainer = build_trainer(tmp_path / "own", optimizer=spec, discr_optimizer="sgd")
+    assert [type(engine.optimizer) for engine in trainer.engines.values()] == [AdamW, SGD]
+    trainer = build_trainer(tmp_path / "same", optimizer=spec, discr_adam_betas=[0.0, 0.9], discr_weight_decay=0.0)
+    groups = [engine.optimizer.param_groups[0] for engine in trainer.engines.values()]
+    assert [group["betas"] for group in groups] == [(0.7, 0.8), (0.0, 0.9)]
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
