@@ -104,7 +104,7 @@ def deepspeed_error(config) -> str:
         ("train_micro_batch_size_per_gpu", "batch_size"),
         ("gradient_accumulation_steps", "grad_accum_every"),
         ("gradient_clipping", "max_grad_norm"),
-        ("optimizer", "lr"),
+        ("optimizer", "optimizer"),
         ("scheduler", "lr_schedule"),
         ("fp16", "precision"),
         ("bf16", "precision"),

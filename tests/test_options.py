@@ -730,7 +730,7 @@ WRONG_OPTIONS = [
         {"backend": "accelerate", "accelerate_kwargs": {"mixed_precision": "bf16"}},
         r"belongs to the run; use precision",
     ),
-    ({"backend": "deepspeed", "deepspeed_config": {"optimizer": {}}}, r"sets 'optimizer', .* use lr and discr_lr$"),
+    ({"backend": "deepspeed", "deepspeed_config": {"optimizer": {}}}, r"sets 'optimizer', .* use optimizer, lr, discr_optimizer and discr_lr$"),
     ({"backend": "deepspeed", "deepspeed_config": "absent.json"}, r"^deepspeed_config absent.json is not a file"),
     (
         {"backend": "deepspeed", "deepspeed_config": {"zero_optimization": {"stage": 4}}},
@@ -744,7 +744,7 @@ WRONG_OPTIONS = [
     ({"folder": "EMPTY"}, r"^no images in .*EMPTY: found no files; expected files ending in bmp, gif,"),
     ({"folder": "syntetic"}, r"nearest: synthetic"),
     ({"folder": "synthetic:64", "exts": ["png"]}, r"^exts \['png'\] has no meaning for 'synthetic:64'"),
-    ({"lr_schedule": "linear"}, r"^lr_schedule 'linear' is not known; choose one of constant, cosine, exponential$"),
+    ({"lr_schedule": "liner"}, r"^there is no lr_schedule 'liner'; nearest: linear; there are constant, cosine"),
     ({"lr_decay_rate": 0.5}, r"^lr_decay_rate 0.5 does nothing, because lr_schedule is constant; leave it out$"),
     *(
         (
