@@ -730,7 +730,7 @@ WRONG_OPTIONS = [
         {"backend": "accelerate", "accelerate_kwargs": {"mixed_precision": "bf16"}},
         r"belongs to the run; use precision",
     ),
-    ({"backend": "deepspeed", "deepspeed_config": {"optimizer": {}}}, r"sets 'optimizer', .* use optimizer, lr, discr_optimizer and discr_lr$"),
+    ({"backend": "deepspeed", "deepspeed_config": {"optimizer": {}}}, r"sets 'optimizer', .* use optimizer, lr, "),
     ({"backend": "deepspeed", "deepspeed_config": "absent.json"}, r"^deepspeed_config absent.json is not a file"),
     (
         {"backend": "deepspeed", "deepspeed_config": {"zero_optimization": {"stage": 4}}},
