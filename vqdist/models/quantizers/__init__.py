@@ -1,0 +1,53 @@
+"""Quantizers: features to codes and back. `base` has the contract, and each further file one kind of quantizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vqdist.models.quantizers.base import (
+    QUANTIZERS,
+    Quantized,
+    Quantizer,
+    float32_arithmetic,
+    is_distributed,
+    mean_over_ranks,
+)
+from vqdist.models.quantizers.build import build_quantizer
+from vqdist.models.quantizers.library import LibraryQuantizer
+
+# in the order in which messages and --help list them
+from vqdist.models.quantizers.vq import VQQuantizer  # isort: skip
+from vqdist.models.quantizers.lfq import LFQQuantizer  # isort: skip
+from vqdist.models.quantizers.fsq import FSQ_LEVELS, FSQQuantizer  # isort: skip
+from vqdist.models.quantizers.simvq import SimVQQuantizer  # isort: skip
+from vqdist.models.quantizers.residual_vq import ResidualVQQuantizer  # isort: skip
+from vqdist.models.quantizers.multiscale_vq import EMACodebook, MultiScaleQuantizer, MultiScaleVQ  # isort: skip
+from vqdist.models.quantizers.rotation import rotated_onto  # isort: skip
+
+DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
+    cls.name: dict(cls.defaults)
+    for cls in (VQQuantizer, LFQQuantizer, FSQQuantizer, SimVQQuantizer, ResidualVQQuantizer, MultiScaleQuantizer)
+}
+"""Options that `build_quantizer` passes where the user says nothing; the library's defaults hold for all others."""
+
+__all__ = [
+    "DEFAULT_OPTIONS",
+    "FSQ_LEVELS",
+    "QUANTIZERS",
+    "EMACodebook",
+    "FSQQuantizer",
+    "LFQQuantizer",
+    "LibraryQuantizer",
+    "MultiScaleQuantizer",
+    "MultiScaleVQ",
+    "Quantized",
+    "Quantizer",
+    "ResidualVQQuantizer",
+    "SimVQQuantizer",
+    "VQQuantizer",
+    "build_quantizer",
+    "float32_arithmetic",
+    "is_distributed",
+    "mean_over_ranks",
+    "rotated_onto",
+]

@@ -1,0 +1,141 @@
+"""The contract of a quantizer, and what every quantizer may need: float32 arithmetic and a mean over ranks.
+
+Shapes: `b` batch, `d` feature channels, `h w` positions, `q` levels (codes per position), `L` codes of all scales of
+an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vqdist.parts import Registry
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of features.
+
+    Attributes:
+        quantized: (b, d, h, w), in the dtype of the features.
+        indices: codes, int64, (b, h, w), or (b, h, w, q) where a position has several; -1 for a level that
+            `quantize_dropout` left out. Of several scales: (b, L), the coarsest first.
+        aux_loss: commitment, codebook and entropy losses, weighted and summed; 0-d float32, 0 in eval mode.
+    """
+
+    quantized: Tensor
+    indices: Tensor
+    aux_loss: Tensor
+
+
+class Quantizer(nn.Module, ABC):
+    """The contract: maps features to the nearest of finitely many codes. Derive your own from it.
+
+    A quantizer of your own needs none of the library that vqdist's are made of. It is given by its import path, or
+    registered with `@QUANTIZERS.add("name")`. Its constructor gets the `init_args`, and `dim` and `codebook_size`
+    where it has parameters of these names:
+
+        class Signs(Quantizer):
+            def __init__(self, dim: int):
+                super().__init__(dim, codebook_size=2**dim)
+                self.register_buffer("bits", 2 ** torch.arange(dim)[:, None, None])
+
+            def forward(self, features):
+                codes = torch.where(features > 0, 1.0, -1.0)
+                indices = ((features > 0) * self.bits).sum(dim=1)
+                return Quantized(features + (codes - features).detach(), indices, torch.zeros(()).to(features.device))
+
+            def decode_indices(self, indices):
+                return torch.where(indices[:, None] // self.bits % 2 == 1, 1.0, -1.0)
+
+    In train mode, with a process group of several processes up, `forward` may hold collectives: every rank calls it.
+    In eval mode it holds none and changes nothing. Under bfloat16 it runs within autocast: `float32_arithmetic` turns
+    that off, and a codebook of running means needs it.
+
+    A moving average of the network averages the parameters that learn by gradient and copies all other tensors, see
+    `is_averaged`.
+
+    Args:
+        dim: channels of the features.
+        codebook_size: codes per level.
+        num_levels: codes per position.
+
+    Attributes:
+        dim: channels of the features, and of what the quantizer gives back.
+        codebook_size: codes per level.
+        num_levels: codes per position.
+        scales: sides of the maps of codes, growing, where there are several; None for one map of the features' size.
+            A quantizer that has them also has the method `next_scale_inputs` of `MultiScaleQuantizer`.
+    """
+
+    scales: tuple[int, ...] | None = None
+
+    def __init__(self, dim: int, codebook_size: int, num_levels: int = 1):
+        super().__init__()
+        self.dim = dim
+        self.codebook_size = codebook_size
+        self.num_levels = num_levels
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Quantized:
+        """Map features (b, d, h, w) to `Quantized`; in train mode a codebook may move towards them."""
+
+    @abstractmethod
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Return (b, d, h, w) float32, which `forward` gives in eval mode, for its `indices`."""
+
+    def is_averaged(self, name: str, tensor: Tensor) -> bool:
+        """Return whether a moving average of the network averages a tensor of this quantizer; if not, it copies it.
+
+        The default averages parameters that learn by gradient. Buffers and frozen parameters are copied: codebooks of
+        running means, counts of uses, flags of k-means. Override this where a buffer is changed by gradients, or where
+        a parameter is moved by anything else.
+
+        Args:
+            name: of the tensor within this module, as `named_parameters` and `named_buffers` say it.
+            tensor: the live one.
+        """
+        return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+
+QUANTIZERS: Registry[Quantizer] = Registry("quantizer", Quantizer)
+
+
+@contextlib.contextmanager
+def float32_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32 within: the library itself turns off CUDA autocast only, and not around projections."""
+    try:
+        previous = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set per backend through torch.backends, which torch lets nobody mix with this
+        previous = None
+    with torch.autocast(device_type=device.type, enabled=False):
+        if previous is not None:
+            torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            if previous is not None:
+                torch.set_float32_matmul_precision(previous)
+
+
+def is_distributed() -> bool:
+    """Whether several processes are in a process group now."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the mean over ranks, with the gradient of this rank's share alone; every rank must call it.
+
+    DDP averages gradients over ranks: d f(mean) / d weights of the whole batch is the average of f'(mean) * d tensor,
+    which is what this rank's share gives, without a collective in the backward pass.
+    """
+    if not is_distributed():
+        return tensor
+    mean = tensor.detach().clone()
+    dist.all_reduce(mean)
+    return tensor + (mean / dist.get_world_size() - tensor).detach()
