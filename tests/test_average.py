@@ -28,6 +28,7 @@ from vqdist.cli.models import MODELS
 from vqdist.cli.train import make_trainer, train_options
 from vqdist.evaluation import evaluate_reconstruction
 from vqdist.files import sha256_of
+from vqdist.manifest import read_manifest, sealed
 from vqdist.models.averaged import averaged_tensors
 from vqdist.models.pretrained import load_model_of_any_type
 
@@ -209,9 +210,10 @@ def make_old(run, *, average: dict[str, Tensor], prefix: str) -> None:
     path = max(run.glob("checkpoints/step_*")) / "ema.safetensors"
     save_file({**load_file(path), **average}, path)
     manifest = path.with_name("manifest.json")
-    written = json.loads(manifest.read_text())
+    written = read_manifest(path.parent)
+    del written["sha256"]
     written["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest.write_text(json.dumps({key: value for key, value in written.items() if key not in ("version", "sha256")}))
+    manifest.write_text(json.dumps(sealed(written)))
     weights = run / "export" / "model.safetensors"
     exported = {f"{prefix}{name}": tensor for name, tensor in average.items()}
     save_file({name: exported[name].contiguous() for name in load_file(weights)}, weights, metadata={"format": "pt"})

@@ -19,7 +19,7 @@ from vqdist.parts import Registry
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of features.
+    """Features as a quantizer gives them back, their codes and its loss.
 
     Attributes:
         quantized: (b, d, h, w), in the dtype of the features.

@@ -1,4 +1,4 @@
-"""What is common to the quantizers of vector-quantize-pytorch (tried with 1.32).
+"""The common part of the quantizers of vector-quantize-pytorch (tried with 1.32).
 
 Three things that the library leaves to its caller are done here, once: arithmetic in float32 under every precision,
 codebooks that stay equal over ranks whenever the process group was started, and a line for a mistake in an option.
