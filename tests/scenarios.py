@@ -97,7 +97,11 @@ def build_vae(quantizer: str = "lfq", **options) -> VQGanVAE:
         "encdec_resnet_groups": 4,
         "use_hinge_loss": False,
         "vgg": SmallFeatures(),
-        **QUANTIZERS.get(quantizer, {"quantizer": quantizer}),
+        **(
+            QUANTIZERS.get(quantizer, {"quantizer": quantizer})
+            if isinstance(quantizer, str)
+            else {"quantizer": quantizer}
+        ),
         **options,
     }
     return VQGanVAE(**settings)

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from scenarios import build_trainer, unfollowed_buffers, weights_of
 from torch import nn
 
 from vqdist import UserError
@@ -49,7 +50,8 @@ def check(quantizer: Quantizer, dim: int) -> None:
     out = quantizer(features)
     assert out.quantized.shape == features.shape and out.indices.shape == (2, 3, 5) and out.aux_loss.shape == ()
     assert out.indices.dtype == torch.int64 and 0 <= out.indices.min() <= out.indices.max() < quantizer.codebook_size
-    torch.testing.assert_close(quantizer.eval().decode_indices(out.indices), quantizer(features).quantized)
+    again = quantizer.eval()(features)
+    torch.testing.assert_close(quantizer.decode_indices(again.indices), again.quantized)
     assert quantizer.num_levels == 1 and quantizer.scales is None
 
 
@@ -81,6 +83,21 @@ def test_a_quantizer_of_somebody_else_is_built(given, options, size, scaled, mon
     assert bool(quantizer.centres.any()) is not scaled
     if not scaled:
         check(quantizer, 4)
+
+
+def test_a_network_is_trained_with_it(tmp_path):
+    path = f"{__name__}.Centres"
+    for number, given in enumerate([path, {"class_path": path, "init_args": {"scale": 0.5}}]):
+        trainer = build_trainer(
+            tmp_path / str(number), quantizer=given, model={"codebook_size": 16}, num_train_steps=2
+        )
+        before = weights_of(trainer)["ema.quantizer.centres"]
+        trainer.train()
+        averaged = weights_of(trainer)["ema.quantizer.centres"]
+        assert averaged.shape[0] == 16 and not torch.equal(before, averaged) and not unfollowed_buffers(trainer)
+        trainer.close()
+    with pytest.raises(UserError, match="takes features of 5 channels and there are 32"):
+        build_trainer(tmp_path / "other", model={"quantizer": Centres(5)})
 
 
 def test_its_own_number_of_codes_stands_where_none_is_given():

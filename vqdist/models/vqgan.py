@@ -615,7 +615,7 @@ def _build_quantizer(
             raise UserError(f"{name} {options} is given beside the quantizer's init_args; move it into these")
     set_size = codebook_size != DEFAULT_CODEBOOK_SIZE
     if not isinstance(given, (str, Mapping)):
-        built = QUANTIZERS.check(given, type(given).__name__)
+        built = build_quantizer(QUANTIZERS.check(given, type(given).__name__), dim=dim)
         if set_size and built.codebook_size != codebook_size:
             raise UserError(
                 f"codebook_size {codebook_size} is given, and the quantizer has {built.codebook_size} codes"
@@ -627,7 +627,7 @@ def _build_quantizer(
         if QUANTIZERS[name] is factory:
             size = {"codebook_size": codebook_size} if set_size or "levels" not in spec.init_args else {}
             return build_quantizer(name, **{"dim": dim, **size, **spec.init_args})
-    built = QUANTIZERS.build(given, dim=dim, codebook_size=codebook_size)
+    built = build_quantizer(given, dim=dim, codebook_size=codebook_size)
     if set_size and built.codebook_size != codebook_size:
         raise UserError(
             f"codebook_size {codebook_size} is given, and quantizer {spec.target} has {built.codebook_size} codes; "
