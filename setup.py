@@ -70,6 +70,7 @@ EXTRAS = {
     ],
     "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
     "data": ["webdataset>=0.2.100", "datasets>=3.0"],
+    "optimizers": ["bitsandbytes>=0.45"],  # adamw_8bit, on a CUDA device
 }
 
 # The tests use every extra. The tools of `make lint` are exact, because another version finds and formats differently.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from scenarios import build_prior, build_vae
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from vqdist.backends.accelerate import AccelerateBackend
 from vqdist.backends.fsdp import Sharding, not_by_accelerate, sharding_asked_for
@@ -86,6 +87,14 @@ def test_accelerate_itself_does_not_hear_of_it(launched, monkeypatch):
 
         assert "ACCELERATE_USE_FSDP" not in os.environ
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+
+
+def test_the_class_that_a_sharded_model_gets_is_no_model_of_somebody_else():
+    """`fully_shard` derives a class for each that it meets; the run's type of model must not change by that."""
+    model = build_prior()
+    derived = type("FSDPPrior", (FSDPModule, type(model)), {})
+    assert derived.model_type == "prior"
+    assert type("Own", (type(model),), {}).model_type.endswith(".Own")
 
 
 def test_one_process_has_nothing_to_shard(launched):

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 from vqdist.backends.base import Capabilities
 from vqdist.backends.local import LocalBackend
 from vqdist.backends.optimizer import check_optimizer, is_elementwise
+from vqdist.cli import main
 from vqdist.errors import UserError
 from vqdist.trainers.optimizers import MuonWithAdamW, OptimizerOptions, make_optimizer
 
@@ -129,7 +130,7 @@ WRONG = [
     ({"optimizer": "adamx"}, r"^there is no optimizer 'adamx'; nearest: adam.*; there are adam, adamw, sgd, muon"),
     ({"optimizer": "torch.optim.AdmW"}, r"^optimizer torch.optim.AdmW: torch.optim has no 'AdmW'; nearest: AdamW"),
     ({"optimizer": "torch.nn.Linear"}, r"^optimizer torch.nn.Linear is no Optimizer; derive it from"),
-    ({"optimizer": 3}, r"^optimizer 3 is not possible; give a name, or class_path and init_args"),
+    ({"optimizer": 3}, r"^optimizer 3 is not possible; give a string or a dictionary or null$"),
     ({"optimizer": {"class_path": "sgd", "init_args": {"lr": 1}}}, r"^init_args of optimizer set 'lr', which lr says"),
     ({"optimizer": "sgd", "adam_betas": [0.5, 0.9]}, r"^adam_betas \[0.5, 0.9\] does nothing, because optimizer sgd"),
     (
@@ -304,6 +305,71 @@ def test_state_that_cannot_be_saved_ends_the_run_at_its_first_step(keep, message
     trainer = build_ar_trainer(tmp_path, optimizer=lambda groups: Keeping(groups, keep))
     with pytest.raises(UserError, match=f"state of optimizer Keeping cannot be saved: {message}"):
         trainer.train_step()
+
+
+def test_options_of_a_schedule_are_refused_where_they_do_nothing(tmp_path):
+    for options, message in [
+        ({"lr_min_ratio": 0.1}, "^lr_min_ratio 0.1 does nothing, because lr_schedule is constant"),
+        ({"lr_schedule": "cosine", "lr_decay_share": 0.5}, "^lr_decay_share 0.5 .* because lr_schedule is cosine"),
+        ({"lr_schedule": lambda step, total_steps: 1.0, "lr_min_ratio": 0.1}, "because lr_schedule is a function"),
+        (
+            {"lr_schedule": {"class_path": "wsd", "init_args": {"min_ratio": 0.2}}, "lr_min_ratio": 0.1},
+            "^lr_min_ratio and init_args of lr_schedule both set 'min_ratio'",
+        ),
+        ({"discr_lr_schedule": "cosin"}, "^there is no lr_schedule 'cosin'; nearest: cosine"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build_trainer(tmp_path / "run", **options)
+
+
+def test_the_discriminators_own_schedule_counts_from_its_start(tmp_path):
+    options = {"num_train_steps": 12, "discriminator_start": 2, "lr_schedule": "cosine", "lr": 1.0, "discr_lr": 0.5}
+    own = {"discr_lr_schedule": {"class_path": "linear"}, "discr_lr_warmup_steps": 2}
+    trainer = build_trainer(tmp_path / "own", **options, **own)
+    rates = []
+    for trainer.step in (2, 3, 4, 8, 12):
+        rates.append(trainer.discr_learning_rate())
+    assert rates == [0.25, 0.5, 0.5, 0.25, 0.0]
+    shared = build_trainer(tmp_path / "shared", **options)
+    shared.step = 6
+    assert shared.discr_learning_rate() == 0.5 * shared.learning_rate(1.0)
+
+
+def test_without_a_discriminator_its_options_are_refused(tmp_path):
+    own = {
+        "discr_optimizer": "sgd",
+        "discr_adam_betas": [0.5, 0.9],
+        "discr_weight_decay": 0.1,
+        "discr_lr_schedule": "linear",
+        "discr_lr_warmup_steps": 3,
+    }
+    for name, value in own.items():
+        with pytest.raises(UserError, match=f"^{name} .* does nothing, because the model has no discriminator"):
+            build_trainer(tmp_path / "run", model={"use_gan": False}, **{name: value})
+
+
+def test_an_own_optimizer_and_schedule_come_from_yaml(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "data: {folder: 'synthetic:32', image_size: 16}\n"
+        "model: {dim: 16, layers: 2, discr_layers: 2, perceptual: none}\n"
+        "trainer:\n"
+        "  num_train_steps: 2\n"
+        "  batch_size: 4\n"
+        "  optimizer: {class_path: foreign.my_optimizer.Lion, init_args: {cautious_after: 1, betas: [0.9, 0.95]}}\n"
+        "  discr_optimizer: torch.optim.NAdam\n"
+        "  lr_schedule: {class_path: foreign.my_schedule.halved, init_args: {after: 0.5}}\n"
+    )
+    assert main(["train", "vqgan", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]) == 0
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["trainer"]
+    assert written["optimizer"]["init_args"] == {"cautious_after": 1, "betas": [0.9, 0.95]}
+    assert (written["discr_optimizer"], written["lr_schedule"]["class_path"]) == (
+        "torch.optim.NAdam",
+        "foreign.my_schedule.halved",
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines if "lr" in line][-1] < 3e-4
+    record = tmp_path / "run" / "checkpoints" / "step_00000002" / "generator" / "optimizer.json"
+    assert json.loads(record.read_text())["optimizer"] == "foreign.my_optimizer.Lion"
 
 
 def test_the_discriminator_has_an_optimizer_of_its_own(tmp_path):

@@ -82,7 +82,7 @@ def test_metadata(metadata):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
     assert metadata.get_all("License-File") == ["LICENSE"]
-    assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "tracking", "data", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "tracking", "data", "optimizers", "dev"}
     required = metadata.get_all("Requires-Dist")
     assert "torch>=2.6" in required
     assert not [line for line in required if "deepspeed" in line and "extra ==" not in line]

@@ -50,6 +50,61 @@ def test_the_epoch_is_of_the_exponential_rate_only(schedule):
     assert learning_rate(5, **settings, epoch=3, decay_rate=0.1) == learning_rate(5, **settings)
 
 
+PARTS = {
+    "linear": ({"min_ratio": 0.1}, {0: 2.0, 50: 1.1, 100: 0.2}),
+    "cosine": ({"min_ratio": 0.5}, {0: 2.0, 50: 1.5, 100: 1.0}),
+    "wsd": ({"decay_share": 0.2, "min_ratio": 0.5}, {0: 2.0, 79: 2.0, 80: 2.0, 90: 1.5, 100: 1.0}),
+    "exponential": ({"decay_rate": 0.5}, {0: 0.5, 100: 0.5}),  # of two epochs, whatever the step
+    "constant": ({}, {0: 2.0, 100: 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("warmup_steps", [0, 20])
+def test_a_schedule_with_arguments_is_its_formula_after_the_warm_up(name, warmup_steps):
+    arguments, expected = PARTS[name]
+    settings = {"schedule": {"class_path": name, "init_args": arguments}, "warmup_steps": warmup_steps, "epoch": 2}
+    for step, rate in expected.items():
+        found = learning_rate(step + warmup_steps, peak=2.0, total_steps=100 + warmup_steps, **settings)
+        assert found == pytest.approx(rate), step
+    rising = [learning_rate(step, peak=2.0, total_steps=120, **settings) for step in range(warmup_steps)]
+    assert rising == [2.0 * (step + 1) / 20 for step in range(warmup_steps)]
+
+
+def test_steps_past_the_end_and_runs_without_steps_have_a_rate():
+    for name in PARTS:
+        for step, total in ((150, 100), (0, 0), (5, 5)):
+            assert 0 <= learning_rate(step, peak=1.0, schedule=name, warmup_steps=5, total_steps=total) <= 1
+
+
+def test_an_own_schedule_is_a_function_of_the_step_by_path_or_as_it_is():
+    part = {"class_path": "foreign.my_schedule.halved", "init_args": {"after": 0.8}}
+    settings = {"peak": 2.0, "warmup_steps": 10, "total_steps": 110}
+    assert [learning_rate(step, schedule=part, **settings) for step in (10, 89, 90)] == [2.0, 2.0, 1.0]
+    assert learning_rate(20, schedule=lambda step, total_steps: step / total_steps, **settings) == pytest.approx(0.2)
+    assert learning_rate(20, schedule=lambda step, total, epoch: epoch, epoch=3, **settings) == 6.0
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        (
+            {"class_path": "wsd", "init_args": {"decay": 0.1}},
+            "lr_schedule wsd has no argument 'decay'; nearest: decay_",
+        ),
+        ({"class_path": "cosine", "init_args": {"min_ratio": 2}}, "min_ratio 2 of lr_schedule is not possible"),
+        ({"class_path": "wsd", "init_args": {"decay_share": 0}}, "decay_share 0 of lr_schedule .* a share above 0"),
+        ("foreign.my_schedule.nothing", "lr_schedule foreign.my_schedule has no|has no 'nothing'"),
+        (lambda step, total_steps: None, "returned None at step 0 of 10; a schedule returns the factor of the peak"),
+        (lambda step, total_steps: -1.0, "returned -1.0 at step 0 of 10"),
+        (lambda step, total_steps: float("nan"), "returned nan at step 0 of 10"),
+    ],
+)
+def test_a_schedule_that_gives_no_rate_is_one_line(schedule, message):
+    with pytest.raises(UserError, match=message):
+        learning_rate(0, peak=1.0, schedule=schedule, warmup_steps=0, total_steps=10)
+
+
 def test_unknown_schedule_is_refused():
     with pytest.raises(
         UserError, match="there is no lr_schedule 'liner'; nearest: linear; there are constant, cosine"

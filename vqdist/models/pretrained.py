@@ -57,7 +57,8 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if "model_type" not in vars(cls) and cls.__module__.partition(".")[0] != "vqdist":
+        of_torch = any(base.__module__.startswith("torch.distributed.") for base in cls.__bases__)  # `fully_shard`'s
+        if "model_type" not in vars(cls) and cls.__module__.partition(".")[0] != "vqdist" and not of_torch:
             cls.model_type = f"{cls.__module__}.{cls.__qualname__}"  # of somebody else: found by its import path
 
     def saved_part(self) -> nn.Module:

@@ -35,8 +35,10 @@ class TrainerConfig(DataConfig):
     """Images of one micro-batch of one process."""
     lr: float = 3e-4
     """Peak learning rate."""
-    optimizer: Any = None
-    """`adam`, `adamw`, `sgd`, `muon`, `adamw_8bit`, or class_path and init_args; null is adam, or adamw with decay."""
+    optimizer: str | dict[str, Any] | None = field(
+        default=None, metadata={"part": "vqdist.trainers.optimizers.OPTIMIZERS"}
+    )
+    """Optimizer: a name, or class_path and init_args; null is `adam`, or `adamw` with weight_decay."""
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decays of the two moments of Adam and its kin."""
     weight_decay: float = 0.0
@@ -47,9 +49,9 @@ class TrainerConfig(DataConfig):
     """Gradients with a larger 2-norm are scaled down to it; null does not clip."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly to its peak; 0 starts at the peak."""
-    lr_schedule: Any = "constant"
-    """After the warm-up `constant`, `cosine`, `linear`, `exponential` (by epochs), `wsd` (constant, then linear), or
-    class_path and init_args of a function of the step."""
+    lr_schedule: str | dict[str, Any] = field(default="constant", metadata={"part": "vqdist.schedules.SCHEDULES"})
+    """Rate after the warm-up: a name (`exponential` falls by epochs, `wsd` stays and falls at the end), or class_path
+    and init_args of a function of the step."""
     lr_min_ratio: float = 0.0
     """Rate at the end of `cosine`, `linear` and `wsd`, as a share of the peak."""
     lr_decay_share: float = 0.2
@@ -272,7 +274,10 @@ def build_config(config_class: type[C], options: dict[str, Any]) -> C:
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
     kinds = get_type_hints(config_class)
     for name, value in options.items():
-        if not _is_of(value, kinds[name]) and not (name == "folder" and isinstance(value, Source)):
+        as_object = (
+            isinstance(value, Source) if name == "folder" else callable(value) and "part" in fields[name].metadata
+        )
+        if not _is_of(value, kinds[name]) and not as_object:
             raise UserError(f"{name} {value!r} is not possible; give {_in_words(kinds[name])}")
     config = config_class(**options)
     config.check()

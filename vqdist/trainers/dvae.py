@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,9 +37,9 @@ class DiscreteVAETrainerConfig(TrainerConfig):
     """Images of one micro-batch of one process."""
     lr: float = 1e-3
     """Peak learning rate of Adam."""
-    lr_schedule: Any = "exponential"
-    """After the warm-up `constant`, `cosine`, `linear`, `exponential` (by epochs), `wsd` (constant, then linear), or
-    class_path and init_args of a function of the step."""
+    lr_schedule: str | dict[str, Any] = field(default="exponential", metadata={"part": "vqdist.schedules.SCHEDULES"})
+    """Rate after the warm-up: a name (`exponential` falls by epochs, `wsd` stays and falls at the end), or class_path
+    and init_args of a function of the step."""
     num_images_save: int = 4
     """Images in a picture."""
     starting_temp: float = 1.0

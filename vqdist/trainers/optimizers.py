@@ -4,7 +4,7 @@ A factory gets the groups first, and by name those of `lr`, `betas`, `fused` and
 A group is a dictionary: `params`, their `names`, `weight_decay` (0 for biases and gains) and `lr_scale`, by which
 `Engine.step` multiplies the rate. A network that wants other rates for parts of itself has a method
 `parameter_groups()`, which returns dictionaries with `params` and any of `lr_scale` and `weight_decay`; a submodule
-may have one for its own weights. What it leaves out is in the common group.
+may have one for its own weights. Weights that it leaves out are in the common group.
 
 An optimizer that treats every number of a weight by itself says `elementwise = True`; only such are possible where
 each process updates a part of every weight (FSDP2, ZeRO 1, 2, 3).
@@ -50,7 +50,7 @@ NOT_HIDDEN = (
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """What a run says of the optimizer of one network.
+    """The options of a run that are about the optimizer of one network.
 
     Attributes:
         given: a name, an import path, both keys of a part, or a factory; None for Adam, or AdamW with weight decay.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,13 +29,17 @@ class VQGanTrainerConfig(TrainerConfig):
 
     discr_lr: float | None = None
     """Peak learning rate of the discriminator; by default the generator's."""
-    discr_optimizer: Any = None
+    discr_optimizer: str | dict[str, Any] | None = field(
+        default=None, metadata={"part": "vqdist.trainers.optimizers.OPTIMIZERS"}
+    )
     """As optimizer, for the discriminator; by default the generator's."""
     discr_adam_betas: list[float] | None = None
     """As adam_betas, for the discriminator; by default the generator's."""
     discr_weight_decay: float | None = None
     """As weight_decay, for the discriminator; by default the generator's."""
-    discr_lr_schedule: Any = None
+    discr_lr_schedule: str | dict[str, Any] | None = field(
+        default=None, metadata={"part": "vqdist.schedules.SCHEDULES"}
+    )
     """As lr_schedule, with the rest in init_args, for the discriminator; counts from discriminator_start."""
     discr_lr_warmup_steps: int | None = None
     """Steps from discriminator_start over which the rate of the discriminator rises; by default warmup_steps."""
