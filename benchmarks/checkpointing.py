@@ -58,7 +58,7 @@ def save(trainer: Trainer, step: float) -> tuple[float, float, float]:
     """Seconds that training waits for one checkpoint; that it loses by it, with steps that else take `step` seconds;
     and until it is complete."""
     began, made = time.perf_counter(), 0
-    trainer._save_checkpoint()
+    trainer.resume.checkpoint()
     waited = time.perf_counter() - began
     while is_completing():
         trainer.train_step()

@@ -58,9 +58,9 @@ def profile(trainer: VQGanVAETrainer, *, steps: int, warmup: int = 2) -> dict[st
     discriminator.step = watch.timed("discriminator clip and Adam", discriminator.step)
     discriminator.frozen = watch.timed("frozen discriminator forward", discriminator.frozen)
     trainer.next_micro_batches = watch.timed("waiting for images", trainer.next_micro_batches)
-    trainer.update_ema = watch.timed("EMA", trainer.update_ema)
-    if trainer.perceptual is not None:
-        trainer.perceptual = watch.timed("perceptual forward", trainer.perceptual)
+    trainer.networks.update_average = watch.timed("EMA", trainer.networks.update_average)
+    for term in trainer.objective:
+        term.forward = watch.timed(f"{term.name} loss forward", term.forward)
     trainer.adaptive_weight = watch.timed("adaptive weight", trainer.adaptive_weight)
     trainer.generator_loss = watch.timed("generator's losses at the reconstruction", trainer.generator_loss)
     trainer._log_when_due = watch.timed("logging", trainer._log_when_due)

@@ -94,7 +94,7 @@ def ranks(backend: str, zero: dict[str, Any], quantizers: list[str], folder: Pat
         trainer.train_step()  # DDP makes its buckets anew after the first step, and this one logs
         trainer.train_step()
         plain = count_step(trainer, folder)
-        trainer.step = 3  # one with a gradient penalty, for which nothing more may be exchanged
+        trainer.progress.step = 3  # one with a gradient penalty, for which nothing more may be exchanged
         with_penalty = count_step(trainer, folder)
         results[quantizer] = {"counted": plain, "with_penalty": with_penalty, "expected": expected_bytes(trainer)}
     if trainer.is_main:

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,12 @@ def spoil_images(trainer: Trainer, steps: Collection[int]) -> None:
     """Images of these steps are NaN on the last rank."""
     update = trainer.update
 
-    def spoilt(batches: list[Tensor]) -> dict[str, Tensor]:
+    def spoilt(batches: list[Any]) -> dict[str, Tensor]:
         spoils = is_last(trainer) and trainer.step + 1 in steps
-        return update([batch * torch.nan for batch in batches] if spoils else batches)
+        return update(list(map(without_a_number, batches)) if spoils else batches)
+
+    def without_a_number(batch: Any) -> Any:  # images, or what begins with them
+        return batch * torch.nan if isinstance(batch, Tensor) else (batch[0] * torch.nan, *batch[1:])
 
     trainer.update = spoilt
 
@@ -58,9 +62,9 @@ def spoil_number(trainer: Trainer, steps: Collection[int]) -> None:
 
 def without_steps(trainer: Trainer, steps: Collection[int]) -> None:
     """Take the images of these steps and do nothing with them."""
-    update, update_ema = trainer.update, trainer.update_ema
+    update, average = trainer.update, trainer.networks.update_average
     trainer.update = lambda batches: {} if trainer.step + 1 in steps else update(batches)
-    trainer.update_ema = lambda: None if trainer.step in steps else update_ema()
+    trainer.networks.update_average = lambda: None if trainer.step in steps else average()
 
 
 def spoil_largest(trainer: Trainer, tensors: list[tuple[str, Tensor]]) -> str:
@@ -74,14 +78,14 @@ def spoil_largest(trainer: Trainer, tensors: list[tuple[str, Tensor]]) -> str:
 
 def after(trainer: Trainer, step: int, do: Callable[[], None]) -> None:
     """Do something after a step's average and before its checkpoint."""
-    update_ema = trainer.update_ema
+    update_average = trainer.networks.update_average
 
     def then() -> None:
-        update_ema()
+        update_average()
         if trainer.step == step:
             do()
 
-    trainer.update_ema = then
+    trainer.networks.update_average = then
 
 
 def end_of(trainer: Trainer) -> str:

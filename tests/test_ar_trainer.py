@@ -55,8 +55,8 @@ def test_an_update_is_the_loss_of_the_model_and_adam(kind, tmp_path):
     trainer = build_ar_trainer(tmp_path, kind, grad_accum_every=2, lr=1e-3, use_ema=False)
     by_hand = load_from(build_ar_trainer(tmp_path / "other", kind, grad_accum_every=2, lr=1e-3, use_ema=False))
     model, optimizer, batches = by_hand
-    for number, (item, label) in enumerate(batches):
-        inputs = model.inputs(item, trainer.hide_labels(label, trainer.positions(number)))
+    for item, label, places in batches:
+        inputs = model.inputs(item, trainer.hide_labels(label, places))
         (model.loss(model(*inputs), *inputs)[0] / 2).backward()
     optimizer.step()
     trainer.train_step()
@@ -106,13 +106,13 @@ def test_hidden_labels_belong_to_the_place_in_the_data_order(tmp_path):
     assert abs(float((hidden == 10).float().mean()) - 0.3) < 0.03
     assert torch.equal(trainer.hide_labels(label[:100], range(50, 150)), hidden[50:150])
     for dropout, share in ((0.0, 0), (1.0, 1)):
-        trainer.config.label_dropout = dropout
+        trainer.config = dataclasses.replace(trainer.config, label_dropout=dropout)
         assert float((trainer.hide_labels(label, range(4000)) == 10).float().mean()) == share
 
 
 def test_batches_have_the_labels_of_their_images(tmp_path):
     trainer = build_ar_trainer(tmp_path, augment=False)
-    (item, label), *_ = trainer.next_micro_batches()
+    (item, label, _), *_ = trainer.next_micro_batches()
     by_content = {trainer.dataset[index].numpy().tobytes(): trainer.dataset.label(index) for index in range(64)}
     assert label.tolist() == [by_content[image.numpy().tobytes()] for image in item]
 
@@ -238,7 +238,7 @@ def test_every_option_says_what_it_is():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("prior", {"label_dropout": 1.5}, "label_dropout 1.5 is not possible; give a share in"),
+        ("prior", {"label_dropout": 1.5}, "label_dropout 1.5 is not possible; it must be at least 0 and at most 1"),
         ("prior", {"sample_top_k": 0}, "top_k 0 is not possible"),
         ("prior", {"image_size": 32}, "image_size 32 is given but the model is for 16; leave it out"),
         ("prior", {"sample_cfg": 2.0, "label_dropout": 0.0}, "sample_cfg 2 needs a model that can do without a class"),

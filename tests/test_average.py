@@ -138,8 +138,8 @@ def test_the_average_of_the_digits_recipe_uses_the_codes_of_the_live_network(tmp
     trainer = make_trainer(MODELS["vqgan"], train_options("vqgan", given))
     for _ in range(300):
         trainer.update(trainer.next_micro_batches())
-        trainer.update_ema()
-        trainer.step += 1
+        trainer.networks.update_average()
+        trainer.progress.step += 1
     options = {"backend": trainer.backend, "image_size": 28}
     with trainer.main_engine.whole() as live, trainer.averaged_network() as average:
         live, average = (

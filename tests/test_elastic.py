@@ -16,9 +16,8 @@ from vqdist.backends.state import load_tensors
 from vqdist.data.loader import PositionSampler
 from vqdist.errors import UserError
 from vqdist.manifest import sealed
-from vqdist.trainers import run_folder
 from vqdist.trainers.base import Trainer
-from vqdist.trainers.global_batch import GlobalBatch
+from vqdist.trainers.global_batch import GlobalBatch, global_batch_of
 
 WORKER = str(ROOT / "tests" / "workers" / "elastic_worker.py")
 
@@ -191,7 +190,7 @@ def test_a_global_batch_that_cannot_be_kept_is_said(tmp_path, capsys):
     assert resumed.global_batch == 20
     message = capsys.readouterr().err
     assert "WARNING: one step takes 20 images with grad_accum_every 10, and not 21" in message
-    assert resumed._state_info()["global_batch"]["images"] == 21
+    assert resumed.resume.state_info()["global_batch"]["images"] == 21
 
 
 def test_allowing_changes_takes_the_global_batch_as_told(tmp_path):
@@ -205,8 +204,8 @@ def test_checkpoints_from_before_it_was_written_say_it_with_the_configuration(tm
     trainer = begun(tmp_path)
     as_if_saved_by(2, manifest_of(trainer))
     content = json.loads(manifest_of(trainer).read_text())
-    for name in ("global_batch", "validation_broken_off", "version", "sha256"):
+    for name in ("global_batch", "validation_broken_off", "skipped", "version", "sha256"):
         del content[name]
     manifest_of(trainer).write_text(json.dumps(content))
     assert build_dvae_trainer(tmp_path, batch_size=2, grad_accum_every=4).config.grad_accum_every == 8
-    assert run_folder._global_batch(trainer.checkpoints.latest(), content).images == 32  # the resume wrote its own
+    assert global_batch_of(trainer.checkpoints.latest(), content).images == 32  # the resume wrote its own

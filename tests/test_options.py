@@ -38,7 +38,7 @@ from vqdist.data import loader
 from vqdist.models.networks.conv import ResidualBlock
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
 from vqdist.objectives import perceptual
-from vqdist.trainers import base
+from vqdist.trainers import base, networks
 from vqdist.trainers.base import Trainer
 from vqdist.trainers.config import TrainerConfig
 from vqdist.trainers.dvae import DiscreteVAETrainerConfig
@@ -401,7 +401,7 @@ def keep_checkpoints(tmp_path):
 @case
 def check_ranks_every(tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(base, "check_ranks_agree", lambda backend, tensors, step: checked.append(step))
+    monkeypatch.setattr(networks, "check_ranks_agree", lambda backend, tensors, step: checked.append(step))
     for every, steps in ((0, [0]), (2, [0, 2, 4])):
         train_steps(build_trainer(tmp_path / str(every), check_ranks_every=every), 4)
         assert checked == steps

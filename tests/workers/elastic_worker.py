@@ -62,7 +62,7 @@ def train_to(trainer: Trainer, steps: int) -> None:
         if trainer.is_main:
             with (trainer.run_folder / "seen.jsonl").open("a") as file:
                 file.write(json.dumps({"step": trainer.step, "images": images}) + "\n")
-    trainer.checkpoints.save(trainer.step, trainer._write_state, trainer._state_info())
+    trainer.checkpoints.save(trainer.step, trainer.resume.write_state, trainer.resume.state_info())
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from scenarios import build_trainer
 from vqdist import completion
 from vqdist.backends import state
 from vqdist.errors import UserError
-from vqdist.trainers import run_folder
+from vqdist.trainers.resume import Resume
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -39,7 +39,7 @@ CASES = {
     "first network": (0, state, "save_file", failing(SafetensorError("No space left")), "No space left"),
     "random state": (1, torch, "save", failing(RuntimeError("unexpected pos 64 vs 0")), "unexpected pos 64 vs 0"),
     "manifest": (0, completion, "write_manifest", failing(FULL), "cannot be written: No space left on device"),
-    "export": (0, run_folder.RunFolder, "_export", failing(FULL), "export cannot be written: No space left on device"),
+    "export": (0, Resume, "_export", failing(FULL), "export cannot be written: No space left on device"),
 }
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         began = time.monotonic()
         mine = words if trainer.backend.rank == rank else "another rank says why"
         with pytest.raises(UserError, match=mine):
-            trainer._save_checkpoint()
+            trainer.resume.checkpoint()
             trainer.checkpoints.settle()
         setattr(module, function, original)
         assert time.monotonic() - began < 100
@@ -66,7 +66,7 @@ def main() -> None:
         trainer.backend.barrier()
         print(f"{name}: as expected", flush=True)
     trainer.train_step()
-    trainer._save_checkpoint()
+    trainer.resume.checkpoint()
     trainer.checkpoints.settle()
     trainer.backend.barrier()
     assert trainer.checkpoints.steps() == [1, 2]

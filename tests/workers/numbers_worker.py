@@ -27,7 +27,7 @@ def main() -> None:
     resumed = build_dvae_trainer(folder / "killed", backend="accelerate", **RESUMED)
     assert resumed.step == 3
     assert int(resumed.codes.counts.sum()) == 2 * 4 * 16  # since the line of step 1, on this rank alone
-    losses = resumed.backend.gather(resumed.means.state()["sums"]["loss"])
+    losses = resumed.backend.gather(resumed.report.means.state()["sums"]["loss"])
     assert losses[0] != losses[1], "each rank goes on from its own sums"
     resumed.train()
     if straight.is_main:

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from vqdist.options import option
 from vqdist.parts import Registry, import_path
 
 CODES = "codes:"
 """What the name of a folder of stored codes begins with, where images could be given, too."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class DataConfig:
     """Which images, of which size, split and loaded how."""
 
-    folder: str | dict[str, Any] | None = field(default=None, metadata={"part": "vqdist.data.sources.SOURCES"})
+    folder: str | dict[str, Any] | None = option(None, free=True, own=True, part="vqdist.data.sources.SOURCES")
     """Image folder, `digits`, `synthetic`, `torchvision:NAME`, `wds:URL-{000..099}.tar`, `hf:NAME`, `class_path`."""
-    image_size: int
+    image_size: int = option(at_least=1)
     """Side of the square training images in pixels."""
-    exts: list[str] | None = None
+    exts: list[str] | None = option(None, free=True)
     """File name extensions to read from a folder; by default every image format that is known."""
     augment: bool = True
     """Random horizontal flips while training, where the source's images mean the same when mirrored."""
-    on_bad_image: str = "raise"
+    on_bad_image: str = option("raise", one_of=("raise", "skip"), free=True)
     """What to do with a file that cannot be decoded: `raise`, or `skip` (counted and reported)."""
     valid_frac: float = 0.05
     """Share of the images to validate on; 0 turns validation off."""
     random_split_seed: int = 42
     """Seed of the split into training and validation images."""
-    num_workers: int | None = None
+    num_workers: int | None = option(None, at_least=0, free=True, own=True)
     """Loader processes of each rank; by default up to 4, as the cores allow. 0 loads in the training process."""
-    prefetch_factor: int = 2
+    prefetch_factor: int = option(2, at_least=1, free=True, own=True)
     """Micro-batches that each loader process keeps ready."""
-    pin_memory: bool | None = None
+    pin_memory: bool | None = option(None, free=True, own=True)
     """Page-locked host memory for faster copies; by default on a CUDA device only."""
 
     @classmethod

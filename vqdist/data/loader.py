@@ -8,6 +8,7 @@ image is seen once per epoch by any number of ranks, and nothing depends on the 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
@@ -38,11 +39,14 @@ class Batch(NamedTuple):
         item: images (b, c, h, w) float32 in [0, 1]; of stored codes (b, n) or (b, n, q) int64.
         label: classes (b,) int64; -1 where the source has none, and everywhere unless labels were asked for.
         bad: names of the files that could not be decoded and were replaced (`on_bad_image="skip"`).
+        places: of the images in the data order, while training: what is drawn at random for an image is seeded by its
+            place, so that it is the same for any number of ranks. Empty elsewhere.
     """
 
     item: Tensor
     label: Tensor
     bad: list[str]
+    places: range = range(0)
 
 
 def split_indices(length: int, *, valid_frac: float, seed: int) -> Split:
@@ -83,11 +87,15 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = lru_cache(maxsize=2)(self.epoch_order)
+        for places in self.places():
+            visits = (divmod(place, len(self.indices)) for place in places)
+            yield [(epoch, int(order(epoch)[offset])) for epoch, offset in visits]
+
+    def places(self) -> Iterator[range]:
+        """Yield the places in the stream of each micro-batch of this rank."""
         start = self.position + self.rank * self.batch_size
-        while True:
-            places = (divmod(place, len(self.indices)) for place in range(start, start + self.batch_size))
-            yield [(epoch, int(order(epoch)[offset])) for epoch, offset in places]
-            start += self.batch_size * self.world_size
+        for first in itertools.count(start, self.batch_size * self.world_size):
+            yield range(first, first + self.batch_size)
 
     def epoch_order(self, epoch: int) -> Tensor:
         """Return the dataset's indices in the order in which this epoch visits them."""
@@ -141,13 +149,15 @@ def train_loader(
     sampler = PositionSampler(
         indices, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, position=position
     )
-    return _loader(
+    batches = _loader(
         _Fetcher(dataset, indices, labels),
         sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
     )
+    for batch, places in zip(batches, sampler.places()):
+        yield batch._replace(places=places)
 
 
 def valid_loader(

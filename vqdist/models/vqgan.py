@@ -6,6 +6,7 @@ discriminator and the objective, and is what users build, save and load. Each of
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import re
@@ -537,6 +538,12 @@ class VQGanVAE(
     def current_name(self, name: str) -> str:
         prefix = "autoencoder."
         return prefix + self.autoencoder.current_name(name.removeprefix(prefix))
+
+    def with_network(self, network: nn.Module) -> VQGanVAE:
+        """Return this model with another autoencoder of the same kind; nothing is copied."""
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "autoencoder": network}
+        return twin
 
     def saved_part(self) -> nn.Module:
         return _OnlyAutoencoder(self.autoencoder)

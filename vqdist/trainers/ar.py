@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reco
 from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.tokenizer import TokenizerNetwork
+from vqdist.options import option
 from vqdist.sampling import DrawOptions, uniform_per_image
 from vqdist.seeding import derive_seed
 from vqdist.trainers.base import Trainer, mark_last
@@ -33,13 +34,13 @@ MOST_SAMPLES = 4096  # of a picture: they are drawn at once
 IMAGE_OPTIONS = ("augment", "exts", "on_bad_image")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class ARTrainerConfig(TrainerConfig):
     """How to train a model that predicts codes: the options of every trainer, and those of labels and samples."""
 
-    image_size: int | None = None
+    image_size: int | None = option(None, at_least=1)
     """Side of the square training images in pixels; by default the model's."""
-    label_dropout: float = 0.1
+    label_dropout: float = option(0.1, at_least=0, at_most=1)
     """Share of the training images whose class is hidden, so that the model learns to do without: what `cfg` needs."""
     sample_temperature: float | None = None
     """Temperature of the samples in a picture; by default the model's."""
@@ -51,7 +52,7 @@ class ARTrainerConfig(TrainerConfig):
     """Draw them from codes of at least this share of the largest probability; by default the model's choice."""
     sample_cfg: float | None = None
     """Scale of classifier-free guidance in them; 1 does not guide; by default the model's."""
-    num_images_save: int = 64
+    num_images_save: int = option(64, at_least=1, at_most=MOST_SAMPLES, free=True)
     """Images in a picture of samples."""
 
     @property
@@ -69,13 +70,7 @@ class ARTrainerConfig(TrainerConfig):
 
     def check(self) -> None:
         super().check()
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout {self.label_dropout} is not possible; give a share in [0, 1]")
         DrawOptions(**self.sample_options)
-        if self.num_images_save > MOST_SAMPLES:
-            raise UserError(
-                f"num_images_save {self.num_images_save} is not possible; it must be at most {MOST_SAMPLES}"
-            )
         if self.codes_folder is not None:
             self.refuse_set(*IMAGE_OPTIONS, because="codes are stored, not images")
 
@@ -109,7 +104,7 @@ class ARTrainer(Trainer):
         if not isinstance(model, AutoregressiveModel):
             raise UserError(f"the model is a {type(model).__name__}; ARTrainer trains a Prior, a VAR or a VQ-AR model")
         if config.image_size is None:
-            config.image_size = model.image_size
+            self.config = config = replace(config, image_size=model.image_size)
         if config.image_size != model.image_size:
             raise UserError(
                 f"image_size {config.image_size} is given but the model is for {model.image_size}; leave it out"
@@ -167,20 +162,20 @@ class ARTrainer(Trainer):
             self.model.num_codes, scales, self.device, likelihood=scales is not None
         )
 
-    def take(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images (b, c, h, w) or codes (b, n), and their classes (b,), on this rank's device."""
+    def take(self, batch: Batch) -> tuple[Tensor, Tensor, range]:
+        """Return images (b, c, h, w) or codes (b, n), classes (b,), both on this rank's device, and places."""
         known = self.model.num_classes
         if known:
             self.model.check_label(int(batch.label.min()))
             self.model.check_label(int(batch.label.max()))
         label = batch.label if known else torch.zeros_like(batch.label)
-        return self.to_device(batch.item), label.to(self.device, non_blocking=True)
+        return self.to_device(batch.item), label.to(self.device, non_blocking=True), batch.places
 
-    def update(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def update(self, micro_batches: list[tuple[Tensor, Tensor, range]]) -> dict[str, Tensor]:
         """One update of the whole network."""
         means = RunningMeans()
-        for number, ((item, label), last) in enumerate(mark_last(micro_batches)):
-            inputs = self.model.inputs(item, self.hide_labels(label, self.positions(number)))
+        for (item, label, places), last in mark_last(micro_batches):
+            inputs = self.model.inputs(item, self.hide_labels(label, places))
             with self.engine.micro_step(last=last):
                 out = self.engine(*inputs)
                 loss, parts = self.model.loss(out, *inputs)
@@ -214,9 +209,9 @@ class ARTrainer(Trainer):
     def evaluate(self) -> dict[str, float]:
         """How well the codes of the validation images are predicted; of VQ-AR also how well they are reconstructed."""
         with self.averaged_network() as network:
-            numbers = evaluate_prediction(network, self.valid_batches(), self.backend)
+            numbers = evaluate_prediction(network, (batch[:2] for batch in self.valid_batches()), self.backend)
             if self._is_tokenizer:
-                images = (item for item, _ in self.valid_batches())
+                images = (item for item, *_ in self.valid_batches())
                 size = self.config.image_size
                 numbers |= evaluate_reconstruction(network, images, self.backend, image_size=size)
         return numbers
@@ -225,7 +220,7 @@ class ARTrainer(Trainer):
         """A sheet of samples, the classes in turn; of VQ-AR also one of originals beside their reconstructions."""
         with self.averaged_network() as network:
             if self.is_main:
-                with self.drawing():
+                with self.report.drawing():
                     self._draw_samples(network, path)
                     if self._is_tokenizer:
                         self._draw_reconstructions(network, path.with_name(f"{path.stem}_reconstructions.png"))

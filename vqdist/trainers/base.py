@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,26 +19,30 @@ from vqdist.allocator import keep_freed_memory
 from vqdist.backends import Engine, create_backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.peers import naming_lost_peers
-from vqdist.checkpoint import PATIENCE
+from vqdist.checkpoint import PATIENCE, CheckpointStore
 from vqdist.data.dataset import ImageDataset
-from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader
+from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
-from vqdist.ranks import check_ranks_agree
+from vqdist.models.pretrained import PretrainedModel
 from vqdist.schedules import learning_rate
-from vqdist.stopping import Stopped, StopSignals, record_stop
+from vqdist.stopping import Stopped, record_stop
 from vqdist.tracking import Tracker, check_trackers
 from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
-from vqdist.trainers.finite import FiniteGuard, held_tensors
+from vqdist.trainers.finite import FiniteGuard
+from vqdist.trainers.networks import Networks
 from vqdist.trainers.optimizers import OptimizerOptions, make_optimizer
-from vqdist.trainers.reporting import Reporting
-from vqdist.trainers.run_folder import RunFolder
+from vqdist.trainers.progress import Progress
+from vqdist.trainers.report import LogFunction, Report
+from vqdist.trainers.resume import Resume
+from vqdist.trainers.run import Run
+from vqdist.trainers.stop_request import StopRequest
 
 T = TypeVar("T")
 
 
 def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Each item with whether it is the last."""
+    """Yield each item with whether it is the last."""
     iterator = iter(items)
     item = next(iterator)
     for following in iterator:
@@ -49,13 +52,13 @@ def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 
 def allow_tf32(device: torch.device, allowed: bool) -> None:
-    """Whether matrix products and convolutions on a CUDA device may round to TensorFloat-32; nothing elsewhere."""
+    """Let matrix products and convolutions on a CUDA device round to TensorFloat-32, or not; nothing elsewhere."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.allow_tf32 = allowed  # torch allows it from the start: false must be said, too
 
 
-class Trainer(Reporting, RunFolder):
+class Trainer(ABC):
     """Trains one model on one source of images, on any backend.
 
     Everything that a user can get wrong is checked before a process group starts. Every method but the properties is
@@ -71,11 +74,14 @@ class Trainer(Reporting, RunFolder):
         model_argument: what the constructor calls the model.
         picture_name: what the pictures show.
         with_labels: whether batches come with the classes of their images.
-        step: finished optimizer steps.
-        position: images of the data order that were used, over all ranks.
-        engines: the networks that are trained, by name.
-        ema: moving average of the network that is evaluated and exported, or None.
+        config: the resolved options; nothing changes them later.
+        run: the folder of the run.
+        progress: step and position.
+        networks: the engines and the average.
+        report: log lines, validations and pictures.
+        resume: checkpoints.
         guard: keeps values that are not finite out of checkpoints.
+        stop: signals.
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
@@ -87,32 +93,12 @@ class Trainer(Reporting, RunFolder):
         super().__init_subclass__(**kwargs)
         cls.__signature__ = signature_of(cls.config_class, cls.model_argument)
 
-    def __init__(self, model: nn.Module, *, dataset: Dataset | None = None, **options: Any):
-        self.config = build_config(self.config_class, options)
-        self.model = model
-        self.step = 0
-        self.position = 0
-        self.check_model()
-        self.run_folder = self._run_folder()
-        self._keep_global_batch()
-        self.dataset, self.valid_dataset = self._open_data(dataset)
-        self.split = self._split()
-        self._refuse_other_configuration()
-        check_trackers(self.config.trackers)
-        self.backend = create_backend(
-            self.config.backend,
-            grad_accum_every=self.config.grad_accum_every,
-            precision=self.config.precision,
-            dist_timeout=self.config.dist_timeout,
-            micro_batch_size=self.config.batch_size,
-            accelerate_kwargs=self.config.accelerate_kwargs,
-            deepspeed_config=self.config.deepspeed_config,
-        )
-        self._check_same_options()
-        self._check_shared_folder()
+    def __init__(self, model: PretrainedModel, *, dataset: Dataset | None = None, **options: Any):
+        self.config, self.model = build_config(self.config_class, options), model
+        self._open_run(dataset)
+        self._meet_ranks()
         self._set_up_networks()
-        self._resume()
-        self.tracker = self._make_tracker() if self.is_main else None
+        self._go_on()
 
     # ------------------------------------------------------------------------------------- what a subclass says
 
@@ -126,14 +112,18 @@ class Trainer(Reporting, RunFolder):
 
     @abstractmethod
     def update(self, micro_batches: list[Any]) -> dict[str, Tensor]:
-        """One optimizer step of every engine on what `take` gave for this rank's batches: images (b, c, h, w).
+        """Make one optimizer step of every engine on what `take` gave for this rank's batches.
 
         Returns:
             Numbers to log, as 0-d tensors on the device. Each must be finite, or the run ends: see `FiniteGuard`.
         """
 
     def numbers_over_ranks(self) -> dict[str, float]:
-        """Further numbers since the last line that are not means over ranks; every rank calls this."""
+        """Return further numbers since the last log line that are not means over ranks; every rank calls this."""
+        return {}
+
+    def counts_to_come(self) -> dict[str, Tensor]:
+        """Return what this rank has counted for the next log line and chart; a resumed run sets it in place."""
         return {}
 
     @abstractmethod
@@ -144,13 +134,17 @@ class Trainer(Reporting, RunFolder):
     def save_pictures(self, path: Path) -> None:
         """Draw what the model makes of `picture_images`; every rank calls this, to gather what rank 0 draws."""
 
+    @abstractmethod
+    def averaged_model(self) -> AbstractContextManager[PretrainedModel]:
+        """Return a context in which the model has the averaged weights, or the live ones; every rank enters it."""
+
     # ------------------------------------------------------------------------------------- the loop
 
-    def train(self, log_fn: Callable[[dict[str, float]], Any] | None = None) -> dict[str, float]:
+    def train(self, log_fn: LogFunction | None = None) -> dict[str, float]:
         """Train until `num_train_steps`, from the last checkpoint if there is one.
 
         Args:
-            log_fn: called on rank 0 with each line of numbers.
+            log_fn: called on rank 0 with each log line.
 
         Returns:
             The numbers of the last validation, or none if there is no validation split.
@@ -160,125 +154,85 @@ class Trainer(Reporting, RunFolder):
             Stopped: a rank got SIGTERM, SIGUSR1 or SIGINT: every rank finished its step, and all of it is saved. A
                 validation is broken off; the resumed run makes it again.
         """
-        self.log_fn = log_fn
-        self._exported = -1  # somebody may have removed it
-        try:
-            with (
-                StopSignals() as self.signals,
-                self.checkpoints.outlasting_errors(),
-                naming_lost_peers(self._how_far),
-            ):
-                with self._progress_bar() as self.bar:
-                    if self._validation_broken_off:  # in the run that this one resumes
-                        self.run_evaluation()
-                        self._stop_if_asked()
-                    while self.step < self.num_train_steps:
-                        self.train_step()
-                        self._stop_if_asked()
-                return self.finish()
-        finally:
-            self.signals = None
+        for _ in self.steps(log_fn):
+            pass
+        return self.report.last_evaluation[1] if self.report.last_evaluation[0] == self.step else {}
 
-    def _how_far(self) -> tuple[str, str]:
-        """How far this run came, and how it goes on, for `PeerLost`."""
-        newest, in_doubt = self.checkpoints.latest(PATIENCE), self.checkpoints.in_doubt()
-        kept = "there is no complete checkpoint yet" if newest is None else f"the last complete checkpoint is {newest}"
-        then = "starts anew" if newest is None else "goes on"
-        doubt = f" ({in_doubt.name} was being completed)" if in_doubt is not None else ""
-        return f" after step {self.step}", f"{kept}: the same command {then}{doubt}"
+    def steps(self, log_fn: LogFunction | None = None) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Train as `train` does, and yield after every step: a for-loop over it is a callback.
 
-    def _asked_to_stop(self) -> int:
-        """The signal that a rank received lately, or 0: the same on every rank. Every rank calls this as often."""
-        if self.signals is not None and not self._stopping:
-            self._stopping = self.backend.largest_lately(self.signals.received)
-        return self._stopping
+        The end of the run is saved, measured and drawn after the last step. A loop that is left early may be followed
+        by another one, which goes on; `save` keeps what was trained.
 
-    def _stop_if_asked(self) -> None:
-        """Save and raise `Stopped` once all ranks know that one of them received a signal."""
-        number = self._asked_to_stop()
-        # what is left of a run after its last step is `finish`
-        if number and (self.step != self.num_train_steps or self._validation_broken_off):
-            self._stop(number)
-
-    def _stop(self, number: int) -> None:
-        if self._saved != self.step:
-            self._save_checkpoint()
-        self._settle()
-        if self.tracker is not None:
-            self.tracker.close()
-        record_stop(number, step=self.step, run=str(self.run_folder))
-        stopped = Stopped(number, self.step, str(self.run_folder))
-        self.print(stopped.message)
-        raise stopped
+        Yields:
+            The number of finished steps, and the numbers of this step on this rank: 0-d tensors, and to read one waits
+            for the device.
+        """
+        self.report.log_fn = log_fn
+        self.resume.forget_export()  # somebody may have removed it
+        with self.stop.listening(), self.checkpoints.outlasting_errors(), naming_lost_peers(self._how_far):
+            with self.report.progress_bar(self.num_train_steps):
+                if self.report.validation_broken_off:  # in the run that this one resumes
+                    self.run_evaluation()
+                    self._stop_if_asked()
+                while self.step < self.num_train_steps:
+                    numbers = self.train_step()
+                    yield self.step, numbers
+                    self._stop_if_asked()
+            self.finish()
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step on the next images, then whatever is due after it.
+        """Make one optimizer step on the next images, then whatever is due after it.
 
         Returns:
             This step's numbers on this rank, as 0-d tensors: reading one waits for the device.
         """
         micro_batches = self.next_micro_batches()
         self.guard.begin(self.engines)
-        logs = self.update(micro_batches)
-        self.step += 1
-        self.position += self.global_batch
-        self.guard.end(self.step, logs)
+        numbers = self.update(micro_batches)
+        self.progress.advance(self.global_batch)
+        self.guard.end(self.step, numbers)
         if not self.guard.dropped(next(iter(self.engines))):
-            self.update_ema()
-        self.means.add(logs)
-        if self.bar is not None:
-            self.bar.update()
+            self.networks.update_average()
+        self.report.add(numbers)
         self._log_when_due()
-        self._end_if(self.guard.gives_up())
+        self.resume.end_if(self.guard.gives_up())
         self._evaluate_when_due()
         self._save_when_due()
-        return logs
-
-    def take(self, batch: Batch) -> Any:
-        """What `update` and `evaluate` get of a loaded batch: its images (b, c, h, w), on this rank's device."""
-        return self.to_device(batch.item)
+        return numbers
 
     def next_micro_batches(self) -> list[Any]:
-        """The next `grad_accum_every` micro-batches of this rank, as `take` gives them."""
-        began = time.perf_counter()
-        if self._batches is None:
-            self._batches = self._train_loader()
-        taken = []
-        for _ in range(self.config.grad_accum_every):
-            batch = next(self._batches)
-            self._note_bad(batch.bad)
-            taken.append(self.take(batch))
-        self._waited += time.perf_counter() - began
+        """Return the next `grad_accum_every` micro-batches of this rank, as `take` gives them."""
+        with self.report.waiting_for_data():
+            if self._batches is None:
+                self._batches = self._train_loader()
+            taken = []
+            for _ in range(self.config.grad_accum_every):
+                batch = next(self._batches)
+                self.report.note_bad(batch.bad)
+                taken.append(self.take(batch))
         return taken
 
-    def positions(self, micro_batch: int) -> range:
-        """Places in the data order of this rank's images in a micro-batch (from 0) of the coming update.
+    def take(self, batch: Batch) -> Any:
+        """Return what `update` and `evaluate` get of a batch: its images (b, c, h, w), on this rank's device."""
+        return self.to_device(batch.item)
 
-        What is drawn at random for an image is seeded by its place, so that it is the same for any number of ranks.
-        """
-        size, world_size = self.config.batch_size, self.backend.world_size
-        start = self.position + (micro_batch * world_size + self.backend.rank) * size
-        return range(start, start + size)
-
-    def step_engine(self, name: str, numbers: dict[str, Tensor], *, lr: float) -> dict[str, Tensor]:
+    def step_engine(
+        self, name: str, numbers: dict[str, Tensor], *, lr: float, norm: str = "grad_norm"
+    ) -> dict[str, Tensor]:
         """Update an engine after its last micro-batch, or drop the update as `on_nonfinite` says.
 
         Args:
             name: of the engine.
             numbers: its losses and what else is logged of it, 0-d; they must be finite.
             lr: its learning rate.
+            norm: name of the gradient norm.
 
         Returns:
-            The numbers with the gradient norm: `grad_norm`, or `NAME_grad_norm` where there are several engines.
+            The numbers, and the gradient norm.
         """
-        norm = "grad_norm" if len(self.engines) == 1 else f"{name}_grad_norm"
         self.guard.owned(norm, name)
         return {**numbers, norm: self.guard.step(name, self.engines[name], numbers, lr=lr)}
-
-    def update_ema(self) -> None:
-        """Fold the new weights into the average."""
-        if self.ema is not None:
-            self.ema.update()
 
     def learning_rate(
         self, peak: float, *, schedule: Any = None, warmup_steps: int | None = None, start: int = 0
@@ -300,43 +254,172 @@ class Trainer(Reporting, RunFolder):
             epoch=self.position // len(self.split.train),
         )
 
-    def finish(self) -> dict[str, float]:
-        """Save, measure and draw the end of the run, if that was not done at this very step."""
-        if self._saved != self.step:  # first, in case that whoever stops the run has little patience
-            self._save_checkpoint()
-        if self._exported != self.step:  # resumed at its end: whoever killed it may have done so before the export
-            self._export_step()
-        numbers = self.last_evaluation[1] if self.last_evaluation[0] == self.step else self.run_evaluation()
-        if self._validation_broken_off:
-            self._stop(self._stopping)
-        if self._pictured != self.step:
-            self._draw()
-        self._stop_if_undrawn()
-        self._settle()
-        if self._bad_images:
-            self.print(
-                f"{len(self._bad_images)} images could not be decoded and were skipped: {_some(self._bad_images)}"
-            )
-        if self.tracker is not None:
-            self.tracker.artifact(self.run_folder / "export")
-            self.tracker.close()
-        return numbers
+    def _log_when_due(self) -> None:
+        if self.step % self.config.log_every and self.step not in (1, self.num_train_steps):
+            return
+        numbers = {**self.report.mean_numbers(), **self.numbers_over_ranks(), **self.report.speed(self.global_batch)}
+        if self.guard.skip:
+            numbers["skipped_steps"] = self.guard.skipped_steps
+        self.report.log(numbers)
+        self.resume.end_if(self.guard.numbers())
 
-    def _stop_if_undrawn(self) -> None:
-        undrawn = torch.tensor([self._undrawn], device=self.device)
-        number = int(self.backend.gather(undrawn).max())
-        if number:
-            self._stop(number)
+    def _evaluate_when_due(self) -> None:
+        config = self.config
+        if config.validate_every and self.step % config.validate_every == 0:
+            self.run_evaluation()
+        if config.save_results_every and self.step % config.save_results_every == 0:
+            self.report.draw(self.save_pictures)
 
     def _save_when_due(self) -> None:
         every = self.config.save_model_every
         if every and self.step % every == 0:
-            self._save_checkpoint()
+            self.resume.checkpoint()
         every = self.config.check_ranks_every
         if every and self.step % every == 0:
-            check_ranks_agree(self.backend, self.named_tensors(), self.step)
+            self.networks.check_ranks_agree(self.step)
 
-    # ------------------------------------------------------------------------------------- set-up
+    def run_evaluation(self) -> dict[str, float]:
+        """Validate, log the numbers as `valid/NAME`, and return them.
+
+        Nothing without a validation split, or where a signal breaks the validation off, on every rank at the same
+        batch.
+        """
+        return self.report.validate(self.evaluate) if len(self.split.valid) else {}
+
+    def finish(self) -> dict[str, float]:
+        """Save, measure and draw the end of the run, if that was not done at this very step."""
+        self.resume.checkpoint_unless_saved()  # first, in case that whoever stops the run has little patience
+        self.resume.export_unless_done()  # resumed at its end: whoever killed it may have done so before the export
+        evaluated_at, numbers = self.report.last_evaluation
+        if evaluated_at != self.step:
+            numbers = self.run_evaluation()
+        if self.report.validation_broken_off:
+            self._stop(self.stop.number)
+        if self.report.pictured != self.step:
+            self.report.draw(self.save_pictures)
+        undrawn = self.report.undrawn()
+        if undrawn:
+            self._stop(undrawn)
+        self.resume.settle()
+        self.report.print_bad_images()
+        if self.tracker is not None:
+            self.tracker.artifact(self.run.folder / "export")
+        self.report.close()
+        return numbers
+
+    # ------------------------------------------------------------------------------------- an early end
+
+    def _how_far(self) -> tuple[str, str]:
+        """Return how far this run came, and how it goes on, for `PeerLost`."""
+        newest, in_doubt = self.checkpoints.latest(PATIENCE), self.checkpoints.in_doubt()
+        kept = "there is no complete checkpoint yet" if newest is None else f"the last complete checkpoint is {newest}"
+        then = "starts anew" if newest is None else "goes on"
+        doubt = f" ({in_doubt.name} was being completed)" if in_doubt is not None else ""
+        return f" after step {self.step}", f"{kept}: the same command {then}{doubt}"
+
+    def _stop_if_asked(self) -> None:
+        """Save and raise `Stopped` once all ranks know that one of them received a signal."""
+        number = self.stop.asked()
+        # what is left of a run after its last step is `finish`
+        if number and (self.step != self.num_train_steps or self.report.validation_broken_off):
+            self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        self.resume.checkpoint_unless_saved()
+        self.resume.settle()
+        self.report.close()
+        record_stop(number, step=self.step, run=str(self.run.folder))
+        stopped = Stopped(number, self.step, str(self.run.folder))
+        self.report.print(stopped.message)
+        raise stopped
+
+    # ------------------------------------------------------------------------------------- set-up, in this order
+
+    def _open_run(self, dataset: Dataset | None) -> None:
+        """Check all that can be checked by one process: model, options, folder, data."""
+        self.check_model()
+        self.run = Run(self.config, self.model)
+        self.config = self.run.config
+        self.progress = Progress()
+        self.dataset, self.valid_dataset = self._open_data(dataset)
+        self.split = self._split()
+        self.run.identify(self.dataset.fingerprint())
+        check_trackers(self.config.trackers)
+
+    def _meet_ranks(self) -> None:
+        """Start the process group; make sure that all ranks train this run."""
+        config = self.config
+        self.backend = create_backend(
+            config.backend,
+            grad_accum_every=config.grad_accum_every,
+            precision=config.precision,
+            dist_timeout=config.dist_timeout,
+            micro_batch_size=config.batch_size,
+            accelerate_kwargs=config.accelerate_kwargs,
+            deepspeed_config=config.deepspeed_config,
+        )
+        self.run.open(self.backend)
+
+    def _set_up_networks(self) -> None:
+        """Build the engines, and what holds and watches them."""
+        config = self.config
+        seeding.seed_everything(config.seed, "train", self.backend.rank)
+        allow_tf32(self.device, config.tf32)
+        keep_freed_memory(self.device)
+        channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(device=self.device, memory_format=self.memory_format).train()
+        if config.compile and not self.backend.capabilities.compiles:
+            raise UserError(
+                f"compile is not possible on {self.backend.title}, which swaps weights while a network runs; leave it "
+                "out, or use ZeRO 0, 1, 2, DDP or FSDP2"
+            )
+        engines = self.build_engines()
+        average = self._make_average(next(iter(engines.values()))) if config.use_ema else None
+        self.networks = Networks(self.backend, engines, average)
+        self.networks.check_ranks_agree(self.step)
+        skip = config.on_nonfinite == "skip"
+        self.guard = FiniteGuard(self.backend, skip=skip, max_skipped_steps=config.max_skipped_steps)
+        self.guard.except_constants(self.networks.held_tensors())
+
+    def _make_average(self, engine: Engine) -> MovingAverage:
+        return MovingAverage(
+            engine,
+            beta=self.config.ema_beta,
+            update_after_step=self.config.ema_update_after_step,
+            update_every=self.config.ema_update_every,
+        )
+
+    def _go_on(self) -> None:
+        """Go on from the newest checkpoint, if there is one; from then on the folder is this run's."""
+        self._batches: Iterator[Batch] | None = None
+        self.stop = StopRequest(self.backend)
+        self.report = Report(self.backend, self.progress, self.stop, self.run.folder)
+        self.resume = Resume(
+            self.run, self.backend, self.networks, self.progress, self.report, self.guard, trained=self
+        )
+        if self.resume.load_newest():
+            newest = self.checkpoints.path(self.step)
+            self.report.print(f"resumed {newest}: step {self.step} of {self.num_train_steps}")
+            self._warn_if_past_the_end()
+        self.run.write_configuration()
+        self.report.open(self.config.trackers, self.run.configuration())
+
+    def _warn_if_past_the_end(self) -> None:
+        epochs, trained = self.config.epochs, self.position / len(self.split.train)
+        if epochs is None and self.step > self.num_train_steps:
+            self.report.print(f"warning: this run is past num_train_steps {self.num_train_steps}; nothing is trained")
+        # the last batch of a finished run may have gone past its end
+        if epochs is not None and self.position - round(epochs * len(self.split.train)) >= self.global_batch:
+            self.report.print(
+                f"warning: this run is past epochs {epochs:g}, at {trained:.4g} of them; nothing is trained"
+            )
+
+    def make_optimizer(self, module: nn.Module, options: OptimizerOptions | None = None) -> Optimizer:
+        """Return the optimizer of a network's trainable weights, by default as the run's options say it."""
+        return make_optimizer(module, options or self.config.optimizer_options, self.device)
+
+    # ------------------------------------------------------------------------------------- data
 
     def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset, ImageDataset]:
         config = self.config
@@ -367,46 +450,6 @@ class Trainer(Reporting, RunFolder):
             )
         return split
 
-    def _set_up_networks(self) -> None:
-        config = self.config
-        seeding.seed_everything(config.seed, "train", self.backend.rank)
-        allow_tf32(self.device, config.tf32)
-        keep_freed_memory(self.device)
-        channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(device=self.device, memory_format=self.memory_format).train()
-        if config.compile and not self.backend.capabilities.compiles:
-            raise UserError(
-                f"compile is not possible on {self.backend.title}, which swaps weights while a network runs; leave it "
-                "out, or use ZeRO 0, 1, 2, DDP or FSDP2"
-            )
-        self.engines = self.build_engines()
-        self.ema = self._make_ema() if config.use_ema else None
-        check_ranks_agree(self.backend, self.named_tensors(), self.step)
-        skip = config.on_nonfinite == "skip"
-        self.guard = FiniteGuard(self.backend, skip=skip, max_skipped_steps=config.max_skipped_steps)
-        self.guard.except_constants(self.held_tensors())
-        self._batches: Iterator | None = None
-        self._saved = -1
-        self.signals: StopSignals | None = None  # while `train` runs
-        self._stopping = 0  # the signal that all ranks know of
-        self._nothing_reported()
-
-    def _make_ema(self) -> MovingAverage:
-        return MovingAverage(
-            self.main_engine,
-            beta=self.config.ema_beta,
-            update_after_step=self.config.ema_update_after_step,
-            update_every=self.config.ema_update_every,
-        )
-
-    def make_optimizer(self, module: nn.Module, options: OptimizerOptions | None = None) -> Optimizer:
-        """Return the optimizer of a network's trainable weights, by default as the run's options say it."""
-        return make_optimizer(module, options or self.config.optimizer_options, self.device)
-
-    def _make_tracker(self) -> Tracker:
-        return Tracker(self.run_folder, self.config.trackers, self._resolved_configuration(), self.step)
-
     def _train_loader(self):
         config = self.config
         return train_loader(
@@ -423,7 +466,122 @@ class Trainer(Reporting, RunFolder):
             labels=self.with_labels,
         )
 
+    def valid_batches(self) -> Iterator[Any]:
+        """Yield this rank's share of the validation images, as `take` gives them.
+
+        Raises:
+            BrokenOff: a rank got a signal; raised on every rank at the same batch, and so only where all are taken.
+        """
+        config = self.config
+        loader = valid_loader(
+            self.valid_dataset,
+            self.split.valid,
+            batch_size=config.batch_size,
+            rank=self.backend.rank,
+            world_size=self.backend.world_size,
+            num_workers=self.num_workers if len(self.split.valid) > 512 else 0,
+            pin_memory=self.pin_memory,
+            prefetch_factor=config.prefetch_factor,
+            labels=self.with_labels,
+        )
+        for _ in range(0, len(self.split.valid), config.batch_size * self.backend.world_size):
+            self.stop.break_off_if_asked()
+            batch = next(loader, None)
+            if batch is not None:
+                self.report.note_bad(batch.bad)
+                yield self.take(batch)
+
+    def picture_images(self) -> Tensor:
+        """Return the images (n, c, h, w) that pictures show, the same at every step, on this rank's device."""
+        indices = self.split.valid if len(self.split.valid) else self.split.train
+        shown = indices[: self.config.num_images_save]
+        images = [self.valid_dataset.fetch(0, int(index), among=indices)[0] for index in shown]
+        return self.to_device(torch.stack(images))
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """Return images (in the run's memory format) or codes on this rank's device, without waiting."""
+        layout = {"memory_format": self.memory_format} if images.ndim == 4 else {}
+        return images.to(self.device, non_blocking=True, **layout)
+
+    # ------------------------------------------------------------------------------------- save and load
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state of the run as one folder; every rank calls this.
+
+        Raises:
+            UserError: it cannot be written, or has a value that is not finite.
+        """
+        self.resume.save(Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Restore all that `save` wrote: weights, optimizers, average, codebooks, step, random state, position."""
+        self.resume.load(Path(path))
+        self._batches = None
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged model, see `Resume.export`."""
+        self.resume.export(folder)
+
+    def close(self) -> None:
+        """Leave the process group and the run folder, when every rank is done; call it at the end of a script."""
+        self.backend.close()
+        self.checkpoints.latest()  # waits for what is being completed
+        self.run.lock = self.checkpoints.lock = None
+
     # ------------------------------------------------------------------------------------- facts
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.progress.step
+
+    @property
+    def position(self) -> int:
+        """Images of the data order that were used, over all ranks."""
+        return self.progress.position
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The networks that are trained, by name."""
+        return self.networks.engines
+
+    @property
+    def ema(self) -> MovingAverage | None:
+        """Moving average of the network that is evaluated and exported, or None."""
+        return self.networks.average
+
+    @property
+    def main_engine(self) -> Engine:
+        """The engine whose network is averaged, evaluated and exported."""
+        return self.networks.main
+
+    def averaged_network(self) -> AbstractContextManager[nn.Module]:
+        """Return the context of the network to evaluate, see `Networks.averaged`."""
+        return self.networks.averaged()
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all weights, see `Networks.named_tensors`."""
+        return self.networks.named_tensors()
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        """The checkpoints of the run."""
+        return self.resume.checkpoints
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """The sinks, on rank 0."""
+        return self.report.tracker
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run."""
+        return self.run.folder
+
+    @property
+    def picture_path(self) -> Path:
+        """Where the picture of this step is or will be."""
+        return self.report.picture_path
 
     @property
     def device(self) -> torch.device:
@@ -469,44 +627,3 @@ class Trainer(Reporting, RunFolder):
     def pin_memory(self) -> bool:
         """Whether batches are loaded into page-locked memory."""
         return self.device.type == "cuda" if self.config.pin_memory is None else self.config.pin_memory
-
-    @property
-    def main_engine(self) -> Engine:
-        """The engine whose network is averaged, evaluated and exported."""
-        return next(iter(self.engines.values()))
-
-    def averaged_network(self) -> AbstractContextManager[nn.Module]:
-        """Context of the network to evaluate and export: the average if there is one, else the live one.
-
-        Every rank enters it; within it the weights are whole, and no rank waits for another.
-        """
-        return self.main_engine.whole(None if self.ema is None else self.ema.ema_model)
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights and buffers of the engines and the average, whole, by dotted name; every rank takes all."""
-        for name, engine in self.engines.items():
-            for key, tensor in engine.named_tensors():
-                yield f"{name}.{key}", tensor
-        if self.ema is not None:
-            for key, tensor in self.ema.named_tensors():
-                yield f"ema.{key}", tensor
-
-    def held_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of this rank that goes into a checkpoint, as messages name it; nothing is exchanged."""
-        return held_tensors(self.engines, None if self.ema is None else (self.main_engine, self.ema.ema_model))
-
-    def to_device(self, images: Tensor) -> Tensor:
-        """Images (in the run's memory format) or codes on this rank's device, without waiting."""
-        layout = {"memory_format": self.memory_format} if images.ndim == 4 else {}
-        return images.to(self.device, non_blocking=True, **layout)
-
-    def close(self) -> None:
-        """Leave the process group and the run folder, when every rank is done; call it at the end of a script."""
-        self.backend.close()
-        self.checkpoints.latest()  # waits for what is being completed
-        self._lock = self.checkpoints.lock = None
-
-
-def _some(names: set[str], most: int = 5) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqdist.backends import Engine
+from vqdist.data.loader import Batch
 from vqdist.errors import UserError
 from vqdist.evaluation import in_eval_mode
 from vqdist.metrics import RunningMeans
 from vqdist.models.dvae import DiscreteVAE
+from vqdist.options import option
 from vqdist.sampling import gumbel_noise_per_image
 from vqdist.schedules import linear_ramp, temperature
 from vqdist.seeding import derive_seed
@@ -25,42 +27,38 @@ from vqdist.trainers.tokenizer import TokenizerTrainer
 DEFAULT_EPOCHS = 20.0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class DiscreteVAETrainerConfig(TrainerConfig):
     """How to train a discrete VAE: the options of every trainer, with DALLE-pytorch's defaults, and the draw's."""
 
-    image_size: int | None = None
+    image_size: int | None = option(None, at_least=1)
     """Side of the square training images in pixels; by default the model's."""
-    epochs: float | None = None
+    epochs: float | None = option(None, above=0, at_most=1e9, free=True)
     """Passes over the training images; 20 where num_train_steps is not given either."""
-    batch_size: int = 8
+    batch_size: int = option(8, at_least=1)
     """Images of one micro-batch of one process."""
-    lr: float = 1e-3
+    lr: float = option(1e-3, at_least=0)
     """Peak learning rate of Adam."""
-    lr_schedule: str | dict[str, Any] = field(default="exponential", metadata={"part": "vqdist.schedules.SCHEDULES"})
+    lr_schedule: str | dict[str, Any] = option("exponential", part="vqdist.schedules.SCHEDULES")
     """Rate after the warm-up: a name (`exponential` falls by epochs, `wsd` stays and falls at the end), or class_path
     and init_args of a function of the step."""
-    num_images_save: int = 4
+    num_images_save: int = option(4, at_least=1, free=True)
     """Images in a picture."""
-    starting_temp: float = 1.0
+    starting_temp: float = option(1.0, above=0)
     """Temperature of the draw at step 0."""
-    temp_min: float = 0.5
+    temp_min: float = option(0.5, above=0)
     """Lowest temperature."""
-    anneal_rate: float = 1e-6
+    anneal_rate: float = option(1e-6, at_least=0)
     """The temperature at a step is max(starting_temp * exp(-anneal_rate * step), temp_min)."""
-    kl_warmup_steps: int = 0
+    kl_warmup_steps: int = option(0, at_least=0)
     """Steps over which the weight of the KL loss rises linearly to kl_div_loss_weight."""
 
     def __post_init__(self) -> None:
         if self.num_train_steps is None and self.epochs is None:
-            self.epochs = DEFAULT_EPOCHS
+            object.__setattr__(self, "epochs", DEFAULT_EPOCHS)  # frozen from here on
 
     def check(self) -> None:
         super().check()
-        for name in ("starting_temp", "temp_min"):
-            self.above_zero(name)
-        for name in ("anneal_rate", "kl_warmup_steps"):
-            self.at_least(name, 0)
         if self.temp_min > self.starting_temp:
             raise UserError(
                 f"temp_min {self.temp_min:g} is above starting_temp {self.starting_temp:g}; the temperature falls"
@@ -88,7 +86,7 @@ class DiscreteVAETrainer(TokenizerTrainer):
         if not isinstance(self.model, DiscreteVAE):
             raise UserError(f"the model is a {type(self.model).__name__}; DiscreteVAETrainer trains a DiscreteVAE")
         if self.config.image_size is None:
-            self.config.image_size = self.model.image_size
+            self.config = replace(self.config, image_size=self.model.image_size)
         if self.config.image_size != self.model.image_size:
             raise UserError(
                 f"image_size {self.config.image_size} is given but the model was built for {self.model.image_size}; "
@@ -110,17 +108,24 @@ class DiscreteVAETrainer(TokenizerTrainer):
         self.engine = self.backend.prepare(self.model, optimizer, max_grad_norm=self.config.max_grad_norm)
         return {"vae": self.engine}
 
-    def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
+    def take(self, batch: Batch) -> tuple[Tensor, range]:
+        """Return images (b, c, h, w) on this rank's device, and their places in the data order."""
+        return self.to_device(batch.item), batch.places
+
+    def valid_batches(self) -> Iterator[Tensor]:
+        return (image for image, _ in super().valid_batches())
+
+    def update(self, micro_batches: list[tuple[Tensor, range]]) -> dict[str, Tensor]:
         """One update of the whole network."""
         means = RunningMeans()
-        for number, (image, last) in enumerate(mark_last(micro_batches)):
+        for (image, places), last in mark_last(micro_batches):
             with self.engine.micro_step(last=last):
                 recon, logits = self.engine(
                     image,
                     return_recons=True,
                     return_logits=True,
                     temp=self.temperature,
-                    noise=self.noise(self.positions(number)),
+                    noise=self.noise(places),
                 )
                 loss, numbers = self.loss(image, recon, logits)
                 self.engine.backward(loss)

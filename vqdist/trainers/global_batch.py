@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from vqdist.errors import UserError
+from vqdist.files import read_json
+
+NEEDED_TO_RESUME = ("position", "world_size", "backend")  # entries of every manifest of a run
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,19 @@ class GlobalBatch:
     def _advice(self, told: GlobalBatch) -> str:
         of_one = told.images // told.grad_accum_every
         return "" if self.images % of_one else f"--trainer.grad_accum_every {self.images // of_one} keeps that, "
+
+
+def global_batch_of(path: Path, manifest: dict[str, Any]) -> GlobalBatch | None:
+    """Return what the run of a checkpoint was told to take in one step, or None if nothing says it.
+
+    Manifests did not say it at first; there the run's configuration does.
+    """
+    if "global_batch" in manifest:
+        return GlobalBatch(**manifest["global_batch"])
+    configuration = path.parent.parent / "config.json"
+    if not configuration.is_file() or "world_size" not in manifest:
+        return None
+    trainer = read_json(configuration).get("trainer", {})
+    if not {"batch_size", "grad_accum_every"} <= trainer.keys():
+        return None
+    return GlobalBatch.of(trainer["batch_size"], trainer["grad_accum_every"], manifest["world_size"])

@@ -46,7 +46,7 @@ class TokenizerTrainer(Trainer):
         self._codes_before = -self.codes.counts  # the next line of numbers adds what is drawn now
         with self.main_engine.whole() as live, self.averaged_network() as averaged:
             if self.is_main:
-                with self.drawing():
+                with self.report.drawing():
                     networks = [live] if self.ema is None else [live, averaged]
                     views = torch.stack(self.views(self.picture_images(), networks), dim=1)
                     self.tracker.picture(self.step, self.picture_name, views, path)

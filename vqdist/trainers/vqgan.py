@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.models.networks.base import halves, logits_of
 from vqdist.models.vqgan import ForwardPass, VQGanVAE
+from vqdist.options import option
 from vqdist.schedules import factor_of, linear_ramp
 from vqdist.trainers.base import mark_last
 from vqdist.trainers.config import TrainerConfig
@@ -23,61 +24,43 @@ from vqdist.trainers.optimizers import OptimizerOptions
 from vqdist.trainers.tokenizer import TokenizerTrainer
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class VQGanTrainerConfig(TrainerConfig):
     """How to train a VQGAN: the options of every trainer, and the two players'."""
 
-    discr_lr: float | None = None
+    discr_lr: float | None = option(None, at_least=0)
     """Peak learning rate of the discriminator; by default the generator's."""
-    discr_optimizer: str | dict[str, Any] | None = field(
-        default=None, metadata={"part": "vqdist.trainers.optimizers.OPTIMIZERS"}
-    )
+    discr_optimizer: str | dict[str, Any] | None = option(None, part="vqdist.trainers.optimizers.OPTIMIZERS")
     """As optimizer, for the discriminator; by default the generator's."""
-    discr_adam_betas: list[float] | None = None
+    discr_adam_betas: list[float] | None = option(None)
     """As adam_betas, for the discriminator; by default the generator's."""
-    discr_weight_decay: float | None = None
+    discr_weight_decay: float | None = option(None, at_least=0)
     """As weight_decay, for the discriminator; by default the generator's."""
-    discr_lr_schedule: str | dict[str, Any] | None = field(
-        default=None, metadata={"part": "vqdist.schedules.SCHEDULES"}
-    )
+    discr_lr_schedule: str | dict[str, Any] | None = option(None, part="vqdist.schedules.SCHEDULES")
     """As lr_schedule, with the rest in init_args, for the discriminator; counts from discriminator_start."""
-    discr_lr_warmup_steps: int | None = None
+    discr_lr_warmup_steps: int | None = option(None, at_least=0)
     """Steps from discriminator_start over which the rate of the discriminator rises; by default warmup_steps."""
-    discr_max_grad_norm: float | None = None
+    discr_max_grad_norm: float | None = option(None, above=0)
     """As max_grad_norm, for the discriminator."""
-    apply_grad_penalty_every: int = 4
+    apply_grad_penalty_every: int = option(4, at_least=0)
     """Steps from one gradient penalty of the discriminator to the next; 0 applies none."""
-    grad_penalty_weight: float = 10.0
+    grad_penalty_weight: float = option(10.0, at_least=0)
     """Weight of the gradient penalty."""
-    discriminator_start: int = 0
+    discriminator_start: int = option(0, at_least=0)
     """Step at which the discriminator begins to train."""
-    discriminator_warmup_steps: int = 0
+    discriminator_warmup_steps: int = option(0, at_least=0)
     """Steps that the discriminator trains alone before its loss reaches the generator."""
-    adversarial_ramp_steps: int = 0
+    adversarial_ramp_steps: int = option(0, at_least=0)
     """Steps over which the adversarial weight then rises linearly to its full value."""
-    adversarial_weight: float = 1.0
+    adversarial_weight: float = option(1.0, at_least=0)
     """Weight of the adversarial loss, times the adaptive weight."""
     adaptive_weight: bool = True
     """Make the adversarial loss move the last layer as much as the perceptual (or else reconstruction) loss does."""
-    max_adaptive_weight: float = 1e4
+    max_adaptive_weight: float = option(1e4, at_least=0)
     """Upper bound of the adaptive weight."""
 
     def check(self) -> None:
         super().check()
-        self.above_zero("discr_max_grad_norm")
-        for name in (
-            "discr_lr",
-            "discr_weight_decay",
-            "discr_lr_warmup_steps",
-            "apply_grad_penalty_every",
-            "grad_penalty_weight",
-            "discriminator_start",
-            "discriminator_warmup_steps",
-            "adversarial_ramp_steps",
-            "adversarial_weight",
-            "max_adaptive_weight",
-        ):
-            self.at_least(name, 0)
         self.two_decays("discr_adam_betas")
         self.discr_optimizer_options.resolved()
         if self.discr_lr_schedule is not None:
@@ -175,10 +158,11 @@ class VQGanVAETrainer(TokenizerTrainer):
                     discriminator.backward(loss)
                     of_discriminator.add(numbers)
         lr = self.learning_rate(self.config.lr)
-        numbers = self.step_engine("generator", of_generator.means(), lr=lr)
+        numbers = self.step_engine("generator", of_generator.means(), lr=lr, norm="generator_grad_norm")
         if train_discriminator:
             discr_lr = self.discr_learning_rate()
-            numbers |= self.step_engine("discriminator", of_discriminator.means(), lr=discr_lr)
+            norm = "discriminator_grad_norm"
+            numbers |= self.step_engine("discriminator", of_discriminator.means(), lr=discr_lr, norm=norm)
             if self.has_own_schedule:
                 numbers["discr_lr"] = torch.tensor(discr_lr)
         return {**numbers, "lr": torch.tensor(lr)}
@@ -268,12 +252,8 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     @contextmanager
     def averaged_model(self) -> Iterator[VQGanVAE]:
-        live = self.model.autoencoder
-        with self.averaged_network() as self.model.autoencoder:
-            try:
-                yield self.model
-            finally:
-                self.model.autoencoder = live
+        with self.averaged_network() as network:
+            yield self.model.with_network(network)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Options as fields of a dataclass: what may be said of one stands beside it, and is checked in one place.
+
+```python
+@dataclass(kw_only=True, frozen=True)
+class Config:
+    lr: float = option(3e-4, at_least=0)
+    precision: str = option("fp32", one_of=("fp32", "bf16"))
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from vqdist.errors import UserError
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    default_factory: Callable[[], Any] | Any = dataclasses.MISSING,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    one_of: tuple[str, ...] | None = None,
+    free: bool = False,
+    own: bool = False,
+    part: str | None = None,
+) -> Any:
+    """Return a dataclass field with what is known of the option; null passes all bounds, and so do its list's items.
+
+    Args:
+        default: its value where the user says nothing.
+        default_factory: makes that.
+        at_least: the lowest value; it must be finite, too.
+        above: the value must be larger, and finite.
+        at_most: the highest value.
+        below: the value must be smaller.
+        one_of: the words that it may be.
+        free: it may change when a run is resumed, since it does not change what is learnt from there on.
+        own: hosts may differ in it.
+        part: import path of the registry, `module.NAME`, of an option that takes a part.
+    """
+    facts = {
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "below": below,
+        "one_of": one_of,
+        "free": free,
+        "own": own,
+        "part": part,
+    }
+    metadata = {name: fact for name, fact in facts.items() if fact is not None and fact is not False}
+    if default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=default_factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(config: Any) -> None:
+    """Raise `UserError` for the first option whose value is not possible."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        facts = field.metadata
+        if value is None:
+            continue
+        if "one_of" in facts and value not in facts["one_of"]:
+            choices = ", ".join(facts["one_of"])
+            raise UserError(f"{field.name} {value!r} is not known; choose one of {choices}")
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, (int, float)) and not isinstance(item, bool) and not _is_within(item, facts):
+                raise UserError(f"{field.name} {value} is not possible; it must be {_bounds_in_words(facts, item)}")
+
+
+def check_types(config_class: type, options: dict[str, Any]) -> None:
+    """Raise `UserError` for the first value that is not of the type of its option; a part may be an object."""
+    kinds, parts = get_type_hints(config_class), names_with(config_class, "part")
+    for name, value in options.items():
+        is_object = name in parts and not isinstance(value, (str, int, float, list, tuple, dict))
+        if not is_object and not _is_of(value, kinds[name]):
+            raise UserError(f"{name} {value!r} is not possible; give {_in_words(kinds[name])}")
+
+
+def names_with(config_class: type, fact: str) -> frozenset[str]:
+    """Return the names of the options of which something is known, as "free" or "own"."""
+    return frozenset(field.name for field in dataclasses.fields(config_class) if fact in field.metadata)
+
+
+def default_options(config_class: type) -> dict[str, Any]:
+    """Return the options that have a default, with it."""
+    fields = dataclasses.fields(config_class)
+    plain = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    return {**plain, **made}
+
+
+def _is_within(value: float, facts: Any) -> bool:
+    bounded = not {"at_least", "above", "at_most", "below"}.isdisjoint(facts)
+    return (
+        (not bounded or math.isfinite(value))
+        and value >= facts.get("at_least", -math.inf)
+        and value <= facts.get("at_most", math.inf)
+        and ("above" not in facts or value > facts["above"])
+        and ("below" not in facts or value < facts["below"])
+    )
+
+
+def _bounds_in_words(facts: Any, value: float) -> str:
+    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
+    said = [f"{word} {facts[fact]:g}" for fact, word in words.items() if fact in facts]
+    return " and ".join([*said, *(["finite"] if value == math.inf and "at_most" not in facts else [])])
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says; whole numbers are numbers, but true and false are none."""
+    if kind is Any:
+        return True
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if get_origin(kind) is list:
+        return isinstance(value, (list, tuple)) and all(_is_of(item, parts[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _in_words(kind: Any) -> str:
+    """Return an annotation in words: `int | None` is "a whole number or null"."""
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(kind)))
+    if kind is Any:
+        return "a name, an import path, or class_path and init_args"
+    if get_origin(kind) is list:
+        return f"a list, each item {_in_words(get_args(kind)[0])}"
+    return words.get(kind, "a dictionary")

@@ -1,0 +1,62 @@
+"""The networks of a run: the engines that train them, and the moving average of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+
+from vqdist.backends import Backend, Engine
+from vqdist.ranks import check_ranks_agree
+from vqdist.trainers.average import MovingAverage
+from vqdist.trainers.finite import held_tensors
+
+
+class Networks:
+    """All weights of a run, on all ranks.
+
+    Args:
+        backend: made the engines.
+        engines: by name; the network of the first is averaged, evaluated and exported.
+        average: its moving average, or None.
+    """
+
+    def __init__(self, backend: Backend, engines: Mapping[str, Engine], average: MovingAverage | None):
+        self.backend = backend
+        self.engines = dict(engines)
+        self.average = average
+
+    @property
+    def main(self) -> Engine:
+        """The engine whose network is averaged, evaluated and exported."""
+        return next(iter(self.engines.values()))
+
+    def averaged(self) -> AbstractContextManager[nn.Module]:
+        """Return a context of the network to evaluate and export: the average if there is one, else the live one.
+
+        Every rank enters it; within it the weights are whole, and no rank waits for another.
+        """
+        return self.main.whole(None if self.average is None else self.average.ema_model)
+
+    def update_average(self) -> None:
+        """Fold the new weights into the average."""
+        if self.average is not None:
+            self.average.update()
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all weights and buffers, whole, by dotted name; every rank takes all."""
+        for name, engine in self.engines.items():
+            for key, tensor in engine.named_tensors():
+                yield f"{name}.{key}", tensor
+        if self.average is not None:
+            for key, tensor in self.average.named_tensors():
+                yield f"ema.{key}", tensor
+
+    def held_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of this rank that goes into a checkpoint, as messages name it; nothing is exchanged."""
+        return held_tensors(self.engines, None if self.average is None else (self.main, self.average.ema_model))
+
+    def check_ranks_agree(self, step: int) -> None:
+        """Raise `RanksDiverged` unless all ranks hold the same weights after this step."""
+        check_ranks_agree(self.backend, self.named_tensors(), step)

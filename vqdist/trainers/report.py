@@ -1,0 +1,211 @@
+"""All that a run says on its way: log lines, the progress bar, validations and pictures."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vqdist.backends import Backend
+from vqdist.metrics import RunningMeans
+from vqdist.stopping import BrokenOff
+from vqdist.tracking import Tracker, memory_gb
+from vqdist.trainers.progress import Progress
+from vqdist.trainers.stop_request import StopRequest
+
+LogFunction = Callable[[dict[str, float]], Any]
+
+
+class Report:
+    """The clock, the means, the bar and the sinks of a run.
+
+    Args:
+        backend: rank 0 of it writes and draws.
+        progress: of the run.
+        stop: breaks off what takes long.
+        folder: of the run.
+
+    Attributes:
+        tracker: the sinks, on rank 0 once `open` was called, and until `close`.
+        means: of this rank's numbers since the last log line.
+        log_fn: called on rank 0 with each log line.
+        last_evaluation: step and numbers of the last validation.
+        validation_broken_off: whether a signal broke it off; a checkpoint keeps it, and the resumed run validates.
+        pictured: step of the last picture.
+        bad_images: names of those that could not be decoded.
+    """
+
+    def __init__(self, backend: Backend, progress: Progress, stop: StopRequest, folder: Path):
+        self.backend = backend
+        self.progress = progress
+        self.stop = stop
+        self.folder = folder
+        self.tracker: Tracker | None = None
+        self.means = RunningMeans()
+        self.log_fn: LogFunction | None = None
+        self.bar: tqdm | None = None
+        self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
+        self.validation_broken_off = False
+        self.pictured = -1
+        self.bad_images: set[str] = set()
+        self._undrawn = 0  # the signal that kept this rank from a picture
+        self.restart_clock()
+
+    def open(self, trackers: list[Any], configuration: dict[str, Any]) -> None:
+        """Start the sinks on rank 0, after the run has found the step that it goes on from."""
+        if self.backend.is_main:
+            self.tracker = Tracker(self.folder, trackers, configuration, self.progress.step)
+
+    def close(self) -> None:
+        """Close the sinks."""
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def print(self, message: str) -> None:
+        """Say something once: on rank 0, on standard error, above the progress bar."""
+        if self.backend.is_main:
+            tqdm.write(message, file=sys.stderr)
+
+    # ------------------------------------------------------------------------------------- the clock
+
+    def restart_clock(self) -> None:
+        """Measure speed from here on."""
+        self._began, self._began_at, self._waited = time.perf_counter(), self.progress.step, 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context no time passes for the speed of training."""
+        paused = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - paused
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time within this context as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def speed(self, images_per_step: int) -> dict[str, float]:
+        """Return speed, share of the time spent waiting for data, and memory since the last call."""
+        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        images = images_per_step * (self.progress.step - self._began_at)
+        waited = self._waited
+        self.restart_clock()
+        return {
+            "images_per_second": images / elapsed,
+            "data_wait": waited / elapsed,
+            "memory_gb": memory_gb(self.backend.device),
+        }
+
+    # ------------------------------------------------------------------------------------- log lines
+
+    @contextmanager
+    def progress_bar(self, total: int) -> Iterator[None]:
+        """Show how far the run is of so many steps."""
+        with tqdm(
+            total=total,
+            initial=self.progress.step,
+            desc=f"{self.backend.title} x{self.backend.world_size}",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.backend.is_main,
+            # into a file or a log: a line now and then, not ten a second
+            mininterval=0.1 if os.isatty(2) else 10.0,
+        ) as self.bar:
+            try:
+                yield
+            finally:
+                self.bar = None
+
+    def add(self, numbers: Mapping[str, Tensor]) -> None:
+        """Take in the numbers of one step."""
+        self.means.add(numbers)
+        if self.bar is not None:
+            self.bar.update()
+
+    def mean_numbers(self) -> dict[str, float]:
+        """Return the means over ranks and over the steps since the last call; every rank calls this."""
+        numbers = self.backend.mean(self.means.means())
+        self.means.reset()
+        return numbers
+
+    def log(self, numbers: dict[str, float]) -> None:
+        """Write a log line, on rank 0."""
+        if self.tracker is None:
+            return
+        self.tracker.log(self.progress.step, numbers)
+        if self.bar is not None:
+            shown = {name: f"{value:.3g}" for name, value in numbers.items() if name.endswith("loss")}
+            self.bar.set_postfix({**shown, "img/s": f"{numbers['images_per_second']:.0f}"}, refresh=False)
+        if self.log_fn is not None:
+            self.log_fn({"step": self.progress.step, **numbers})
+
+    def note_bad(self, names: list[str]) -> None:
+        """Name images that could not be decoded and were replaced, each once."""
+        for name in names:
+            if name not in self.bad_images:
+                self.bad_images.add(name)
+                rank = self.backend.rank
+                tqdm.write(f"rank {rank}: skipped an image that cannot be decoded: {name}", file=sys.stderr)
+
+    def print_bad_images(self, most: int = 5) -> None:
+        """Say how many images could not be decoded."""
+        if self.bad_images:
+            listed = sorted(self.bad_images)
+            some = ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
+            self.print(f"{len(listed)} images could not be decoded and were skipped: {some}")
+
+    # ------------------------------------------------------------------------------------- validation and pictures
+
+    def validate(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Measure, log the numbers as `valid/NAME`, and return them.
+
+        Nothing where a signal breaks the validation off, on every rank at the same batch.
+        """
+        with self.paused():
+            self.validation_broken_off = True
+            try:
+                numbers = evaluate()
+            except BrokenOff:
+                return {}
+            self.validation_broken_off = False
+            self.last_evaluation = (self.progress.step, numbers)
+            if self.tracker is not None:
+                self.tracker.log(self.progress.step, {f"valid/{name}": value for name, value in numbers.items()})
+        return numbers
+
+    def draw(self, save_pictures: Callable[[Path], None]) -> None:
+        """Draw, unless a rank was asked to stop."""
+        with self.paused():
+            self.pictured = self.progress.step
+            self._undrawn = self.stop.asked()
+            if not self._undrawn:
+                save_pictures(self.picture_path)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within this context rank 0 draws and no other rank waits for it: a signal breaks that off at once."""
+        try:
+            with self.stop.breaking_off():
+                yield
+        except BrokenOff:
+            self._undrawn = self.stop.received
+
+    def undrawn(self) -> int:
+        """Return the signal that kept a rank from the last picture, or 0; every rank calls this."""
+        undrawn = torch.tensor([self._undrawn], device=self.backend.device)
+        return int(self.backend.gather(undrawn).max())
+
+    @property
+    def picture_path(self) -> Path:
+        """Where the picture of this step is or will be."""
+        return self.folder / "results" / f"step_{self.progress.step:08d}.png"

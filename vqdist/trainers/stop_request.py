@@ -1,0 +1,55 @@
+"""Whether a signal asked a run to end: noted when it comes, agreed on by all ranks between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from vqdist.backends import Backend
+from vqdist.stopping import BrokenOff, StopSignals
+
+
+class StopRequest:
+    """The signals of one call of `train`, and what all ranks know of them.
+
+    Args:
+        backend: its ranks tell one another.
+
+    Attributes:
+        number: the signal that all ranks know of, or 0.
+    """
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.number = 0
+        self._signals: StopSignals | None = None  # within `listening`
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within this context signals are noted; what an earlier one received is forgotten."""
+        self.number = 0
+        try:
+            with StopSignals() as self._signals:
+                yield
+        finally:
+            self._signals = None
+
+    @property
+    def received(self) -> int:
+        """The last signal of this rank, or 0."""
+        return 0 if self._signals is None else self._signals.received
+
+    def asked(self) -> int:
+        """Return the signal that a rank received lately, or 0: the same on every rank, which call this as often."""
+        if self._signals is not None and not self.number:
+            self.number = self.backend.largest_lately(self._signals.received)
+        return self.number
+
+    def break_off_if_asked(self) -> None:
+        """Raise `BrokenOff` on every rank alike once one of them received a signal."""
+        if self.asked():
+            raise BrokenOff
+
+    def breaking_off(self) -> AbstractContextManager[None]:
+        """Return a context of what no other rank waits for: a signal breaks it off at once with `BrokenOff`."""
+        return nullcontext() if self._signals is None else self._signals.breaking_off()
