@@ -146,7 +146,8 @@ def test_every_trainer_hands_on_what_all_of_them_share(kind, tmp_path, monkeypat
     assert {(group["lr"], tuple(group["betas"])) for group in groups} == {(1e-2 / 4, (0.5, 0.8))}
     assert float(logs["lr"]) == pytest.approx(1e-2 / 4)
     assert 0.1 in {group["weight_decay"] for group in groups} and taken == [2, 2, 2] and trainer.position == 6
-    assert (trainer.ema.beta, trainer.ema.update_after_step, trainer.ema.update_every) == (0.1, 5, 2)
+    average = trainer.ema.average
+    assert (average.beta, average.update_after_step, average.update_every) == (0.1, 5, 2)
     assert len(trainer.split.train) == 32
 
 
@@ -629,13 +630,42 @@ def model_use_gan():
 def model_perceptual():
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perceptual.PerceptualLoss, "build", lambda spec: asked.append(spec))
-        for spec in ("vgg16", "none", "weights.pth"):
-            build_vae(vgg=None, perceptual=spec).perceptual_loss()
-    assert asked == ["vgg16", "none", "weights.pth"]
+        loss = perceptual.PerceptualLoss(nn.Identity())
+        patch.setattr(perceptual.PerceptualLoss, "build", lambda spec: asked.append(spec) or loss)
+        for spec in ("vgg16", "weights.pth"):
+            assert build_vae(vgg=None, perceptual=spec).perceptual_loss() is loss
+    assert asked == ["vgg16", "weights.pth"]
     assert build_vae(vgg=None, perceptual="none").perceptual_loss() is None
     with pytest.raises(UserError, match=r"--model.perceptual weights\.pth is neither 'vgg16' nor 'none' nor a file"):
         build_vae(vgg=None, perceptual="weights.pth").perceptual_loss()
+
+
+@model_case
+def model_encoder():
+    given = {"class_path": "conv", "init_args": {"width": 16, "layers": 2, "groups": 8}}
+    model = build_vae(encoder=given)
+    assert {norm.num_groups for norm in model.autoencoder.encoder.modules() if isinstance(norm, nn.GroupNorm)} == {8}
+    assert model.configuration()["encoder"] == given
+
+
+@model_case
+def model_decoder():
+    given = {"class_path": "conv", "init_args": {"width": 8, "layers": 2, "layer_mults": [2, 4], "groups": 4}}
+    assert build_vae(decoder=given).autoencoder.last_layer.in_channels == 8
+
+
+@model_case
+def model_discriminator():
+    given = {"class_path": "patch", "init_args": {"dim": 16, "layers": 1, "groups": 4}}
+    assert build_vae(discriminator=given, discr_layers=4).discriminator.layers == 1
+
+
+@model_case
+def model_terms():
+    recon, image = pixels(), 1 - pixels()
+    terms = [{"class_path": "reconstruction", "init_args": {"kind": "l2", "weight": 3.0}}]
+    whole = build_vae(vgg=None, terms=terms).objective().whole(recon, image, None)
+    assert torch.allclose(whole.loss, 3 * (recon - image).square().mean())
 
 
 @model_case
@@ -766,7 +796,7 @@ WRONG_OPTIONS = [
     ({"on_bad_image": "ignore"}, r"^on_bad_image 'ignore' is not known; choose one of raise, skip$"),
     ({"on_nonfinite": "ignore"}, r"^on_nonfinite 'ignore' is not known; choose one of raise, skip$"),
     ({"max_skipped_steps": 3}, r"^max_skipped_steps 3 does nothing, because on_nonfinite is raise; leave it out$"),
-    ({"ema_beta": 1.5}, r"^ema_beta 1.5 is not possible; give a decay in \[0, 1\]$"),
+    ({"ema_beta": 1.5}, r"^ema_beta 1.5 is not possible; it must be at least 0 and at most 1$"),
     ({"valid_frac": 1.0}, r"^valid_frac 1.0 is not possible; give a share of the images in \[0, 1\)"),
     ({"valid_frac": 0.999}, r"^valid_frac 0.999 of 64 images leaves none to train on; lower it$"),
     ({"max_grad_norm": 0.0}, r"^max_grad_norm 0.0 is not possible; it must be above 0$"),
@@ -880,7 +910,7 @@ WRONG_ARGUMENTS = [
     ({"encdec_layer_mults": [1]}, r"^encdec_layer_mults has 1 numbers; layers 2 needs 2$"),
     ({"encdec_num_resnet_blocks": [1, 1, 1]}, r"^encdec_num_resnet_blocks has 3 numbers; layers 2 needs 2$"),
     ({"discr_layers": 0}, r"^discr_layers 0 is not possible; at least one layer is needed$"),
-    ({"quantizer": "lfg"}, r"^quantizer 'lfg' is not known; nearest: lfq"),
+    ({"quantizer": "lfg"}, r"^there is no quantizer 'lfg'; nearest: lfq"),
     ({"codebook_size": 33}, r"^quantizer lfq: codebook_size 33 is no power of 2, .*try 32 or 64$"),
     ({"codebok_size": 32}, r"^VQGanVAE has no argument 'codebok_size'; nearest: codebook_size$"),
     (

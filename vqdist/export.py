@@ -20,7 +20,7 @@ AT_FDCWD = -100  # of Linux: a path is relative to the current folder
 RENAME_EXCHANGE = 2
 
 
-def write_export(folder: Path, save: Callable[[Path], None], step: int) -> None:
+def write_export(folder: Path, save: Callable[[Path], Any], step: int) -> None:
     """Make `folder` the export of a step, which is written beside it first; an equal, undamaged one stays in place.
 
     Args:

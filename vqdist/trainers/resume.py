@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from functools import partial
@@ -77,7 +78,7 @@ class Resume:
         self.progress = progress
         self.report = report
         self.guard = guard
-        self.trained = trained
+        self.trained: Trained = weakref.proxy(trained)  # the trainer has this object: when it goes, both do
         folder = run.folder / "checkpoints"
         self.checkpoints = CheckpointStore(folder, backend, keep=run.config.keep_checkpoints, lock=run.lock)
         self.saved = -1
@@ -150,7 +151,7 @@ class Resume:
 
     def _export(self, model: PretrainedModel, folder: Path) -> None:
         model.image_size, model.buffers_are_live = self.run.config.image_size, True
-        write_export(folder, lambda new: model.save_pretrained(new), self.progress.step)
+        write_export(folder, model.save_pretrained, self.progress.step)
 
     def check_finite(self) -> None:
         """Raise `UserError` if a number since the start or any tensor that is to be saved is not finite."""
@@ -296,7 +297,7 @@ class Resume:
 
     def _load_numbers(self, path: Path | None) -> None:
         """Restore the next line and chart; they begin anew without a file, which checkpoints did not have at first."""
-        loaded = {"means": None, "counts": {}}
+        loaded: dict[str, Any] = {"means": None, "counts": {}}
         if path is not None and path.is_file():
             loaded = torch.load(path, self.backend.device, weights_only=True)
         self.report.means.restore(loaded["means"])
