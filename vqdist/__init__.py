@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vqdist.data.dataset import ImageDataset
     from vqdist.data.sources import DummyDataset, Source
     from vqdist.errors import PeerLost, RanksDiverged, UserError
-    from vqdist.models.autoregressive import AutoregressiveModel, SecondStage
+    from vqdist.models.autoregressive import AutoregressiveModel, CodePrediction, SecondStage
     from vqdist.models.dvae import DiscreteVAE
     from vqdist.models.networks import Decoder, Discriminator, Encoder
     from vqdist.models.prior import Prior
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vqdist.models.vqgan import VQGanVAE
     from vqdist.models.vqvae import SimpleVQVAE, VectorQuantizer
     from vqdist.objectives import Objective, Perceptual, Reconstruction, Term
+    from vqdist.sampling import DrawOptions, draw
     from vqdist.stopping import Stopped
     from vqdist.tracking import Sink
     from vqdist.trainers.ar import ARTrainer
@@ -36,10 +37,12 @@ _PUBLIC = {
     "ARTrainer": "vqdist.trainers.ar",
     "AutoregressiveModel": "vqdist.models.autoregressive",
     "CodeDataset": "vqdist.data.codes",
+    "CodePrediction": "vqdist.models.autoregressive",
     "Decoder": "vqdist.models.networks",
     "DiscreteVAE": "vqdist.models.dvae",
     "DiscreteVAETrainer": "vqdist.trainers.dvae",
     "Discriminator": "vqdist.models.networks",
+    "DrawOptions": "vqdist.sampling",
     "DummyDataset": "vqdist.data.sources",
     "Encoder": "vqdist.models.networks",
     "ImageDataset": "vqdist.data.dataset",
@@ -64,16 +67,19 @@ _PUBLIC = {
     "VQGanVAETrainer": "vqdist.trainers.vqgan",
     "VQImageAutoregressiveAutoencoder": "vqdist.models.vq_ar",
     "VectorQuantizer": "vqdist.models.vqvae",
+    "draw": "vqdist.sampling",
 }
 
 __all__ = [
     "ARTrainer",
     "AutoregressiveModel",
     "CodeDataset",
+    "CodePrediction",
     "Decoder",
     "DiscreteVAE",
     "DiscreteVAETrainer",
     "Discriminator",
+    "DrawOptions",
     "DummyDataset",
     "Encoder",
     "ImageDataset",
@@ -99,6 +105,7 @@ __all__ = [
     "VQImageAutoregressiveAutoencoder",
     "VectorQuantizer",
     "__version__",
+    "draw",
 ]
 
 

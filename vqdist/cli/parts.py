@@ -42,7 +42,8 @@ def joined(given: list[Given], parts: Parts) -> list[Given]:
 
 def _replacing(name: str | None, value: str | None, parts: Parts) -> list[Given]:
     """Return the option after one that clears it: jsonargparse would mix two dictionaries that name a class."""
-    return [(name, "null"), (name, value)] if name in parts and value is not None else [(name, value)]
+    is_dictionary = name in parts and value is not None and value.lstrip().startswith("{")
+    return [(name, "null"), (name, value)] if is_dictionary else [(name, value)]
 
 
 def help_asked_for(given: list[Given], parts: Parts) -> str | None:

@@ -129,8 +129,8 @@ class Objective:
         if not isinstance(loss, Tensor) or loss.ndim:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(f"term {term.name} gave {found}; expected a 0-d tensor, the mean over the batch")
-        if term.weight > 0 and torch.is_grad_enabled() and not loss.requires_grad:
-            of = "recon" if term.acts_on == "pixels" else "out.features"
+        of, on = ("recon", recon) if term.acts_on == "pixels" else ("out.features", getattr(out, "features", recon))
+        if term.weight > 0 and torch.is_grad_enabled() and on.requires_grad and not loss.requires_grad:
             raise UserError(f"the loss of term {term.name} does not depend on {of}, so it would train nothing")
         return loss
 
