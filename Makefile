@@ -2,7 +2,7 @@
 #
 #   make install PYTHON=python3.12                          another interpreter for a new .venv
 #   make install EXTRAS=tracking,data                       fewer extras, here without DeepSpeed
-#   make test TESTS=tests/test_cli.py ARGS="-k help -x"     some tests, arguments for pytest
+#   make test TESTS=tests/cli/test_cli.py ARGS="-k help -x"     some tests, arguments for pytest
 #   make test JOBS=1                                        one test at a time; by default two
 #
 #   make train-vqgan CONFIG=launch/recipes/digits_vqgan.yaml OUT=runs/a      options from a recipe, one process
@@ -140,7 +140,7 @@ test-latest: ## run every test with the newest version of each library, in an en
 	$(MAKE) test VENV=$(LATEST)
 
 support-table: install ## write docs/support.md anew: what works on which backend, by what two processes come to
-	VQDIST_WRITE_SUPPORT_TABLE=1 OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest tests/test_distributed.py $(ARGS)
+	VQDIST_WRITE_SUPPORT_TABLE=1 OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest tests/contract/test_distributed.py $(ARGS)
 
 SHELL_FILES := .ci/run tests/cluster/install.sh launch/env.sh $(wildcard launch/slurm/*)
 

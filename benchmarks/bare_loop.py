@@ -1,7 +1,8 @@
 """The trainers against loops without any of it: what do ranks, logging, checkpoints and schedules cost a step?
 
 `BareLoop` and `BareDVAELoop` do a trainer's arithmetic in the fewest lines, `TextbookLoop` does it as VQGAN code is
-usually written. `tests/test_benchmarks.py` holds them to the trainers' weights, so that equal mathematics is compared.
+usually written. `tests/unit/test_benchmarks.py` holds them to the trainers' weights, so that equal mathematics is
+compared.
 """
 
 from __future__ import annotations

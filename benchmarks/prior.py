@@ -1,7 +1,7 @@
 """The prior's trainer against a bare loop on the same codes: tokens per second, from stored codes and from images.
 
 The bare loop is a forward pass, the cross-entropy, a backward pass and Adam; its weights are the trainer's
-(`tests/test_benchmarks.py`), so that equal mathematics is compared.
+(`tests/unit/test_benchmarks.py`), so that equal mathematics is compared.
 """
 
 from __future__ import annotations

@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from launching import IMPORTED_FROM
+
+sys.path.extend(map(str, IMPORTED_FROM))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

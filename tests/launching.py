@@ -19,6 +19,8 @@ from pathlib import Path
 from warm import PROGRAMS, programs
 
 ROOT = Path(__file__).resolve().parent.parent
+# what tests and their workers import by name: helpers, and what one test has of another
+IMPORTED_FROM = [ROOT / "tests", *(ROOT / "tests" / kind for kind in ("unit", "conformance", "contract", "cli"))]
 BIN = Path(sys.executable).parent
 # how a connection ends of which the other process is killed: it depends on what was on its way
 BROKEN = "connection closed by peer", "connection reset by peer", "broken pipe"
@@ -32,7 +34,7 @@ def environment(**extra: str) -> dict[str, str]:
         if not name.startswith(("ACCELERATE_", "TORCHELASTIC_", "OMPI_", "SLURM_"))
         and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
     }
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join(map(str, [ROOT, *IMPORTED_FROM]))
     search = os.pathsep.join([str(BIN), inherited.get("PATH", "")])
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PATH": search, **extra}
 

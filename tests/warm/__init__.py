@@ -34,7 +34,7 @@ def programs() -> Path:
         words = [sys.executable, "-S", "-E", HERE / "client.py", folder / "socket", BIN / name]
         script.write_text(f'#!/bin/sh\nexec {" ".join(map(str, words))} "$@"\n')
         script.chmod(0o755)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # to import what is preloaded; a job brings its own
     server = subprocess.Popen(
         [sys.executable, str(HERE / "server.py"), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},

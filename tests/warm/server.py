@@ -120,6 +120,8 @@ def become(job: dict, files: list[int], folder: Path) -> None:
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["environment"])
+    searched = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in searched if path and path not in sys.path]
     program, arguments = Path(job["program"]), job["arguments"]
     if program.name in LAUNCHERS:
         sys.executable = str(folder / "python")  # whom it starts is warm, too

@@ -35,7 +35,7 @@ STARTED = {
     "fsdp2": (["--num_processes", "2"], 2),
 }
 # where the others are run on two processes against one
-STARTED_ELSEWHERE = {"zero1", "zero2", "zero3"}  # tests/test_distributed.py
+STARTED_ELSEWHERE = {"zero1", "zero2", "zero3"}  # tests/contract/test_distributed.py
 
 QUIET = [
     *"--data synthetic:64 --image_size 16 --data.num_workers 0 --trainer.num_train_steps 4".split(),

@@ -281,7 +281,7 @@ def test_the_shipped_recipe_uses_its_codes(tmp_path, capsys):
     """A minute on digits: the loss falls, more than half of the codes are in use, digits are recognisable."""
     from vqdist.cli import main
 
-    recipe = Path(__file__).parents[1] / "launch" / "recipes" / "digits_dvae.yaml"
+    recipe = Path(__file__).parents[2] / "launch" / "recipes" / "digits_dvae.yaml"
     assert main(["train", "dvae", "--config", str(recipe), "--out", str(tmp_path)]) == 0
     lines = logged(tmp_path)
     losses = [line["recon_loss"] for line in lines if "recon_loss" in line]

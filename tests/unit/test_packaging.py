@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "vqdist")
 
 
@@ -136,7 +136,7 @@ def test_bounds_can_be_lifted(tmp_path):
 
 
 def test_the_newest_versions_have_an_environment_of_their_own():
-    commands = make("--dry-run", "test-latest", "TESTS=tests/test_losses.py").stdout
+    commands = make("--dry-run", "test-latest", "TESTS=tests/unit/test_losses.py").stdout
     assert (
         ".venv-latest/bin/python -m pytest" in commands and "pip install --upgrade --python .venv-latest" in commands
     )
