@@ -277,6 +277,7 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # a minute and a half; the digits' codes are looked at in test_average.py too
 def test_the_shipped_recipe_uses_its_codes(tmp_path, capsys):
     """A minute on digits: the loss falls, more than half of the codes are in use, digits are recognisable."""
     from vqdist.cli import main

@@ -34,10 +34,10 @@ ALSO = (
 def import_everything() -> None:
     import vqdist
 
-    for module in pkgutil.walk_packages(vqdist.__path__, "vqdist."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    for name in ALSO:
+    modules = [module.name for module in pkgutil.walk_packages(vqdist.__path__, "vqdist.")]
+    for name in (*modules, *ALSO):
+        if name.endswith("__main__"):
+            continue
         with suppress(ModuleNotFoundError):  # of an extra
             importlib.import_module(name)
 
@@ -95,7 +95,8 @@ def attend(connection: socket.socket) -> tuple[dict, list[int]]:
     _, status, used = os.wait4(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if "WARM_TIMES" in os.environ:  # a file for those who look for slow tests
-        line = f"{used.ru_utime + used.ru_stime:6.2f} {Path(job['program']).name} {' '.join(job['arguments'])[:100]}\n"
+        words = " ".join(" ".join(job["arguments"]).split())  # code has lines
+        line = f"{used.ru_utime + used.ru_stime:6.2f} {Path(job['program']).name} {words[:100]}\n"
         with open(os.environ["WARM_TIMES"], "a") as file:
             file.write(line)
     with suppress(OSError):
