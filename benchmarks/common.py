@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.worker import Turn
 from vqdist import DiscreteVAE, DiscreteVAETrainer, VQGanVAE, VQGanVAETrainer
+from vqdist.data.loader import Batch
 from vqdist.data.sources import SyntheticSource
 from vqdist.trainers.base import Trainer
 
@@ -69,9 +70,16 @@ def image_batches(count: int = 8, batch_size: int = BATCH_SIZE) -> list[Tensor]:
     return list(torch.stack(images).split(batch_size))
 
 
-def feed_from_memory(trainer: Trainer, batches: list) -> None:
-    """Let a trainer take these batches, over and over, in place of its loader's."""
-    endless = itertools.cycle(batches)
+def feed_from_memory(trainer: Trainer, batches: list[Tensor] | list[tuple[Tensor, Tensor]]) -> None:
+    """Let a trainer take these batches, over and over, in place of its loader's.
+
+    Args:
+        trainer: whose `take` is called once for each batch, before anything is timed.
+        batches: images or codes (b, ...), or pairs of them and their classes (b,).
+    """
+    pairs = [batch if isinstance(batch, tuple) else (batch, torch.full((len(batch),), -1)) for batch in batches]
+    taken = [trainer.take(Batch(item, label, bad=[], places=range(len(item)))) for item, label in pairs]
+    endless = itertools.cycle(taken)
     trainer.next_micro_batches = lambda: [next(endless) for _ in range(trainer.config.grad_accum_every)]
 
 

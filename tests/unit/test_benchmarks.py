@@ -71,11 +71,14 @@ def test_a_plain_loop_and_the_trainer_reach_the_same_weights(tmp_path, quantizer
     assert (bare.autoencoder.last_layer.weight - before).abs().max() > 1e-5
 
 
-def test_the_plain_loop_of_a_discrete_vae_and_the_trainer_reach_the_same_weights(tmp_path):
+@pytest.mark.parametrize("from_memory", [False, True])
+def test_the_plain_loop_of_a_discrete_vae_and_the_trainer_reach_the_same_weights(tmp_path, from_memory):
     trainer = small_dvae_trainer(tmp_path / "run", use_ema=False)
     loader = small_dvae_trainer(tmp_path / "images")
-    images = [loader.next_micro_batches()[0] for _ in range(3)]
-    places = itertools.count(step=4)
+    images = [loader.next_micro_batches()[0][0] for _ in range(3)]
+    places = itertools.count(step=0 if from_memory else 4)
+    if from_memory:
+        common.feed_from_memory(trainer, images)
 
     def draw(logits):
         start = next(places)
