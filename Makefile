@@ -31,7 +31,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table lint quality style bench dalle-checkpoint digit-classifier \
+.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table docs docs-pictures lint quality style bench dalle-checkpoint digit-classifier \
   doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
 
 # What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
@@ -142,6 +142,14 @@ test-latest: ## run every test with the newest version of each library, in an en
 support-table: install ## write docs/support.md anew: what works on which backend, by what two processes come to
 	VQDIST_WRITE_SUPPORT_TABLE=1 OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest tests/contract/test_distributed.py $(ARGS)
 
+# A dead link, an anchor that is not there and an unknown name of the API are errors. Nothing is fetched.
+docs: install ## build the site of docs/ into site/, checked strictly (Python 3.11 or newer)
+	@[ -x $(BIN)/zensical ] || { echo "the site needs Python 3.11 or newer and the extra docs: make install EXTRAS=$(EXTRAS),docs" >&2; exit 1; }
+	$(BIN)/zensical build --strict --clean
+
+docs-pictures: install ## write the pictures and outputs of the tutorial anew, by its own commands; some minutes
+	$(OPS) $(BIN)/python -m benchmarks.pictures
+
 SHELL_FILES := .ci/run tests/cluster/install.sh launch/env.sh $(wildcard launch/slurm/*)
 
 lint: install ## check style, types, layering, shell files and spelling, change nothing
@@ -218,7 +226,7 @@ build: install ## make the wheel and the source archive in dist/
 	$(BIN)/python -m build --no-isolation .
 
 clean: ## remove caches and build products; .venv and runs stay
-	rm -rf build dist vqdist.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site .cache vqdist.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find $(wildcard vqdist tests benchmarks launch) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

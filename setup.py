@@ -71,6 +71,12 @@ EXTRAS = {
     "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
     "data": ["webdataset>=0.2.100", "datasets>=3.0"],
     "optimizers": ["bitsandbytes>=0.45"],  # adamw_8bit, on a CUDA device
+    # Zensical follows MkDocs and its theme Material, by the same authors. Version 0.1 needs zensical-ui, which package
+    # indexes may lack. Both tools are exact, because a version before 1.0 may change anything, and need Python 3.11.
+    "docs": [
+        "zensical==0.0.73; python_version >= '3.11'",
+        "mkdocstrings-python==2.0.11; python_version >= '3.11'",
+    ],
 }
 
 # The tests use every extra. The tools of `make lint` are exact, because another version finds and formats differently.

