@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,31 @@ def test_every_page_is_in_the_navigation():
     assert sorted(named) == [page.relative_to(DOCS).as_posix() for page in PAGES]
 
 
+MISTAKES = {
+    "nothing": ("[there](other.md#below)", None),
+    "a page": ("[gone](gone.md)", "page does not exist"),
+    "an anchor": ("[gone](other.md#above)", "anchor does not exist"),
+    "a name of the API": ("[gone][vqdist.Gone]", "unresolved autoref"),
+    "an included file": ('--8<-- "gone.py"', "could not be found"),
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Zensical needs Python 3.11")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_building_the_site_fails_for_what_is_gone(mistake, tmp_path):
+    """With the settings of the real one, but for its navigation."""
+    line, message = MISTAKES[mistake]
+    settings = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    (tmp_path / "zensical.toml").write_text(re.sub(r"^nav = \[.*?^\]\n", "", settings, flags=re.DOTALL | re.MULTILINE))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# One\n\n{line}\n")
+    (tmp_path / "docs" / "other.md").write_text("# Other\n\n## Below\n")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode == 0) == (message is None)
+    assert message is None or message in done.stdout + done.stderr
+
+
 # Reading metrics.jsonl
 
 
@@ -56,7 +83,9 @@ def build_vqgan_trainer(folder: Path, **options):
         "perceptual": "none",
         "terms": ["reconstruction", OwnTerm()],
     }
-    return build_trainer(folder, quantizer="multiscale_vq", model=model, apply_grad_penalty_every=1, **options)
+    return build_trainer(
+        folder, quantizer="multiscale_vq", model=model, apply_grad_penalty_every=1, discr_lr_warmup_steps=1, **options
+    )
 
 
 class OwnTerm(vqdist.Term):
@@ -136,6 +165,17 @@ def test_commands_of_the_tutorial_run(tmp_path, monkeypatch, capsys):
         shorter = ["--trainer.num_train_steps", "2"] if arguments[0] == "train" else []
         assert main([*arguments, *shorter]) == 0
     assert (tmp_path / "runs" / "first" / "samples.png").stat().st_size > 1000
+
+
+# Extend
+
+
+def test_the_page_shows_every_part_of_somebody_else():
+    shown = re.findall(
+        r'^--8<-- "tests/foreign/(\S+)"$', (DOCS / "extend.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    there = [path.name for path in (ROOT / "tests" / "foreign").iterdir()]
+    assert sorted(shown) == sorted(name for name in there if re.match(r"my_\w+\.py$|\w+\.yaml$", name))
 
 
 # Decisions
