@@ -1,5 +1,6 @@
 """A spec string becomes a source: the right files in the right order, or one line that says what to do."""
 
+import importlib
 import importlib.resources
 import json
 import os
@@ -322,9 +323,7 @@ def test_a_source_in_every_form(own, given, count):
 
 
 def test_a_source_that_is_built_is_taken_as_it_is(own):
-    from my_data import Squares
-
-    source = Squares(6)
+    source = importlib.import_module("my_data").Squares(6)
     assert ImageDataset(source, 16).source is source and source.spec == "Squares"
     assert source.name(2) == "Squares[2]"
 
