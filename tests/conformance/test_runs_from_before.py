@@ -19,7 +19,7 @@ from vqdist.cli import main
 from vqdist.data.codes import CodeDataset
 from vqdist.models.pretrained import load_model_of_any_type
 
-ARCHIVE = Path(__file__).parent / "data" / "before_parts.tar.xz"
+ARCHIVE = Path(__file__).parents[1] / "data" / "before_parts.tar.xz"
 EVERY_RUN = (
     "--data digits --data.augment false --trainer.batch_size 4 --trainer.save_results_every 0 --trainer.log_every 1 "
     "--trainer.validate_every 0 --data.valid_frac 0.001 --trainer.num_images_save 4 --data.num_workers 0"
