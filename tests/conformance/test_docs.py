@@ -15,6 +15,7 @@ from launching import ROOT
 from scenarios import MULTISCALE, build_ar_trainer, build_dvae_trainer, build_trainer
 
 import vqdist
+from benchmarks.pictures import PAGE as TUTORIAL
 from benchmarks.pictures import commands
 from vqdist.cli import main
 
@@ -165,6 +166,11 @@ def test_commands_of_the_tutorial_run(tmp_path, monkeypatch, capsys):
         shorter = ["--trainer.num_train_steps", "2"] if arguments[0] == "train" else []
         assert main([*arguments, *shorter]) == 0
     assert (tmp_path / "runs" / "first" / "samples.png").stat().st_size > 1000
+    (code,) = re.findall(r"^```python\n(.*?)^```", TUTORIAL.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    names: dict = {}
+    exec(code, names)
+    assert names["images"].shape == (4, 1, 32, 32) and names["codes"].shape == (4, 64)
+    assert names["digits"].shape == (10, 1, 32, 32)
 
 
 # Extend
