@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from scenarios import build_trainer, build_vae
 from torch import Tensor
 
-from vqdist import UserError, VQGanVAE
+from vqdist import Tokenizer, UserError, VQGanVAE
+from vqdist.models.networks.conv import ConvDecoder
 
 QUANTIZERS = {
     "lfq": {"codebook_size": 32},
@@ -377,3 +378,80 @@ def test_each_player_learns(player):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+# ------------------------------------------------------------------------------------------- parts of somebody else
+
+
+class Rows(torch.nn.Module):
+    """An encoder to a row of five tokens; `layers` is nothing that vqdist's own encoder means by it."""
+
+    dim = 8
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Conv2d(3, 8, 4, stride=4)])
+        self.queries = torch.nn.Parameter(torch.randn(5, 8))
+
+    def code_shape(self, image_size: int) -> tuple[int]:
+        return (5,)
+
+    def forward(self, image: Tensor) -> Tensor:
+        pooled = self.layers[0](image).mean(dim=(2, 3))
+        return self.queries + pooled[:, None]
+
+
+class FromRows(torch.nn.Module):
+    """A decoder without a last layer; `dim` is its own width."""
+
+    last_layer = None
+    dim = 240
+
+    def __init__(self):
+        super().__init__()
+        self.to_image = torch.nn.Linear(40, 3 * 16 * 16)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.to_image(features.flatten(1)).unflatten(1, (3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "quantizer, shape",
+    [({"quantizer": "fsq", "codebook_size": 256}, (2, 5)), ({"quantizer": "residual_vq"}, (2, 5, 4))],
+)
+def test_codes_may_be_a_row(quantizer, shape, tmp_path):
+    options = {"codebook_size": 32, "vq_kwargs": {"kmeans_init": False}} if shape[2:] else {}
+    model = VQGanVAE(encoder=Rows(), decoder=FromRows(), use_vgg_and_gan=False, **{**quantizer, **options})
+    tokenizer = Tokenizer(model, 16)
+    codes = tokenizer.encode(pixels())
+    assert codes.shape == shape and (tokenizer.code_shape, tokenizer.num_codes, tokenizer.code_side) == ((5,), 5, None)
+    assert tokenizer.decode(codes).shape == (2, 3, 16, 16)
+    model.train()(pixels(), return_loss=True).backward()
+    assert model.autoencoder.encoder.queries.grad is not None
+    with pytest.raises(UserError, match="need not have one stride"):
+        _ = model.stride
+
+
+def test_a_last_layer_of_any_kernel_gives_the_adaptive_weight_of_autograd(tmp_path):
+    class Wide(ConvDecoder):
+        def __init__(self):
+            super().__init__(16, layers=2, groups=4)
+            self.last_layer = torch.nn.Conv2d(16, 3, 3, padding="same", dilation=2)
+
+    trainer = build_trainer(tmp_path, quantizer="fsq", model={"decoder": Wide()})
+    plain = copy.deepcopy(trainer.model)
+    plain(pixels(), return_loss=True).backward()
+    out = trainer.generator(pixels())
+    trainer.generator.backward(trainer.generator_loss(pixels(), out)[0])
+    gradients = dict(trainer.model.autoencoder.named_parameters())
+    for name, parameter in plain.autoencoder.named_parameters():
+        assert torch.allclose(gradients[name].grad, parameter.grad, atol=1e-6), name
+
+
+def test_a_network_given_as_vgg_is_recorded_and_asked_for_when_training_goes_on(tmp_path):
+    model = build("fsq")
+    model.save_pretrained(tmp_path)
+    loaded = VQGanVAE.from_pretrained(tmp_path)
+    assert loaded(pixels()).shape == pixels().shape
+    with pytest.raises(UserError, match="vgg was given as an object of scenarios.SmallFeatures"):
+        loaded(pixels(), return_loss=True)

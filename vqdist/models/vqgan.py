@@ -313,7 +313,8 @@ class VQGanVAE(
     @property
     def layers(self) -> int | None:
         """Halvings of the resolution by vqdist's own encoder; None of another."""
-        return getattr(self.autoencoder.encoder, "layers", None)
+        encoder = self.autoencoder.encoder  # of somebody else `layers` may mean anything
+        return encoder.layers if isinstance(encoder, ConvEncoder) else None
 
     @property
     def stride(self) -> int:
@@ -514,6 +515,8 @@ class VQGanVAE(
     def _default_terms(self) -> list[Any]:
         """What the ancestor minimises; the adaptive weight compares with the perceptual loss where there is one."""
         kind = "l2" if self.l2_recon_loss else "l1"
+        if isinstance(self.perceptual, Mapping) and not self._vgg:  # of a model that was given a network as `vgg`
+            Spec.of(self.perceptual, "vgg")  # says that it must be given again
         features = self._vgg[0] if self._vgg else self.perceptual
         if features == "none":
             return [Reconstruction(kind, reference=True)]
@@ -595,11 +598,10 @@ def _check_conv_options(
 
 def _check_fit(encoder: nn.Module, decoder: nn.Module) -> None:
     """Raise `UserError` for a decoder that cannot take the encoder's features, or whose last layer cannot be used."""
-    taken = getattr(decoder, "dim", encoder.dim)
-    if taken != encoder.dim:
+    if isinstance(decoder, ConvDecoder) and decoder.dim != encoder.dim:
         raise UserError(
-            f"decoder {type(decoder).__name__} takes features of width {taken} and encoder {type(encoder).__name__} "
-            f"gives {encoder.dim}; make them equal"
+            f"decoder conv takes features of width {decoder.dim} and encoder {type(encoder).__name__} gives "
+            f"{encoder.dim}; make them equal"
         )
     last = decoder.last_layer
     if last is None:
