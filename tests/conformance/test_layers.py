@@ -103,6 +103,73 @@ def offenders(found: dict[str, list]) -> dict[str, list]:
     return {module: problems for module, problems in found.items() if problems}
 
 
+def runs_when_used(tree: ast.AST) -> list[ast.AST]:
+    """Return every node of a module but those that only a type checker reads, below `if TYPE_CHECKING:`."""
+    found: list[ast.AST] = []
+    for node in ast.iter_child_nodes(tree):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        below = ast.Module(node.orelse, []) if isinstance(node, ast.If) and for_types else node
+        found += [below, *runs_when_used(below)]
+    return found
+
+
+def needed_by(tree: ast.AST) -> set[str]:
+    """Return the modules of vqdist that a module imports when it runs, at its top or within functions.
+
+    `from vqdist import Name` needs the module that gives the package this name when it is first used.
+    """
+    found = set()
+    for node in runs_when_used(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                lazy = vqdist._PUBLIC.get(alias.name) if node.module == "vqdist" else None
+                found.add(name if name in PATHS else lazy or str(node.module))
+    return found & PATHS.keys()
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules each of which reaches all others of its group, and a module that needs itself."""
+    reached = {module: reachable(graph, module) for module in graph}
+    groups = {
+        tuple(sorted(other for other in reached[module] if module in reached[other]))
+        for module in graph
+        if module in reached[module]
+    }
+    return sorted(map(list, groups))
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Return what a module needs, what that needs, and so on; itself only if a path leads back to it."""
+    seen: set[str] = set()
+    ahead = list(graph[start])
+    while ahead:
+        module = ahead.pop()
+        if module not in seen:
+            seen.add(module)
+            ahead += graph[module]
+    return seen
+
+
+def test_no_two_modules_need_each_other():
+    """Not even within functions. A registry's table of names is no import: who reads it need not know the parts."""
+    found = circles({module: needed_by(tree) for module, tree in TREES.items()})
+    files = [[str(PATHS[module].relative_to(ROOT.parent)) for module in group] for group in found]
+    assert files == [], "these import each other; move what both need into a module that imports neither"
+
+
+def test_the_search_for_circles_finds_them():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}, "e": {"a"}}) == [["b", "c"], ["d"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    within = "def f():\n    from vqdist.losses import hinge\n    import vqdist.errors"
+    assert needed_by(ast.parse(within)) == {"vqdist.losses", "vqdist.errors"}
+    assert needed_by(ast.parse("from vqdist import VQGanVAE, losses")) == {"vqdist.models.vqgan", "vqdist.losses"}
+    for_types = "if TYPE_CHECKING:\n    import vqdist.losses\nelse:\n    import vqdist.errors"
+    assert needed_by(ast.parse(for_types)) == {"vqdist.errors"}
+
+
 def test_models_and_their_leaves_know_nothing_above_them():
     above = {"vqdist.trainers", "vqdist.backends", "vqdist.data", "vqdist.cli", "vqdist.checkpoint", "vqdist.tracking"}
     below = modules_below("vqdist.models", "vqdist.losses", "vqdist.sampling", "vqdist.schedules")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,9 @@ from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_
 from torch import Tensor, nn
 
 from vqdist.backends import state
-from vqdist.backends.deepspeed import DeepSpeedEngine
+from vqdist.backends.deepspeed_engine import DeepSpeedEngine
+from vqdist.backends.distributed import DistributedBackend
 from vqdist.backends.sharding import ShardedEngine, Shards
-
-if TYPE_CHECKING:
-    from vqdist.backends.deepspeed import DeepSpeedBackend
 
 
 class Zero3Engine(ShardedEngine, DeepSpeedEngine):
@@ -33,7 +31,7 @@ class Zero3Engine(ShardedEngine, DeepSpeedEngine):
         empty: the network without weights, from before it was sharded.
     """
 
-    def __init__(self, engine: Any, backend: DeepSpeedBackend, precision: str, empty: nn.Module):
+    def __init__(self, engine: Any, backend: DistributedBackend, precision: str, empty: nn.Module):
         ShardedEngine.__init__(self, empty)
         DeepSpeedEngine.__init__(self, engine, backend, precision)
         self.parameters = dict(self.module.named_parameters())
