@@ -19,16 +19,15 @@ from typing import Any
 from vqdist.backends.base import Backend
 from vqdist.completion import (
     PARTIAL,
-    WRITE_ERRORS,
     partial_of,
-    reason_of,
     remove_atomically,
     start_completion,
     wait_for_completion,
 )
 from vqdist.errors import PeerLost, UserError
-from vqdist.files import FolderLock, sha256_of
+from vqdist.files import WRITE_ERRORS, FolderLock, sha256_of
 from vqdist.manifest import MANIFEST, read_manifest
+from vqdist.ranks import everywhere, on_main
 
 PATIENCE = 15.0  # seconds that a run which fails waits for a checkpoint that is being completed
 
@@ -65,11 +64,13 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a killed process left. Call once, before the first save."""
-        with everywhere(self.backend, f"what a killed run left in {self.folder} cannot be removed"):
-            if self.backend.is_main and self.folder.is_dir():
-                wait_for_completion(self.folder)
-                for left in self.folder.glob(f"*{PARTIAL}"):
-                    shutil.rmtree(left)
+        on_main(self.backend, self._clean, f"what a killed run left in {self.folder} cannot be removed")
+
+    def _clean(self) -> None:
+        if self.folder.is_dir():
+            wait_for_completion(self.folder)
+            for left in self.folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(left)
 
     def save(self, step: int, write: Callable[[Path], None], info: dict[str, Any]) -> Path:
         """Write the files of this step's checkpoint, which is complete after the next `settle`.
@@ -176,11 +177,13 @@ def write_atomically(target: Path, backend: Backend, write: Callable[[Path], Non
 
 def _write_partial(target: Path, backend: Backend, write: Callable[[Path], None]) -> None:
     partial = partial_of(target)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
     try:
-        with everywhere(backend, f"{target} cannot be written"):
-            if backend.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+        on_main(backend, begin, f"{target} cannot be written")
         with everywhere(backend, f"{target} cannot be written"):
             partial.mkdir(parents=True, exist_ok=True)  # it is there; NFS else says for a while what it said before
             write(partial)
@@ -195,29 +198,6 @@ def _settle(target: Path, completion: Future | None, backend: Backend) -> None:
     with everywhere(backend, f"{target} cannot be written"):
         if completion is not None:
             completion.result()
-
-
-@contextmanager
-def everywhere(backend: Backend, message: str) -> Iterator[None]:
-    """A write in which some ranks or all take part, and which every rank waits for: if it fails on one, it fails on
-    all, with one line.
-
-    Args:
-        backend: every rank of it enters this context.
-        message: what cannot be done; the reason is added.
-    """
-    problem = None
-    try:
-        yield
-    except PeerLost:
-        raise
-    except UserError as error:
-        problem = error
-    except WRITE_ERRORS as error:
-        problem = UserError(f"{message}: {reason_of(error)}")
-        problem.__cause__ = error
-    if backend.any(problem is not None):
-        raise problem or UserError(f"{message}: another rank says why")
 
 
 def write_all(*parts: Callable[[], None]) -> None:

@@ -16,15 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from vqdist.errors import UserError
-from vqdist.files import sha256_of
+from vqdist.files import WRITE_ERRORS, reason_of, sha256_of
 from vqdist.manifest import MANIFEST, sealed
 
 PARTIAL = ".partial"
-# what a full disk raises: of the system, of torch, of safetensors, and of those here that say it in words
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
 
 # by the checkpoint that they are completing
 _under_way: weakref.WeakValueDictionary[Path, Future] = weakref.WeakValueDictionary()
@@ -117,11 +113,6 @@ def is_completing() -> bool:
 def partial_of(target: Path) -> Path:
     """Where a checkpoint is written that is to be `target`."""
     return target.with_name(target.name + PARTIAL)
-
-
-def reason_of(error: BaseException) -> str:
-    """Why something could not be written, in a line."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
 def remove_atomically(folder: Path) -> None:

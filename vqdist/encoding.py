@@ -40,6 +40,7 @@ from vqdist.errors import UserError
 from vqdist.files import LEASE_SECONDS, LOCK, FolderLock, lock_folder, read_json, sha256_of, write_json
 from vqdist.metrics import code_histogram, codebook_usage
 from vqdist.models.tokenizer import Tokenizer
+from vqdist.ranks import on_main
 
 
 class Progress(Protocol):
@@ -137,19 +138,7 @@ class CodeWriter:
 
     def _begin(self, backend: Backend) -> None:
         """Rank 0 writes the plan; every rank must see it, and have made the same one."""
-        problem = None
-        if backend.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = lock_folder(self.folder, patience=LEASE_SECONDS)
-                if not (self.folder / PLAN).is_file():
-                    write_json(self.folder / PLAN, self.plan)
-            except OSError as error:
-                problem = UserError(f"the folder of codes {self.folder} cannot be written: {error.strerror}")
-            except UserError as error:
-                problem = error
-        if backend.any(problem is not None):
-            raise problem or UserError(f"rank 0 cannot write the folder of codes {self.folder}")
+        on_main(backend, self._write_plan, self._unwritable)
         if backend.any(not (self.folder / PLAN).is_file()):
             raise UserError(f"{self.folder} is not visible to every process; use a folder on a shared file system")
         marks = torch.tensor([_number_of(json.dumps(value)) for value in self.plan.values()], device=backend.device)
@@ -159,6 +148,16 @@ class CodeWriter:
             raise UserError(
                 f"the {names[0]} differs between processes or nodes; give all of them the same files and options"
             )
+
+    def _write_plan(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.folder, patience=LEASE_SECONDS)
+        if not (self.folder / PLAN).is_file():
+            write_json(self.folder / PLAN, self.plan)
+
+    @property
+    def _unwritable(self) -> str:
+        return f"the folder of codes {self.folder} cannot be written"
 
     # ------------------------------------------------------------------------------------- shards
 
@@ -262,11 +261,13 @@ class CodeWriter:
         digests, histogram = backend.sum(digests).cpu(), backend.sum(histogram)
         usage, perplexity = codebook_usage(histogram, self.plan["num_levels"])
         numbers = {"codebook_usage": usage, "codebook_perplexity": perplexity}
-        if backend.is_main:
+
+        def write_manifest() -> None:
             shards = [self._shard_entry(shard, digests[shard]) for shard in self._shards()]
             found = {"classes_seen": self._classes_seen(), **numbers, "shards": shards}
             write_json(self.folder / MANIFEST, {**self.plan, **found})
-        backend.barrier()
+
+        on_main(backend, write_manifest, self._unwritable)
         return numbers
 
     def _shard_entry(self, shard: int, digests: Tensor) -> dict[str, Any]:

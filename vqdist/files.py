@@ -14,7 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vqdist.errors import UserError
+
+# what a full disk raises: of the system, of torch, of safetensors, and of those here that say it in words
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in a line why something could not be written or read."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Spec:
             )
         for key in given:
             if key not in KEYS:
-                raise UserError(f"{what} has the key {key!r}; expected class_path and init_args{_near(key, KEYS)}")
+                raise UserError(f"{what} has the key {key!r}; expected class_path and init_args{near(key, KEYS)}")
         path, arguments = given["class_path"], given.get("init_args") or {}
         if not isinstance(path, str) or not path.strip():
             raise UserError(f"the class_path of {what} is {path!r}; give a name or an import path, my_module.MyClass")
@@ -182,11 +182,7 @@ class Registry(Generic[T]):
         if target in self:
             return self._factories[target]
         if not PATH.fullmatch(target):
-            known = ", ".join(self.names())
-            raise UserError(
-                f"there is no {self.kind} {target!r}{_near(target, self.names())}; there are {known}, or give the "
-                "import path of your own, my_module.MyClass"
-            )
+            raise unknown(self.kind, target, self.names(), "; or give the import path of your own, my_module.MyClass")
         for factory in self._factories.values():
             if path_of(factory) == target:
                 return factory
@@ -275,7 +271,7 @@ class Registry(Generic[T]):
                 if name not in taken:
                     rest = [known for known in taken if known not in hidden]
                     raise UserError(
-                        f"{self.kind} {spec.target} has no argument {name!r}{_near(name, rest)}; "
+                        f"{self.kind} {spec.target} has no argument {name!r}{near(name, rest)}; "
                         f"it takes {', '.join(rest) or 'none'}"
                     )
         try:
@@ -317,7 +313,7 @@ def import_path(path: str, what: str = "part") -> Any:
     for name in names:
         if not hasattr(found, name):
             public = [known for known in dir(found) if not known.startswith("_")]
-            raise UserError(f"{what} {path}: {_name_of(found)} has no {name!r}{_near(name, public)}")
+            raise UserError(f"{what} {path}: {_name_of(found)} has no {name!r}{near(name, public)}")
         found = getattr(found, name)
     return found
 
@@ -359,7 +355,16 @@ def missing_members(part: Any, base: type) -> list[str]:
     return sorted(name for name in members if not name.startswith("_") and not hasattr(part, name))
 
 
-def unknown(what: str, name: str, known: Iterable[str], hint: str = "", *, like: str | None = None) -> UserError:
+def unknown(
+    what: str,
+    name: str,
+    known: Iterable[str],
+    hint: str = "",
+    *,
+    of: str = "",
+    like: str | None = None,
+    written: str | None = None,
+) -> UserError:
     """Return the one error for a name that is not known: it tells the nearest, and lists all where they are few.
 
     Args:
@@ -367,16 +372,41 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str = "", *, like:
         name: as given.
         known: names that there are.
         hint: added at the end.
+        of: owner of the names: "quantizer vq has no option 'decai'"; without one, "there is no option 'decai'".
         like: compared with the names in place of `name`, where only a part of it is one.
+        written: how the message writes the name, as `--lr`; by default in quotes.
     """
     known = list(known)
-    listed = f"; there are {', '.join(known)}" if len(known) <= 12 else ""
-    return UserError(f"there is no {what} {name!r}{_near(like or name, known)}{listed}{hint}")
+    close = near(name if like is None else like, known)
+    listed = ", ".join(known) if len(known) <= (FEW if close else MANY) else ""
+    lacks = f"{of} has no" if of else "there is no"
+    return UserError(f"{lacks} {what} {written or repr(name)}{close}{f'; there are {listed}' if listed else ''}{hint}")
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f"; nearest: {', '.join(close)}" if close else ""
+FEW, MANY = 12, 40  # names that a message lists, where some are near and where none is
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return "; nearest: " and the names that are most like this one; empty if none is.
+
+    Names are compared without case, and dotted ones also by their last part: `lr` is near `trainer.lr`.
+    """
+    known = list(known)
+    close: list[str] = []
+    for form in (str.lower, _last_part):
+        by_form: dict[str, list[str]] = {}
+        for option in known:
+            by_form.setdefault(form(option), []).append(option)
+        for match in difflib.get_close_matches(form(name), by_form, n=3):
+            close += by_form[match]
+    return f"; nearest: {', '.join(list(dict.fromkeys(close))[:MOST_NEAR])}" if close else ""
+
+
+MOST_NEAR = 5  # names in one message
+
+
+def _last_part(name: str) -> str:
+    return name.lower().rpartition(".")[2]
 
 
 def _parameters(factory: Callable[..., Any]) -> list[str] | None:

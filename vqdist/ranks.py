@@ -1,14 +1,48 @@
-"""Whether all ranks hold the same weights: the check that turns a silent divergence into one line."""
+"""What all ranks do as one: fail together with one line, let rank 0 act for all, and hold the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from vqdist.backends.base import Backend
-from vqdist.errors import RanksDiverged
+from vqdist.errors import PeerLost, RanksDiverged, UserError
+from vqdist.files import WRITE_ERRORS, reason_of
+
+
+@contextmanager
+def everywhere(backend: Backend, message: str) -> Iterator[None]:
+    """Let all ranks fail with one line if one of them fails within this context; every rank waits for the others.
+
+    Args:
+        backend: every rank of it enters this context.
+        message: what cannot be done; the reason is added.
+
+    Raises:
+        UserError: on every rank, if one could not read or write or raised a `UserError`.
+    """
+    problem = None
+    try:
+        yield
+    except PeerLost:
+        raise
+    except UserError as error:
+        problem = error
+    except WRITE_ERRORS as error:
+        problem = UserError(f"{message}: {reason_of(error)}")
+        problem.__cause__ = error
+    if backend.any(problem is not None):
+        raise problem or UserError(f"{message}: another rank says why")
+
+
+def on_main(backend: Backend, action: Callable[[], object], message: str) -> None:
+    """Let rank 0 act; every rank calls this, waits for it, and fails if it does, see `everywhere`."""
+    with everywhere(backend, message):
+        if backend.is_main:
+            action()
 
 
 def checksum(tensor: Tensor) -> Tensor:

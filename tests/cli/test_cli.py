@@ -169,7 +169,7 @@ def test_help_explains_every_option():
 
 MISTAKES = {
     "no command": (["trian"], "there is no command 'trian'; nearest: train"),
-    "no model": (["train", "vqgn"], "there is no model 'vqgn' to train; nearest: vqgan"),
+    "no model": (["train", "vqgn"], "there is no model 'vqgn'; nearest: vqgan"),
     "typo": (
         ["train", "vqgan", *SMALL, "--trainer.bach_size", "4"],
         "--trainer.bach_size; nearest: trainer.batch_size",

@@ -39,13 +39,16 @@ PARTS = {
     "vqdist.manifest": LEAVES,
     "vqdist.completion": {*LEAVES, "vqdist.manifest"},
     "vqdist.export": LEAVES,
-    "vqdist.checkpoint": {*LEAVES, "vqdist.backends", "vqdist.completion", "vqdist.manifest"},
+    "vqdist.checkpoint": {*LEAVES, "vqdist.backends", "vqdist.completion", "vqdist.manifest", "vqdist.ranks"},
     "vqdist.ranks": {*LEAVES, "vqdist.backends"},
     "vqdist.tracking": LEAVES,
     "vqdist.metrics": {*LEAVES, "vqdist.backends", "vqdist.models"},
     "vqdist.evaluation": {*LEAVES, "vqdist.backends", "vqdist.metrics", "vqdist.models"},
 }
-PARTS["vqdist.encoding"] = {*LEAVES, "vqdist.backends", "vqdist.data", "vqdist.metrics", "vqdist.models"}
+PARTS["vqdist.encoding"] = {
+    *(*LEAVES, "vqdist.backends", "vqdist.ranks"),
+    *("vqdist.data", "vqdist.metrics", "vqdist.models"),
+}
 PARTS["vqdist.drawing"] = {*LEAVES, "vqdist.backends", "vqdist.models", "vqdist.sampling", "vqdist.seeding"}
 PARTS["vqdist.fidelity"] = {*LEAVES, "vqdist.backends"}
 PARTS["vqdist.trainers"] = PARTS.keys() - {"vqdist.version"}

@@ -768,7 +768,7 @@ WRONG_OPTIONS = [
     ),
     (
         {"trackers": ["mlflow"]},
-        r"^there is no tracker 'mlflow'; there are tensorboard, wandb, or give the import",
+        r"^there is no tracker 'mlflow'; there are tensorboard, wandb; or give the import",
     ),
     ({"folder": "ABSENT/images"}, r"^no such folder: .*ABSENT/images; check the path"),
     ({"folder": "EMPTY"}, r"^no images in .*EMPTY: found no files; expected files ending in bmp, gif,"),

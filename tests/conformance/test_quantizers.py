@@ -267,7 +267,7 @@ def test_options_reach_the_library():
 
 
 MISTAKES = [
-    ("vqq", 16, {}, "quantizer 'vqq' is not known; nearest: .*vq.*there are: vq, lfq, fsq, simvq, residual_vq"),
+    ("vqq", 16, {}, "there is no quantizer 'vqq'; nearest: .*vq.*there are vq, lfq, fsq, simvq, residual_vq"),
     ("vq", 16, {"decai": 0.9}, "no option 'decai'; nearest: decay"),
     ("lfq", 16, {"decay": 0.9}, "quantizer lfq has no option 'decay'"),
     ("vq", None, {}, "codebook_size None is not an integer of at least 2"),

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import pytest
 
 from vqdist.errors import UserError
-from vqdist.parts import Registry, Spec, import_path, recorded, trusting
+from vqdist.parts import Registry, Spec, import_path, recorded, trusting, unknown
 
 
 class Shape:
@@ -137,3 +137,18 @@ def test_a_specification_reads_back_what_it_writes():
 
 def test_import_paths_reach_into_classes():
     assert import_path("test_parts.Shape.__init__") is Shape.__init__
+
+
+def test_an_unknown_name_is_told_with_the_nearest_and_with_all_where_they_are_few():
+    options = ["trainer.lr", "trainer.batch_size", "data.folder"]
+    assert str(unknown("option", "lr", options, written="--lr")) == (
+        "there is no option --lr; nearest: trainer.lr; there are trainer.lr, trainer.batch_size, data.folder"
+    )
+    many = [f"name_{number}" for number in range(20)] + ["MNIST"]
+    assert str(unknown("dataset", "mnsit", many, of="torchvision")) == (
+        "torchvision has no dataset 'mnsit'; nearest: MNIST"
+    )
+    assert str(unknown("key", "zzz", many, "; see the manual")) == (
+        f"there is no key 'zzz'; there are {', '.join(many)}; see the manual"  # nothing is near: all that can be said
+    )
+    assert str(unknown("key", "zzz", [*many, *map(str, range(100))])) == "there is no key 'zzz'"

@@ -73,7 +73,9 @@ def test_torchvision_image_folder(tmp_path):
 
 
 def test_torchvision_wrong_names():
-    assert message_of(open_source, "torchvision:MNSIT").startswith("torchvision has no dataset 'MNSIT'; the nearest")
+    assert message_of(open_source, "torchvision:MNSIT").startswith(
+        "torchvision has no dataset 'MNSIT'; nearest: MNIST"
+    )
     assert "MNIST" in message_of(open_source, "torchvision:mnist")
     assert "CIFAR10" in message_of(open_source, "torchvision:cifar-10")
     assert message_of(open_source, "torchvision:xyzxyz").endswith("see torchvision.datasets for the names")

@@ -7,7 +7,6 @@ both networks, its `zero_grad` does nothing on some micro-steps, and a prepared 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import warnings
@@ -26,6 +25,7 @@ from vqdist.backends.fsdp import FullyShardedEngine, not_by_accelerate, sharding
 from vqdist.backends.local import TorchEngine, capabilities_of_torch
 from vqdist.backends.optimizer import check_optimizer
 from vqdist.errors import UserError
+from vqdist.parts import unknown
 
 OWNED_BY_THE_RUN = {
     "gradient_accumulation_steps": "grad_accum_every",
@@ -139,8 +139,7 @@ def _refuse_owned(accelerate_kwargs: dict[str, Any]) -> None:
     known = inspect.signature(Accelerator).parameters
     for key in accelerate_kwargs:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=3)
-            raise UserError(f"accelerate.Accelerator has no argument {key!r}; nearest: {', '.join(nearest) or 'none'}")
+            raise unknown("argument", key, known, of="accelerate.Accelerator")
     for key, owner in OWNED_BY_THE_RUN.items():
         if key in accelerate_kwargs:
             raise UserError(f"accelerate_kwargs sets {key!r}, which belongs to the run; use {owner} instead")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from vqdist.errors import UserError
 from vqdist.files import read_json
+from vqdist.parts import unknown
 
 OWNED_BY_THE_RUN = {
     "train_batch_size": "batch_size, grad_accum_every and the number of processes",
@@ -125,5 +125,4 @@ _SECTIONS = (
 def _refuse_unknown_keys(content: dict[str, Any], known: list[str], where: str) -> None:
     for key in content:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=3)
-            raise UserError(f"{where} has no key {key!r}; nearest: {', '.join(nearest) or 'none'}")
+            raise unknown("key", key, known, of=where)

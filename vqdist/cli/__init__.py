@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from vqdist.cli import encode, evaluate, report, sample, train
-from vqdist.cli.parsing import make_parser, nearest, parse, without_local_rank
+from vqdist.cli.parsing import make_parser, parse, without_local_rank
 from vqdist.errors import EXIT_PEER_LOST, PeerLost, RanksDiverged, UserError
+from vqdist.parts import unknown
 from vqdist.version import __version__
 
 
@@ -93,7 +94,7 @@ def _overview() -> str:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     if name not in COMMANDS:
-        raise UserError(f"there is no command {name!r}; {nearest(name, COMMANDS)}, see `vqdist --help`")
+        raise unknown("command", name, COMMANDS, "; see `vqdist --help`")
     return COMMANDS[name]
 
 

@@ -96,17 +96,10 @@ def _check(options) -> None:
 def _open(options):
     """The tokenizer of a run, and its view of the images."""
     from vqdist.data.dataset import ImageDataset
-    from vqdist.models.pretrained import find_export
+    from vqdist.models.pretrained import find_local_export
     from vqdist.models.tokenizer import Tokenizer
 
-    run = Path(options.run).expanduser()
-    if not run.is_dir():
-        raise UserError(f"no such run folder: {run}")
-    folder = find_export(run)
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"{run} has no export/ with config.json and model.safetensors; train it to its first checkpoint"
-        )
+    folder = find_local_export(options.run)
     tokenizer = Tokenizer.from_pretrained(folder, options.data.image_size, trust_code=options.trust_code)
     dataset = ImageDataset(
         options.data.folder,

@@ -43,11 +43,11 @@ def evaluate(arguments: list[str]) -> int:
     from vqdist.backends import create_backend
     from vqdist.backends.peers import naming_lost_peers
     from vqdist.models.autoregressive import AutoregressiveModel
-    from vqdist.models.pretrained import load_model_of_any_type
+    from vqdist.models.pretrained import find_local_export, load_model_of_any_type
 
     options = parse(_evaluate_parser(), arguments)
     _check_options(options)
-    run, export = _exported(options.run)
+    run, export = Path(options.run).expanduser(), find_local_export(options.run)
     model = load_model_of_any_type(export, trust_code=options.trust_code)
     is_generator = isinstance(model, AutoregressiveModel)
     measured = _open_generator(model, options) if is_generator else _open_tokenizer(model, run, export, options)
@@ -65,6 +65,7 @@ def reconstruct(arguments: list[str]) -> int:
     import torch
 
     from vqdist.evaluation import reconstruct as reconstruct_images
+    from vqdist.models.pretrained import find_local_export
     from vqdist.models.tokenizer import Tokenizer
     from vqdist.tracking import save_sheet
 
@@ -72,7 +73,7 @@ def reconstruct(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("reconstructions.png"), help="PNG file to write.")
     parser.add_argument("--num_images", type=int, default=16, help="Images to draw, the first of --data.")
     options = parse(parser, arguments)
-    run, export = _exported(options.run)
+    run, export = Path(options.run).expanduser(), find_local_export(options.run)
     tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options), trust_code=options.trust_code)
     dataset = _open_images(options, tokenizer)
     count = min(options.num_images, len(dataset))
@@ -152,21 +153,6 @@ def _refuse_sampling(options, reason: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------- runs and data
-
-
-def _exported(name: str) -> tuple[Path, Path]:
-    """A run's folder, and the one with its exported model."""
-    run = Path(name)
-    if not run.is_dir():
-        raise UserError(f"no such run folder: {run}")
-    from vqdist.models.pretrained import find_export
-
-    folder = find_export(run)
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"{run} has no export/ with config.json and model.safetensors; train it to its first checkpoint"
-        )
-    return run, folder
 
 
 def _image_size(run: Path, export: Path, options) -> int:

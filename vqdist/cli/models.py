@@ -148,7 +148,7 @@ def model_entry(name: str) -> TrainedModel:
     if name in MODELS:
         return MODELS[name]
     if not PATH.fullmatch(name):
-        raise unknown("model", name, MODELS, " to train, and the import path of your own class, my_module.MyModel")
+        raise unknown("model", name, MODELS, "; or give the import path of your own class, my_module.MyModel")
     from vqdist.models.autoregressive import AutoregressiveModel
 
     found = import_path(name, "model")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vqdist.cli.parts import Given, Parts, help_asked_for, joined
 from vqdist.errors import UserError
+from vqdist.parts import near, unknown
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,6 @@ def without_local_rank(arguments: Iterable[str]) -> list[str]:
     return kept
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names that are most like this one, also by their last part: `lr` is near `trainer.lr`."""
-    known = [option for option in known if option != "help"]
-    ends = {option.rpartition(".")[2]: option for option in known}
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    close += [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=3, cutoff=0.6)]
-    if close:
-        return f"nearest: {', '.join(dict.fromkeys(close))}"
-    return f"known: {', '.join(known)}" if len(known) < 10 else "see --help"
-
-
 # ----------------------------------------------------------------------------------------- the words of a command line
 
 
@@ -153,7 +142,11 @@ def _read(arguments: list[str]) -> Iterable[Given]:
 def _refuse_unknown(given: list[Given], known: list[str]) -> None:
     for name, _ in given:
         if name is not None and not _is_known(name, known):
-            raise UserError(f"there is no option --{name}; {nearest(name, known)}")
+            raise unknown("option", name, _options(known), "; see --help", written=f"--{name}")
+
+
+def _options(known: Iterable[str]) -> list[str]:
+    return [option for option in known if option != "help"]
 
 
 def _is_known(option: str, known: list[str]) -> bool:
@@ -203,8 +196,9 @@ def _one_line(message: str, known: list[str], aliases: Mapping[str, Alias]) -> s
         r"(?P<group>)[Kk]ey '(?P<name>[\w.]+)' is not expected",
         r"(?P<group>)Unrecognized arguments: --(?P<name>[\w.]+)",
     ):
-        if (unknown := re.search(pattern, message)) is not None:
-            name = ".".join(filter(None, (unknown["group"], unknown["name"])))
+        if (found := re.search(pattern, message)) is not None:
+            name = ".".join(filter(None, (found["group"], found["name"])))
             alias = aliases.get(name.rpartition(".")[2])
-            return f"{message}; {nearest(name, known) if alias is None else 'in a file it is ' + alias.in_a_file}"
+            hint = near(name, _options(known)) or "; see --help"
+            return f"{message}{hint if alias is None else f'; in a file it is {alias.in_a_file}'}"
     return message

@@ -21,6 +21,7 @@ def sample(arguments: list[str]) -> int:
     from vqdist.backends import create_backend
     from vqdist.backends.peers import naming_lost_peers
     from vqdist.drawing import draw_batches, gather_images
+    from vqdist.ranks import on_main
 
     parser = make_parser("vqdist sample", "Draw images from a run of a prior, VAR or VQ-AR model.")
     parser.add_argument("run", type=str, help="Run folder, or a folder or Hub repository with its export.")
@@ -68,8 +69,7 @@ def sample(arguments: list[str]) -> int:
         if options.out.suffix.lower() == ".png":
             size = model.image_size
             images = gather_images(batches, (options.num, model.channels, size, size), backend)
-            if backend.is_main:
-                _save_sheet(images, options)
+            on_main(backend, lambda: _save_sheet(images, options), f"--out {options.out} cannot be written")
         else:
             _save_each(batches, options.out)
             backend.barrier()
@@ -114,9 +114,6 @@ def open_generator(name_or_path: str, trust_code: bool = False):
     from vqdist.models.autoregressive import AutoregressiveModel
     from vqdist.models.pretrained import load_model_of_any_type
 
-    path = Path(name_or_path).expanduser()
-    if (path / "metrics.jsonl").exists() and not (path / "export").is_dir():
-        raise UserError(f"{path} has no export/ yet; train it to its first checkpoint")
     model = load_model_of_any_type(name_or_path, trust_code=trust_code)
     if not isinstance(model, AutoregressiveModel):
         raise UserError(

@@ -7,7 +7,6 @@ decodes the mixture of code vectors that it weighs. Shapes: `b` batch, `c` chann
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
@@ -26,6 +25,7 @@ from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels, check_whole_numbers
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images
+from vqdist.parts import unknown
 
 KL_REDUCTIONS = ("mean", "dalle")
 DEFAULT_NORMALIZATION = ((0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0))
@@ -384,8 +384,7 @@ def _refuse_unknown_arguments(model_class: type, options: dict[str, Any]) -> Non
     known = list(inspect.signature(model_class.__init__).parameters)[1:]
     for name in options:
         if name not in known:
-            nearest = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
-            raise UserError(f"{model_class.__name__} has no argument {name!r}; nearest: {nearest}")
+            raise unknown("argument", name, known, of=model_class.__name__)
 
 
 def _read_dalle_pytorch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -172,6 +172,25 @@ def find_export(name_or_path: str | Path) -> Path:
     return path / "export" if (path / "export").is_dir() else path
 
 
+def find_local_export(name_or_path: str | Path) -> Path:
+    """Return the folder of the model that a folder of this machine holds: a run, or one of `save_pretrained`.
+
+    Raises:
+        UserError: there is no such folder, or it holds no model yet.
+    """
+    run = Path(name_or_path).expanduser()
+    if not run.is_dir():
+        raise UserError(f"no such run folder: {run}")
+    folder = find_export(run)
+    if not all((folder / name).is_file() for name in FILES):
+        raise _no_export(run)
+    return folder
+
+
+def _no_export(run: Path) -> UserError:
+    return UserError(f"{run} has no export/ yet; train it to its first checkpoint")
+
+
 def load_model_of_any_type(
     name_or_path: str | Path, *, trust_code: bool | None = None, **kwargs: Any
 ) -> PretrainedModel:
@@ -208,7 +227,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool) -> Non
 
 def _check_location(given: str | Path, path: Path) -> None:
     if path.is_dir() and (path / "metrics.jsonl").exists():
-        raise UserError(f"{path} has no export/ yet; train it to its first checkpoint")
+        raise _no_export(path)
     # owner/name on the Hub, unless there is a folder here that it would lie in
     if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given))):
         raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")

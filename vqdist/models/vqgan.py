@@ -7,7 +7,6 @@ discriminator and the objective, and is what users build, save and load. Each of
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from vqdist.models.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from vqdist.models.tokenizer import TokenizerNetwork, check_images, check_pixels, check_scales
 from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
 from vqdist.objectives.perceptual import MIN_IMAGE_SIZE, too_small_for_vgg16
-from vqdist.parts import Registry, Spec, UnavailablePart, recorded
+from vqdist.parts import Registry, Spec, UnavailablePart, recorded, unknown
 
 DEFAULT_CODEBOOK_SIZE = 65_536
 
@@ -565,8 +564,7 @@ def _vq_prefixed(kwargs: dict[str, Any]) -> dict[str, Any]:
     known = inspect.signature(VQGanVAE.__init__).parameters
     for key in kwargs:
         if not key.startswith("vq_"):
-            nearest = difflib.get_close_matches(key, known, n=3)
-            raise UserError(f"VQGanVAE has no argument {key!r}; nearest: {', '.join(nearest) or 'none'}")
+            raise unknown("argument", key, known, of="VQGanVAE")
     return {key.removeprefix("vq_"): value for key, value in kwargs.items()}
 
 

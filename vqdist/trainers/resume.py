@@ -16,11 +16,12 @@ from torch import Tensor
 from vqdist import seeding
 from vqdist.backends import Backend
 from vqdist.backends.state import load_network_tensors, save_tensors
-from vqdist.checkpoint import CheckpointStore, everywhere, verify, write_all, write_atomically
+from vqdist.checkpoint import CheckpointStore, verify, write_all, write_atomically
 from vqdist.errors import UserError
 from vqdist.export import mend_export, write_export
 from vqdist.manifest import read_manifest
 from vqdist.models.pretrained import PretrainedModel
+from vqdist.ranks import everywhere, on_main
 from vqdist.trainers.finite import FiniteGuard, how_to_go_on
 from vqdist.trainers.global_batch import GlobalBatch, global_batch_of
 from vqdist.trainers.networks import Networks
@@ -246,9 +247,7 @@ class Resume:
 
     def _verified(self, path: Path) -> dict[str, Any]:
         """Return the manifest of a checkpoint whose files rank 0 has checked; every rank fails if one does."""
-        with everywhere(self.backend, f"{path} cannot be read"):
-            if self.backend.is_main:
-                verify(path, NEEDED_TO_RESUME)
+        on_main(self.backend, lambda: verify(path, NEEDED_TO_RESUME), f"{path} cannot be read")
         with everywhere(self.backend, f"{path} cannot be read"):  # after rank 0, which may have been completing it
             return read_manifest(path, NEEDED_TO_RESUME)
 

@@ -23,6 +23,7 @@ from vqdist.manifest import read_manifest
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.options import default_options, names_with
 from vqdist.parts import called
+from vqdist.ranks import on_main
 from vqdist.trainers.config import TrainerConfig, differing_keys
 from vqdist.trainers.global_batch import NEEDED_TO_RESUME, GlobalBatch, global_batch_of
 
@@ -89,16 +90,7 @@ class Run:
 
     def write_on_main(self, write: Callable[[], None]) -> None:
         """Let rank 0 write into the run folder; every rank calls this and fails if rank 0 does."""
-        problem = None
-        if self.backend.is_main:
-            try:
-                write()
-            except OSError as error:
-                problem = UserError(f"the run folder {self.folder} cannot be written: {error.strerror}")
-            except UserError as error:
-                problem = error
-        if self.backend.any(problem is not None):
-            raise problem or UserError(f"rank 0 cannot write the run folder {self.folder}")
+        on_main(self.backend, write, f"the run folder {self.folder} cannot be written")
 
     @property
     def _model_type(self) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import inspect
 import os
 import sys
@@ -25,6 +24,7 @@ from vqdist.data.sources.base import (
     split_options,
 )
 from vqdist.errors import UserError
+from vqdist.parts import unknown
 
 
 class TorchvisionSource(Source):
@@ -153,10 +153,7 @@ def _torchvision_class(name: str) -> type:
     members = vars(torchvision.datasets)
     classes = {key: members[key] for key in torchvision.datasets.__all__ if isinstance(members.get(key), type)}
     if name not in classes:
-        lowered = {key.lower(): key for key in classes}
-        near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=3)]
-        hint = f"the nearest are {', '.join(near)}" if near else "see torchvision.datasets for the names"
-        raise UserError(f"torchvision has no dataset {name!r}; {hint}")
+        raise unknown("dataset", name, classes, "; see torchvision.datasets for the names", of="torchvision")
     return classes[name]
 
 

@@ -15,10 +15,9 @@ from vqdist.models.quantizers.options import (
     check_ranges,
     check_sizes,
     is_integer,
-    nearest,
     resolved,
 )
-from vqdist.parts import PATH, PartSpec, Spec
+from vqdist.parts import PartSpec, Spec
 
 
 def build_quantizer(
@@ -42,11 +41,6 @@ def build_quantizer(
         if options:
             raise UserError(f"the quantizer is built already, so it cannot take {', '.join(options)}; leave them out")
         return _fitting(name, type(name).__name__, dim)
-    if isinstance(name, str) and name not in QUANTIZERS and not PATH.fullmatch(name):
-        raise UserError(
-            f"quantizer {name!r} is not known;{nearest(name, QUANTIZERS)} there are: {', '.join(QUANTIZERS)}, or give "
-            "the import path of your own, my_module.MyQuantizer"
-        )
     spec = Spec.of(name, "quantizer")
     factory, arguments = QUANTIZERS.factory(spec.target), {**spec.init_args, **options}
     if inspect.isclass(factory) and issubclass(factory, LibraryQuantizer):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, TypeGuard
 
 from vqdist.errors import UserError
+from vqdist.parts import unknown
 
 _LAYOUT = "the layout is fixed: features (b, d, h, w), indices (b, h, w) or (b, h, w, q)"
 _SYNCHRONISED = "ranks would drift apart without a word; codebooks are synchronised whenever a process group is up"
@@ -115,12 +115,6 @@ def require(condition: bool, name: str, message: str) -> None:
         raise UserError(f"quantizer {name}: {message}")
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the part of a message that names the words nearest to a wrong one; empty if none is near."""
-    close = difflib.get_close_matches(word, list(words), n=3)
-    return f" nearest: {', '.join(close)};" if close else ""
-
-
 def check_names(name: str, options: Mapping[str, Any], library_defaults: Mapping[str, Any]) -> None:
     """Raise `UserError` for an option that the library does not have, or that is not passed on."""
     allowed = [key for key in library_defaults if key not in _REFUSED]
@@ -128,9 +122,7 @@ def check_names(name: str, options: Mapping[str, Any], library_defaults: Mapping
         if key in library_defaults and key in _REFUSED:
             raise UserError(f"quantizer {name} does not take {key}: {_REFUSED[key]}; leave it out")
         if key not in library_defaults:
-            raise UserError(
-                f"quantizer {name} has no option {key!r};{nearest(key, allowed)} there are: {', '.join(allowed)}"
-            )
+            raise unknown("option", key, allowed, of=f"quantizer {name}")
 
 
 def check_sizes(name: str, dim: int, codebook_size: int | None, *, optional: bool) -> None:
