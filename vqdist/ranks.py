@@ -1,4 +1,4 @@
-"""What all ranks do as one: fail together with one line, let rank 0 act for all, and hold the same weights."""
+"""Acts of all ranks as one: fail together with one line, let rank 0 act for all, check that weights are equal."""
 
 from __future__ import annotations
 

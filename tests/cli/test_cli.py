@@ -13,6 +13,8 @@ import yaml
 from launching import ROOT, free_port, run, torchrun, vqdist
 from PIL import Image
 
+from vqdist.errors import UserError
+
 README = (ROOT / "README.md").read_text()
 DIGITS = ROOT / "launch" / "recipes" / "digits_vqgan.yaml"
 SMALL = (
@@ -228,3 +230,47 @@ def test_two_processes_never_train_two_models(tmp_path):
     # both make the mistake and rank 0 says it; the other one only if rank 0 is slow to start
     assert re.search(f"vqdist: error: (rank 1: )?{said}", result.stderr)
     assert result.stderr.count(f"vqdist: error: {said}") <= 1
+
+
+WHOLE = '{"class_path": "my_data.Squares", "init_args": {"count": 24}}'
+
+
+@pytest.mark.parametrize(
+    "arguments, folder",
+    {
+        "a name": (["--data", "digits"], "digits"),
+        "a dictionary": (["--data", WHOLE], json.loads(WHOLE)),
+        "a dictionary without a class": (["--data.folder", '{"spec": 3}'], {"spec": 3}),
+        "an alias and a piece": (
+            ["--data", "my_data.Squares", "--data.folder.count", "3"],
+            {"class_path": "my_data.Squares", "init_args": {"count": 3}},
+        ),
+        "a piece before its alias": (
+            ["--data.folder.count", "3", "--data", WHOLE],
+            {"class_path": "my_data.Squares", "init_args": {"count": 3}},
+        ),
+        "a piece of the file's": (
+            ["--data.folder.width", "3"],
+            {"class_path": "my_data.Circles", "init_args": {"size": 8, "width": 3}},
+        ),
+        "another class for the file's": (
+            ["--data.folder.class_path", "my_data.Squares"],
+            {"class_path": "my_data.Squares", "init_args": {"size": 8}},
+        ),
+    }.values(),
+)
+def test_a_part_on_the_command_line_replaces_or_changes_that_of_a_file(arguments, folder, tmp_path):
+    """Under its own name and under an alias; two dictionaries are never mixed."""
+    from vqdist.cli.train import train_options
+
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {folder: {class_path: my_data.Circles, init_args: {size: 8}}, image_size: 16}\n")
+    rest = ["--config", str(file), "--trainer.batch_size", "2", "--model.dim", "16", "--out", "run"]
+    assert train_options("vqgan", [*arguments, *rest]).data.folder == folder
+
+
+def test_two_names_of_a_part_must_agree():
+    from vqdist.cli.train import train_options
+
+    with pytest.raises(UserError, match="--data a and --data.folder b contradict each other"):
+        train_options("vqgan", ["--data", "a", "--data.folder", "b", "--data.folder.count", "3", "--out", "run"])

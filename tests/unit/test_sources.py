@@ -457,6 +457,11 @@ def test_a_run_from_yaml_with_an_own_source_and_an_own_sink(own, capsys):
     assert "data.images" in capsys.readouterr().err
     assert main(["train", "dvae", "--config", "run.yaml", "--data", "my_data.Squares"]) == 2
     assert "data.images" in capsys.readouterr().err
+    for alias, given in (("--data", "my_data.Squares"), ("--image_folder", data)):  # with its pieces in one command
+        both = ["train", "dvae", "--config", "run.yaml", alias, given, "--data.folder.count"]
+        assert main([*both, "24"]) == 0, capsys.readouterr().err
+        assert main([*both, "30"]) == 2
+        assert "data.images" in capsys.readouterr().err
     for command, options in {
         "evaluate": ["--num_workers", "1"],
         "encode": ["--out", "codes", "--num_workers", "1"],

@@ -42,7 +42,7 @@ from scenarios import (
 
 from vqdist.errors import RanksDiverged, UserError
 from vqdist.models.pretrained import load_model_of_any_type
-from vqdist.ranks import check_ranks_agree
+from vqdist.ranks import check_ranks_agree, on_main
 from vqdist.trainers.base import Trainer
 
 
@@ -212,6 +212,31 @@ def flags_and_means(trainer) -> None:
     assert not backend.any(False)
     assert backend.mean({"rank": float(backend.rank), "one": torch.ones(())}) == {"rank": 0.5, "one": 1.0}
     assert backend.gather(torch.tensor([backend.rank])).tolist() == [[0], [1]]
+    acts_of_rank_0(backend)
+
+
+def acts_of_rank_0(backend) -> None:
+    """Rank 0 acts for all; where it cannot, every rank fails with one line, and the next act is possible."""
+    done = []
+    on_main(backend, lambda: done.append(backend.rank), "there is no list")
+    assert done == ([0] if backend.is_main else [])
+    for error, reason in ((OSError(28, "the disk is full"), "the disk is full"), (RuntimeError("torn"), "torn")):
+
+        def fail(error=error):
+            raise error
+
+        mine = reason if backend.is_main else "another rank says why"
+        with pytest.raises(UserError, match=f"^a picture cannot be written: {mine}$"):
+            on_main(backend, fail, "a picture cannot be written")
+
+    def refuse():
+        raise UserError("this folder is of another run; give another one")
+
+    words = "this folder is of another run" if backend.is_main else "the folder cannot be made: another rank says why"
+    with pytest.raises(UserError, match=f"^{words}"):
+        on_main(backend, refuse, "the folder cannot be made")
+    on_main(backend, lambda: done.clear(), "there is no list")
+    assert done == []
 
 
 def ends(backend: dict, folder: Path, results: dict) -> None:

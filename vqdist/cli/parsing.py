@@ -87,14 +87,14 @@ def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIA
     known = [action.dest for action in parser._actions]
     aliases = {name: alias for name, alias in aliases.items() if alias.option in known}
     given = list(_read(arguments))
-    if parts:
-        if (text := help_asked_for(given, parts)) is not None:
-            print(text)
-            raise SystemExit(0)
-        given = joined(given, parts)
+    if parts and (text := help_asked_for(given, parts)) is not None:
+        print(text)
+        raise SystemExit(0)
     _refuse_unknown(given, [*known, *aliases])
+    parts = parts or {}
+    given = joined(_spell_out(given, aliases), parts)
     try:
-        return parser.parse_args(_spell_out(given, aliases))
+        return parser.parse_args(_as_arguments(given, parts))
     except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(_one_line(str(error), known, aliases)) from error
 
@@ -155,23 +155,38 @@ def _is_known(option: str, known: list[str]) -> bool:
     return any(".".join(parts[:count]) in known for count in range(len(parts), 0, -1) if count != 1 or len(parts) == 1)
 
 
-def _spell_out(given: list[Given], aliases: Mapping[str, Alias]) -> list[str]:
-    """Arguments without aliases; `UserError` where two names of one option say different things of it."""
-    arguments: list[str] = []
+def _spell_out(given: list[Given], aliases: Mapping[str, Alias]) -> list[Given]:
+    """Return the options without aliases; `UserError` where two names of one option say different things of it."""
+    spelled: list[Given] = []
     said: dict[str, dict[str, tuple[str | None, str]]] = {}
+    for name, value in given:
+        if name is None:
+            spelled.append((name, value))
+            continue
+        alias = aliases.get(name)
+        option, meant = (name, value) if alias is None else (alias.option, alias.resolve(name, value))
+        spelled.append((option, meant))
+        said.setdefault(option, {})[name] = (meant, f"--{name}" if value is None else f"--{name} {value}")
+    for option, by_name in said.items():
+        _refuse_contradiction(option, list(by_name.values()))
+    return spelled
+
+
+def _as_arguments(given: list[Given], parts: Parts) -> list[str]:
+    """Return what the parser reads, the configuration files first.
+
+    A whole part comes after a word that replaces what a file says: jsonargparse would mix the two, and fails where the
+    file's part is a dictionary.
+    """
+    arguments: list[str] = []
     for name, value in given:
         if name is None:
             arguments.append(str(value))
             continue
-        alias = aliases.get(name)
-        option, meant = (name, value) if alias is None else (alias.option, alias.resolve(name, value))
-        if meant is not None and meant.lstrip().startswith("{") and "class_path" in meant:
-            # jsonargparse would merge it with the class_path of a file, and fails where that is a dictionary
-            arguments.append(f"--{option}=replaced")
-        arguments.append(f"--{option}" if meant is None else f"--{option}={meant}")
-        said.setdefault(option, {})[name] = (meant, f"--{name}" if value is None else f"--{name} {value}")
-    for option, by_name in said.items():
-        _refuse_contradiction(option, list(by_name.values()))
+        is_dictionary = value is not None and value.lstrip().startswith("{")
+        if is_dictionary and (name in parts or "class_path" in str(value)):
+            arguments.append(f"--{name}=replaced")
+        arguments.append(f"--{name}" if value is None else f"--{name}={value}")
     return sorted(arguments, key=lambda argument: not argument.startswith("--config="))
 
 

@@ -37,13 +37,7 @@ def joined(given: list[Given], parts: Parts) -> list[Given]:
         specification = _changed(option, started, pieces)
         given = [one for one in given if one not in pieces and one[0] != option]
         given.append((option, json.dumps(specification)))
-    return [one for name, value in given for one in _replacing(name, value, parts)]
-
-
-def _replacing(name: str | None, value: str | None, parts: Parts) -> list[Given]:
-    """Return the option after one that clears it: jsonargparse would mix two dictionaries that name a class."""
-    is_dictionary = name in parts and value is not None and value.lstrip().startswith("{")
-    return [(name, "null"), (name, value)] if is_dictionary else [(name, value)]
+    return given
 
 
 def help_asked_for(given: list[Given], parts: Parts) -> str | None:
