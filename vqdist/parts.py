@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -241,7 +242,7 @@ class Registry(Generic[T]):
 
     def check(self, part: Any, called: str) -> T:
         """Return a built part; raise `UserError` unless it is of this kind."""
-        if self.base is not None and not isinstance(part, self.base):
+        if self.base is not None and not _is_of(part, self.base):
             missing = missing_members(part, self.base)
             lacks = f"; it lacks {', '.join(missing)}" if missing else ""
             raise UserError(f"{self.kind} {called} is no {self.contract}{lacks}")
@@ -323,12 +324,28 @@ def recorded(given: Any) -> Any:
     if given is None or isinstance(given, str):
         return given
     if isinstance(given, Mapping):
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()}
+        try:
+            return _plain(given)
+        except TypeError:  # an object among the arguments: nobody could build the part from the file
+            return {"class_path": called(given), GIVEN_BUILT: True}
     if isinstance(given, (list, tuple)):
         return [recorded(part) for part in given]
     if inspect.isclass(given) or inspect.isroutine(given):  # as an optimizer's factory
         return path_of(given)
     return {"class_path": path_of(type(given)), GIVEN_BUILT: True}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON holds it; raise `TypeError` for one that JSON has no form for."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def called(given: Any) -> str:
@@ -351,8 +368,19 @@ def missing_members(part: Any, base: type) -> list[str]:
     if not getattr(base, "_is_protocol", False):
         return []
     classes = [cls for cls in base.__mro__ if getattr(cls, "_is_protocol", False) and cls.__module__ != "typing"]
-    members = {name for cls in classes for name in (*vars(cls).get("__annotations__", ()), *vars(cls))}
+    members = {name for cls in classes for name in (*inspect.get_annotations(cls), *vars(cls))}
     return sorted(name for name in members if not name.startswith("_") and not hasattr(part, name))
+
+
+def _is_of(part: Any, base: type) -> bool:
+    """Return whether an object is of a class, or has the members of a protocol.
+
+    From Python 3.12 on, `isinstance` does not see what an object gives by `__getattr__`, as `torch.nn.Module` does
+    with a submodule: a decoder's `last_layer` is one.
+    """
+    if getattr(base, "_is_protocol", False):
+        return not missing_members(part, base)
+    return isinstance(part, base)
 
 
 def unknown(

@@ -104,6 +104,21 @@ def test_a_protocol_says_what_an_object_lacks():
         registry.build(Named())
 
 
+class Delegating:
+    """Gives its members as `torch.nn.Module` gives submodules, which `isinstance` does not see from Python 3.12 on."""
+
+    def __getattr__(self, name):
+        if name in ("sides", "area"):
+            return 4
+        raise AttributeError(name)
+
+
+def test_members_that_are_given_by_getattr_count(monkeypatch):
+    monkeypatch.setattr(type(Sided), "__instancecheck__", lambda *_: False)  # as Python 3.12 answers
+    given = Delegating()
+    assert Registry("figure", Sided).build(given) is given
+
+
 def test_a_name_is_given_once(shapes):
     with pytest.raises(UserError, match="'plain' already"):
         shapes.add("plain")(Named)

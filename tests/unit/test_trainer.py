@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import signal
 import sys
 import traceback
 from functools import partial
@@ -30,8 +32,11 @@ from torch.utils.data import TensorDataset
 from vqdist import UserError, VQGanVAE, VQGanVAETrainer
 from vqdist.backends.base import Capabilities
 from vqdist.completion import MANIFEST
+from vqdist.options import names_with
 from vqdist.schedules import learning_rate
+from vqdist.stopping import Stopped
 from vqdist.trainers.base import Trainer, mark_last
+from vqdist.trainers.config import TrainerConfig, differing_keys
 
 
 def logged(trainer: VQGanVAETrainer) -> list[dict]:
@@ -125,6 +130,32 @@ def test_learning_rates_follow_the_schedule(tmp_path):
         assert float(logs["lr"]) == pytest.approx(rates[0])
         used = [engine.optimizer.param_groups[0]["lr"] for engine in trainer.engines.values()]
         assert used == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    "schedule, factor", [("exponential", 0.98), ({"class_path": "exponential", "init_args": {"decay_rate": 0.5}}, 0.5)]
+)
+def test_the_discriminators_own_exponential_rate_falls_by_the_epoch(tmp_path, schedule, factor):
+    trainer = build_trainer(tmp_path, discr_lr_schedule=schedule, discr_lr=1e-3)
+    trainer.progress.advance(2 * len(trainer.split.train))
+    assert trainer.discr_learning_rate() == pytest.approx(1e-3 * factor**2)
+
+
+def test_a_loop_that_is_left_but_held_ends_before_the_next(tmp_path):
+    trainer = build_trainer(tmp_path, num_train_steps=4)
+    before = signal.getsignal(signal.SIGINT)
+    held = [trainer.steps()]  # as a notebook holds it in the traceback of an error
+    assert next(held[0])[0] == 1 and signal.getsignal(signal.SIGINT) is not before
+    seen = []
+    with pytest.raises(Stopped):
+        for step, _ in trainer.steps():
+            held.clear()  # if it ended only now, it would take signals and bar along
+            assert trainer.report.bar is not None
+            seen.append(step)
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+    assert seen == [2, 3]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_gradient_norms_are_those_before_clipping(tmp_path):
@@ -342,6 +373,13 @@ def test_finish_does_its_work_once(tmp_path):
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert trainer.finish() == numbers
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_an_argument_of_a_network_is_compared_though_an_option_of_its_name_is_free():
+    old = {"trainer": {"log_every": 1}, "model": {"encoder": {"init_args": {"backend": "a"}}}}
+    new = {"trainer": {"log_every": 2}, "model": {"encoder": {"init_args": {"backend": "b"}}}}
+    lines = differing_keys(old, new, names_with(TrainerConfig, "free"))
+    assert lines == ["model.encoder.init_args.backend: 'a' -> 'b'"]
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):

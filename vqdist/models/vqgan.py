@@ -279,7 +279,7 @@ class VQGanVAE(
             decoder = ConvDecoder(dim, **own)
         else:
             decoder = require_module(DECODERS.build(decoder, channels=channels, dim=features), "decoder")
-        _check_fit(encoder, decoder)
+        _check_fit(encoder, decoder, channels)
         self.autoencoder = VQAutoencoder(
             channels=channels, encoder=encoder, quantizer=built_quantizer, decoder=decoder
         )
@@ -499,6 +499,8 @@ class VQGanVAE(
         if terms is None:
             return
         set_too = {"l2_recon_loss": self.l2_recon_loss, "perceptual": self.perceptual not in ("vgg16", "none")}
+        if isinstance(self.perceptual, Mapping):  # an export's record of `vgg`, in whose place terms are given now
+            set_too["perceptual"] = False
         for name, is_set in {**set_too, "vgg": vgg is not None}.items():
             if is_set:
                 raise UserError(f"{name} is set, and terms say the same; leave it out and give it as a term")
@@ -507,7 +509,7 @@ class VQGanVAE(
         try:
             for term in terms:
                 if isinstance(term, (str, Mapping)):
-                    TERMS.factory(Spec.of(term, "term").target)
+                    TERMS.factory(Spec.of(term, "terms").target)
         except UnavailablePart as error:  # images are coded and decoded without them
             self._missing["terms"] = error
 
@@ -526,7 +528,7 @@ class VQGanVAE(
         for name, part in given.items():
             if part is not None:
                 self._hub_mixin_config[name] = recorded(part)
-        self._built = {name: type(part) for name, part in self._parts().items()}
+        self._built = {name: _class_of(part) for name, part in self._parts().items()}
 
     def _parts(self) -> dict[str, nn.Module | None]:
         network = self.autoencoder
@@ -534,7 +536,7 @@ class VQGanVAE(
 
     def configuration(self) -> dict[str, Any]:
         """Return what config.json holds; of a part that was replaced after the model was built, what it is now."""
-        replaced = {name: part for name, part in self._parts().items() if type(part) is not self._built[name]}
+        replaced = {name: part for name, part in self._parts().items() if _class_of(part) is not self._built[name]}
         return {**super().configuration(), **{name: recorded(part) for name, part in replaced.items()}}
 
     def current_name(self, name: str) -> str:
@@ -549,6 +551,13 @@ class VQGanVAE(
 
     def saved_part(self) -> nn.Module:
         return _OnlyAutoencoder(self.autoencoder)
+
+
+def _class_of(part: nn.Module) -> type:
+    """Return the class of a network; of one that `fully_shard` has cut, the class that it was of before."""
+    bases = type(part).__bases__
+    of_torch = any(base.__module__.startswith("torch.distributed.") for base in bases)
+    return bases[-1] if of_torch else type(part)
 
 
 class _OnlyAutoencoder(nn.Module):
@@ -594,7 +603,7 @@ def _check_conv_options(
         check_widths(conv["dim"], 1, conv["encdec_resnet_groups"])
 
 
-def _check_fit(encoder: nn.Module, decoder: nn.Module) -> None:
+def _check_fit(encoder: nn.Module, decoder: nn.Module, channels: int) -> None:
     """Raise `UserError` for a decoder that cannot take the encoder's features, or whose last layer cannot be used."""
     if isinstance(decoder, ConvDecoder) and decoder.dim != encoder.dim:
         raise UserError(
@@ -608,6 +617,17 @@ def _check_fit(encoder: nn.Module, decoder: nn.Module) -> None:
         raise UserError(
             f"the last_layer of decoder {type(decoder).__name__} is a {type(last).__name__}; give a Conv2d with zero "
             "padding, or None if forward returns the image"
+        )
+    if last.out_channels != channels:
+        raise UserError(
+            f"the last_layer of decoder {type(decoder).__name__} gives {last.out_channels} channels and the images "
+            f"have {channels}; give the model these channels, or the decoder that last_layer"
+        )
+    spread = [rate * (size - 1) for rate, size in zip(last.dilation, last.kernel_size, strict=True)]
+    if last.padding == "same" and any(total % 2 for total in spread):
+        raise UserError(
+            f"the last_layer of decoder {type(decoder).__name__} has a kernel of even size {last.kernel_size} and "
+            "padding 'same', which pads one side more than the other; give it an odd kernel, or padding in numbers"
         )
 
 
@@ -630,6 +650,11 @@ def _build_quantizer(
         return built
     spec = Spec.of(given, "quantizer")
     factory = QUANTIZERS.factory(spec.target)
+    own_size = spec.init_args.get("codebook_size", codebook_size)
+    if set_size and own_size != codebook_size:
+        raise UserError(
+            f"codebook_size {codebook_size} is given, and init_args of quantizer say {own_size}; leave one of them out"
+        )
     for name in QUANTIZERS:
         if QUANTIZERS[name] is factory:
             size = {"codebook_size": codebook_size} if set_size or "levels" not in spec.init_args else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from typing import Any, ClassVar, Literal
@@ -54,6 +55,9 @@ class Term(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward(recon, image, out)")
 
 
+RESERVED = ("aux", "adversarial", "discr")
+"""Names that no term has: the trainer logs a loss of its own under each."""
+
 TERMS: Registry[Any] = Registry(
     "term",
     contract="term (vqdist.Term): a callable (recon, image, out) -> loss with `name` and `weight`",
@@ -61,8 +65,8 @@ TERMS: Registry[Any] = Registry(
 )
 
 
-def default_name(cls: type) -> str:
-    """Return a class's name as logs write it: `EdgeLoss` is "edge"."""
+def default_name(cls: Any) -> str:
+    """Return a class's or function's name as logs write it: `EdgeLoss` is "edge"."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
     return re.sub(r"_(loss|term)$", "", words)
 
@@ -70,12 +74,15 @@ def default_name(cls: type) -> str:
 def checked(term: Any) -> Any:
     """Return a term with all attributes of the contract; raise `UserError` for what cannot be a term.
 
-    A callable that is no `Term` is taken with weight 1 and the name of its class where it says nothing else.
+    A callable that is no `Term` is taken with weight 1 and the name of its class (or its own, of a function) where it
+    says nothing else.
     """
-    called = type(term).__name__
+    if inspect.isclass(term):
+        raise UserError(f"term {term.__name__} is a class; give an object of it, or its import path")
     if not callable(term):
-        raise UserError(f"{called} is no {TERMS.contract}")
-    defaults = {"weight": 1.0, "reference": False, "name": default_name(type(term)), "acts_on": "pixels"}
+        raise UserError(f"{type(term).__name__} is no {TERMS.contract}")
+    named_after = term if inspect.isroutine(term) else type(term)
+    defaults = {"weight": 1.0, "reference": False, "name": default_name(named_after), "acts_on": "pixels"}
     for attribute, value in defaults.items():
         if not hasattr(term, attribute):
             setattr(term, attribute, value)
@@ -83,6 +90,10 @@ def checked(term: Any) -> Any:
         raise UserError(f"the weight of term {term.name} is {term.weight!r}; give a finite number")
     if term.weight < 0:
         raise UserError(f"the weight of term {term.name} is {term.weight}; it must be at least 0")
+    if term.name in RESERVED:
+        raise UserError(
+            f"a term is called {term.name!r}, and {term.name}_loss is logged already; give it another name"
+        )
     if term.acts_on not in ("pixels", "features"):
         raise UserError(f"term {term.name} acts on {term.acts_on!r}; it must be pixels or features")
     if isinstance(term, nn.Module):

@@ -62,6 +62,7 @@ class Objective:
                 "no term compares pixels with a weight above 0, so nothing would train the decoder; add "
                 "{class_path: reconstruction, init_args: {kind: l1}}"
             )
+        self._on_features = len(on_pixels) < len(self.terms)
         chosen = [term for term in on_pixels if term.reference]
         self._reference = {term.name for term in chosen or on_pixels}
 
@@ -91,6 +92,7 @@ class Objective:
             image: (b, c, h, w).
             out: what the autoencoder gave.
         """
+        out = self._ready(recon, image, out)
         gradient: Tensor | None = None
         reference: Tensor | None = None
         feature_loss: Tensor | None = None
@@ -112,6 +114,7 @@ class Objective:
 
     def whole(self, recon: Tensor, image: Tensor, out: Any) -> Whole:
         """Return the weighted sums with their graph."""
+        out = self._ready(recon, image, out)
         loss, reference = None, None
         for term in self.terms:
             if not term.weight:
@@ -122,6 +125,20 @@ class Objective:
                 reference = _plus(reference, own)
         assert loss is not None
         return Whole(loss, loss if reference is None else reference)
+
+    def _ready(self, recon: Tensor, image: Tensor, out: Any) -> Any:
+        """Return `out` with features in float32 for the terms on them; raise `UserError` if the images' shapes differ.
+
+        Of two that differ, torch would repeat one along an axis, with a warning.
+        """
+        if recon.shape != image.shape:
+            raise UserError(
+                f"the decoder gave images of shape {tuple(recon.shape)} for images of shape {tuple(image.shape)}; "
+                "expected equal shapes"
+            )
+        if not self._on_features or out.features.dtype != torch.bfloat16:
+            return out
+        return out._replace(features=out.features.float())
 
     def _loss(self, term: Any, recon: Tensor, image: Tensor, out: Any) -> Tensor:
         with torch.set_grad_enabled(term.weight > 0 and torch.is_grad_enabled()):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -162,12 +163,21 @@ class Trainer(ABC):
         """Train as `train` does, and yield after every step: a for-loop over it is a callback.
 
         The end of the run is saved, measured and drawn after the last step. A loop that is left early may be followed
-        by another one, which goes on; `save` keeps what was trained.
+        by another one, which goes on; `save` keeps what was trained. Signals are noted until the loop is closed, which
+        `break` does, and at the latest the next loop.
 
-        Yields:
-            The number of finished steps, and the numbers of this step on this rank: 0-d tensors, and to read one waits
-            for the device.
+        Returns:
+            After every step, the number of finished steps, and the numbers of this step on this rank: 0-d tensors,
+            and to read one waits for the device.
         """
+        left = self._loop()
+        if left is not None:  # still held, as a notebook does after an error; it would end within this one
+            left.close()
+        loop = self._steps(log_fn)
+        self._loop = weakref.ref(loop)
+        return loop
+
+    def _steps(self, log_fn: LogFunction | None) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         self.report.log_fn = log_fn
         self.resume.forget_export()  # somebody may have removed it
         with self.stop.listening(), self.checkpoints.outlasting_errors(), naming_lost_peers(self._how_far):
@@ -393,6 +403,7 @@ class Trainer(ABC):
     def _go_on(self) -> None:
         """Go on from the newest checkpoint, if there is one; from then on the folder is this run's."""
         self._batches: Iterator[Batch] | None = None
+        self._loop: Callable[[], Generator | None] = lambda: None  # of `steps`, as long as somebody holds it
         self.stop = StopRequest(self.backend)
         self.report = Report(self.backend, self.progress, self.stop, self.run.folder)
         self.resume = Resume(

@@ -234,12 +234,12 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], free: frozenset[str
 
     Args:
         old, new: configurations, as config.json holds them.
-        free: names of the options that may change.
+        free: names of the options of the trainer that may change.
         prefix: of the keys.
     """
     lines = []
     for key in sorted({*old, *new}):
-        if key in free:
+        if prefix == "trainer." and key in free:  # an argument of a network may have the name of an option
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

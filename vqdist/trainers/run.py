@@ -124,7 +124,10 @@ class Run:
         if not all(isinstance(before.get(part), dict) for part in ("trainer", "model", "data")):
             raise UserError(f"{path} is not of a run of vqdist; give another run folder")
         # runs from before it was written do not say it: their options and networks are compared all the same
-        if before.setdefault("model_type", self._model_type) != self._model_type:
+        first_type = self.model.first_type() if isinstance(self.model, PretrainedModel) else None
+        if before.setdefault("model_type", self._model_type) == first_type:  # by an older version, or of that class
+            before["model_type"] = self._model_type
+        if before["model_type"] != self._model_type:
             raise UserError(
                 f"{self.folder} holds a run of a model of type {before['model_type']!r} and this one is "
                 f"{self._model_type!r}; give another run folder"

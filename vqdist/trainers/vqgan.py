@@ -17,6 +17,7 @@ from vqdist.metrics import RunningMeans
 from vqdist.models.networks.base import halves, logits_of
 from vqdist.models.vqgan import ForwardPass, VQGanVAE
 from vqdist.options import option
+from vqdist.parts import Spec
 from vqdist.schedules import factor_of, linear_ramp
 from vqdist.trainers.base import mark_last
 from vqdist.trainers.config import TrainerConfig
@@ -64,7 +65,16 @@ class VQGanTrainerConfig(TrainerConfig):
         self.two_decays("discr_adam_betas")
         self.discr_optimizer_options.resolved()
         if self.discr_lr_schedule is not None:
-            factor_of(self.discr_lr_schedule, 0, 1000)
+            factor_of(self.discr_schedule, 0, 1000)
+
+    @property
+    def discr_schedule(self) -> Any:
+        """The discriminator's own schedule for `learning_rate`, which takes a bare name for one without arguments."""
+        given = self.discr_lr_schedule
+        if given is None or callable(given):
+            return given
+        spec = Spec.of(given, "discr_lr_schedule")
+        return {"class_path": spec.target, "init_args": spec.init_args}
 
     @property
     def discr_optimizer_options(self) -> OptimizerOptions:
@@ -106,6 +116,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
+        vae.image_size = config.image_size  # what it is trained on, also for who goes on with the model itself
         self.last_layer = _ConvShape.of(vae.autoencoder.last_layer)
         if config.compile:
             vae.autoencoder.encoder.compile()
@@ -245,7 +256,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         config = self.config
         return self.learning_rate(
             self.discr_lr,
-            schedule=config.discr_lr_schedule,
+            schedule=config.discr_schedule,
             warmup_steps=config.discr_lr_warmup_steps,
             start=config.discriminator_start if self.has_own_schedule else 0,
         )
