@@ -11,7 +11,7 @@ from scenarios import IMAGE_SIZE, build_trainer, build_vae
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vqdist import Term, UserError, VQGanVAE
+from vqdist import Term, UserError, VQGanVAE, VQGanVAETrainer
 from vqdist.models.networks.conv import ConvEncoder
 from vqdist.models.pretrained import load_model_of_any_type
 from vqdist.models.tokenizer import Tokenizer
@@ -218,3 +218,15 @@ def test_a_trained_model_knows_its_image_size(tmp_path):
     trainer = build_trainer(tmp_path, num_train_steps=1)
     trainer.train()
     assert Tokenizer(trainer.model).image_size == IMAGE_SIZE
+
+
+def test_a_run_of_a_class_of_ones_own_from_before_it_had_a_type_goes_on(tmp_path):
+    trainer = build_trainer(tmp_path, num_train_steps=1)
+    trainer.train()
+    trainer.close()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vqgan"
+    trainer.model.__class__ = Derived
+    options = {name: value for name, value in vars(trainer.config).items() if value is not None}
+    again = VQGanVAETrainer(trainer.model, **{**options, "num_train_steps": 2})
+    assert again.step == 1
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"{__name__}.Derived"
