@@ -21,13 +21,15 @@ import importlib
 import inspect
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from vqdist.errors import UserError
+from vqdist.errors import PeerLost, RanksDiverged, UserError
 
 T = TypeVar("T")
 
@@ -35,6 +37,10 @@ PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 KEYS = ("class_path", "init_args")
 GIVEN_BUILT = "given_as_object"
 """Key of a recorded part whose arguments nobody knows, since it was given as an object."""
+
+INSTALLED = f"{os.sep}site-packages{os.sep}"
+# files that are no user's: of the import system, of the standard library, of vqdist
+_NOT_OWN = ("<frozen", str(Path(os.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep)
 
 PartSpec = str | dict[str, Any]
 """A part as a configuration says it: a name, an import path, or both keys of `KEYS`."""
@@ -209,12 +215,20 @@ class Registry(Generic[T]):
                 `init_args` does not say it.
 
         Raises:
-            UserError: there is no such part, an argument is unknown or missing, or the result is of another kind.
+            UserError: there is no such part, an argument is unknown or missing, the factory raises, or the result is
+                of another kind. The error of the factory is its `__cause__`.
         """
         if not isinstance(given, (str, Mapping)):
             return self.check(given, type(given).__name__)
         spec, factory, keywords = self._prepared(cast(PartSpec, given), arguments, context)
-        return self.check(factory(*arguments, **keywords), spec.target)
+        try:
+            built = factory(*arguments, **keywords)
+        except (UserError, PeerLost, RanksDiverged, MemoryError, OverflowError):
+            raise
+        except (Exception, SystemExit) as error:  # a constructor of a user may raise anything
+            _keep_stop(error)
+            raise UserError(f"{self.kind} {spec.target} cannot be built ({_reason(error)})") from error
+        return self.check(built, spec.target)
 
     def verify(self, given: PartSpec | T, /, *arguments: Any, **context: Any) -> None:
         """Raise what `build` raises before it calls the factory: for ranks that do not build the part."""
@@ -308,9 +322,9 @@ def import_path(path: str, what: str = "part") -> Any:
             names.insert(0, name)
         except UserError:
             raise
-        except Exception as error:  # a module of a user may raise anything while it is imported
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{what} {path}: {module_name} cannot be imported ({reason})") from error
+        except (Exception, SystemExit) as error:  # a module of a user may raise anything while it is imported
+            _keep_stop(error)
+            raise UserError(f"{what} {path}: {module_name} cannot be imported ({_reason(error)})") from error
     for name in names:
         if not hasattr(found, name):
             public = [known for known in dir(found) if not known.startswith("_")]
@@ -435,6 +449,20 @@ MOST_NEAR = 5  # names in one message
 
 def _last_part(name: str) -> str:
     return name.lower().rpartition(".")[2]
+
+
+def _keep_stop(error: BaseException) -> None:
+    """Raise the error again if it says that this process was told to stop, as `Stopped` does."""
+    if isinstance(error, SystemExit) and type(error) is not SystemExit:
+        raise error
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error in one line, with the last line of the user's own files that led to it, if there is one."""
+    said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:200]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_OWN) and INSTALLED not in frame.filename]
+    return f"{said}; {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else said
 
 
 def _parameters(factory: Callable[..., Any]) -> list[str] | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Protocol, runtime_checkable
 
 import pytest
 
+from vqdist.cli.parts import joined
 from vqdist.errors import UserError
 from vqdist.parts import Registry, Spec, import_path, recorded, trusting, unknown
+from vqdist.stopping import Stopped
 
 
 class Shape:
@@ -41,14 +44,18 @@ def shapes(tmp_path, monkeypatch) -> Registry[Shape]:
         "    return Shape(size)\n"
         "def make_other():\n"
         "    return Other()\n"
+        "def fail(error='ValueError'):\n"
+        "    import builtins\n"
+        "    raise getattr(builtins, error)('two\\nlines')\n"
     )
     (tmp_path / "broken.py").write_text("import a_module_that_nobody_has\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "raises.py").write_text("raise ValueError('at\\nimport')\n")
     monkeypatch.syspath_prepend(tmp_path)
     registry = Registry("shape", Shape)
     registry.add("plain")(Shape)
     yield registry
-    for name in ("my_shapes", "broken", "raises"):
+    for name in ("my_shapes", "broken", "raises", "leaves"):
         sys.modules.pop(name, None)
 
 
@@ -75,7 +82,8 @@ def test_context_goes_to_parts_that_ask_for_it_and_gives_way(shapes):
         ("my_shapes.Other", ["shape my_shapes.Other", "no Shape", "test_parts.Shape"]),
         ("my_shapes.make_other", ["no Shape"]),
         ("broken.Wide", ["a_module_that_nobody_has"]),
-        ("raises.Wide", ["cannot be imported", "ValueError: at import"]),
+        ("raises.Wide", ["cannot be imported", "ValueError: at import", "raises.py, line 1"]),
+        ("leaves.Wide", ["cannot be imported", "SystemExit: 0", "leaves.py, line 2"]),
         ({"class_path": "my_shapes.Wide"}, ["width", "init_args"]),
         (
             {"class_path": "my_shapes.Wide", "init_args": {"width": 1, "siez": 2}},
@@ -96,6 +104,42 @@ def test_a_mistake_is_one_line(shapes, given, expected):
     assert "\n" not in message
     for words in expected:
         assert words in message
+
+
+@pytest.mark.parametrize("error", ["ValueError", "TypeError", "AssertionError", "KeyError", "OSError", "SystemExit"])
+def test_a_constructor_that_raises_is_one_line_with_its_place(shapes, error):
+    with pytest.raises(UserError) as raised:
+        shapes.build({"class_path": "my_shapes.fail", "init_args": {"error": error}})
+    message = str(raised.value)
+    assert message.startswith(f"shape my_shapes.fail cannot be built ({error}: ") and "\n" not in message
+    assert message.endswith("my_shapes.py, line 14)")
+    assert type(raised.value.__cause__).__name__ == error
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "MemoryError"])
+def test_what_no_constructor_is_to_blame_for_passes(shapes, error):
+    with pytest.raises(BaseException) as raised:
+        shapes.build({"class_path": "my_shapes.fail", "init_args": {"error": error}})
+    assert type(raised.value).__name__ == error
+
+
+def test_a_stop_while_a_part_is_built_is_a_stop():
+    def stopped():
+        raise Stopped(15, 3, "runs/a")
+
+    registry = Registry("shape", Shape)
+    registry.add("stopped")(stopped)
+    with pytest.raises(Stopped):
+        registry.build("stopped")
+
+
+def test_words_on_the_command_line_are_no_numbers():
+    given = {"mode": "nan", "other": "infinity", "rate": "1e-3", "rest": ".nan"}
+    pieces = [(f"model.shape.{name}", value) for name, value in given.items()]
+    ((_, value),) = joined([("model.shape", "a.B"), *pieces], {"model.shape": Registry("shape")})[-1:]
+    arguments = json.loads(value)["init_args"]
+    assert (arguments["mode"], arguments["other"], arguments["rate"]) == ("nan", "infinity", 0.001)
+    assert arguments["rest"] != arguments["rest"]  # YAML's own word for it
 
 
 def test_a_protocol_says_what_an_object_lacks():

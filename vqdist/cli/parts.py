@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,14 +138,14 @@ def _of_files(given: list[Given], option: str) -> Any:
 
 
 def _value(text: str) -> Any:
-    """Return a value as YAML reads it, with numbers as 1e-3, too."""
+    """Return a value as YAML reads it, with numbers as 1e-3, too; words as `nan` and `infinity` stay words."""
     import yaml
 
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
+    if isinstance(value, str) and re.search(r"\d", value):
         try:
             return float(value)
         except ValueError:

@@ -19,11 +19,23 @@ from torch import Tensor, nn
 from vqdist import losses
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels
-from vqdist.models.networks.base import DECODERS, DISCRIMINATORS, ENCODERS, halves, logits_of, require_module
+from vqdist.models.networks.base import (
+    DECODERS,
+    DISCRIMINATORS,
+    ENCODERS,
+    apply_last_layer,
+    check_features,
+    check_reconstruction,
+    code_shape_of,
+    halves,
+    logits_of,
+    require_module,
+)
 from vqdist.models.networks.conv import ConvDecoder, ConvEncoder, check_widths, widths_of
 from vqdist.models.networks.patch import PatchDiscriminator
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import QUANTIZERS, Quantizer, build_quantizer
+from vqdist.models.quantizers.base import checked
 from vqdist.models.tokenizer import TokenizerNetwork, check_images, check_pixels, check_scales
 from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
 from vqdist.objectives.perceptual import MIN_IMAGE_SIZE, too_small_for_vgg16
@@ -71,25 +83,31 @@ class VQAutoencoder(TokenizerNetwork):
 
     def forward(self, image: Tensor) -> ForwardPass:
         """Images (b, c, h, w) in [0, 1] -> their reconstruction, codes and the quantizer's loss."""
-        features = self.encoder(image)
+        features = self.features(image)
         quantized, indices, aux_loss = self.quantize(features)
         hidden = self.decoder(quantized)
-        if self.last_layer is None:
-            return ForwardPass(hidden, indices, aux_loss, None, features)
-        return ForwardPass(self.last_layer(hidden), indices, aux_loss, hidden.detach(), features)
+        recon = apply_last_layer(self.decoder, hidden)
+        check_reconstruction(recon, image, self.decoder)
+        kept = None if self.last_layer is None else hidden.detach()
+        return ForwardPass(recon, indices, aux_loss, kept, features)
+
+    def features(self, image: Tensor) -> Tensor:
+        """Images (b, c, h, w) in [0, 1] -> what the encoder gives for them, (b, d, h', w') or (b, n, d)."""
+        features = self.encoder(image)
+        check_features(features, image, self.encoder)
+        return features
 
     def quantize(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the encoder -> quantized features of the same shape, codes, the quantizer's loss."""
         if features.ndim == 4:
-            return tuple(self.quantizer(features))
+            return checked(self.quantizer(features), features, self.quantizer)
         row = rearrange(features, "b n d -> b d n 1")  # of the quantizer's view a row of tokens is a narrow map
-        quantized, indices, aux_loss = self.quantizer(row)
+        quantized, indices, aux_loss = checked(self.quantizer(row), row, self.quantizer)
         return rearrange(quantized, "b d n 1 -> b n d"), rearrange(indices, "b n 1 ... -> b n ..."), aux_loss
 
     def decode(self, features: Tensor) -> Tensor:
         """Quantized features (b, d, h', w') or (b, n, d) -> images (b, c, h, w)."""
-        hidden = self.decoder(features)
-        return hidden if self.last_layer is None else self.last_layer(hidden)
+        return apply_last_layer(self.decoder, self.decoder(features))
 
     @property
     def last_layer(self) -> nn.Conv2d | None:
@@ -113,10 +131,10 @@ class VQAutoencoder(TokenizerNetwork):
 
     def code_shape(self, image_size: int) -> tuple[int, ...]:
         """Shape of the codes of a square image; see `vqdist.models.networks.Encoder`."""
-        return tuple(self.encoder.code_shape(image_size))
+        return code_shape_of(self.encoder, image_size)
 
     def tokenize(self, image: Tensor) -> Tensor:
-        return self.quantize(self.encoder(image))[1]
+        return self.quantize(self.features(image))[1]
 
     def detokenize(self, ids: Tensor) -> Tensor:
         row = self.scales is None and ids.ndim == (3 if self.num_levels > 1 else 2)
@@ -384,7 +402,7 @@ class VQGanVAE(
         Codes of several scales are (b, L).
         """
         self._check_image(image)
-        return self.autoencoder.quantize(self.autoencoder.encoder(image))
+        return self.autoencoder.quantize(self.autoencoder.features(image))
 
     def decode(self, fmap: Tensor) -> Tensor:
         """Quantized features (b, d, h', w') -> images (b, c, h, w), not clamped."""

@@ -80,9 +80,87 @@ def require_module(network: Any, kind: str) -> nn.Module:
     return network
 
 
+def code_shape_of(encoder: Any, image_size: int) -> tuple[int, ...]:
+    """Return what `Encoder.code_shape` says; raise `UserError` unless it is one or two whole numbers above 0."""
+    said = encoder.code_shape(image_size)
+    good = isinstance(said, (tuple, list)) and len(said) in (1, 2)
+    if not good or not all(isinstance(side, int) and side > 0 for side in said):
+        raise UserError(
+            f"code_shape({image_size}) of encoder {type(encoder).__name__} gave {said!r}; expected the shape of the "
+            "codes, (h, w) or (n,), in whole numbers above 0"
+        )
+    return tuple(said)
+
+
+def check_features(features: Any, image: Tensor, encoder: Any) -> None:
+    """Raise `UserError` unless these are the features that an encoder promises of these images (b, c, h, w)."""
+    name, batch = type(encoder).__name__, image.shape[0]
+    if not isinstance(features, Tensor) or not features.is_floating_point() or features.ndim not in (3, 4):
+        raise UserError(
+            f"encoder {name} gave {_described(features)}; expected features (b, d, h, w) or (b, n, d) of floats"
+        )
+    width_axis = 1 if features.ndim == 4 else 2
+    if features.shape[0] != batch or features.shape[width_axis] != encoder.dim:
+        of = "(b, d, h, w)" if features.ndim == 4 else "(b, n, d)"
+        raise UserError(
+            f"encoder {name} gave features of shape {tuple(features.shape)} for {batch} images; expected {of} with "
+            f"b = {batch} and its dim, d = {encoder.dim}"
+        )
+    height, width = image.shape[2:]
+    found = tuple(features.shape[2:] if features.ndim == 4 else features.shape[1:2])
+    if height == width and found != (said := code_shape_of(encoder, height)):
+        raise UserError(
+            f"encoder {name} gave features of shape {tuple(features.shape)}, so codes {found}, for images of side "
+            f"{height}, and its code_shape({height}) says {said}; make them equal"
+        )
+
+
+def check_reconstruction(recon: Any, image: Tensor, decoder: Any) -> None:
+    """Raise `UserError` unless a decoder gave an image for each of these (b, c, h, w)."""
+    if not isinstance(recon, Tensor) or not recon.is_floating_point() or recon.shape != image.shape:
+        behind = "" if decoder.last_layer is None else " and its last_layer"
+        raise UserError(
+            f"decoder {type(decoder).__name__}{behind} gave {_described(recon)}; expected images of floats of shape "
+            f"{tuple(image.shape)}"
+        )
+
+
+def apply_last_layer(decoder: Any, hidden: Any) -> Tensor:
+    """Return the image (b, c, h, w) of what a decoder's `forward` gave; raise `UserError` for another width of it."""
+    last = decoder.last_layer
+    if last is None:
+        return hidden
+    if not isinstance(hidden, Tensor) or hidden.ndim != 4 or hidden.shape[1] != last.in_channels:
+        raise UserError(
+            f"decoder {type(decoder).__name__} gave {_described(hidden)}; its last_layer takes (b, d, h, w) with "
+            f"d = {last.in_channels}"
+        )
+    return last(hidden)
+
+
+def _described(given: Any) -> str:
+    """Return dtype and shape of a tensor, and the type of anything else, for messages."""
+    if not isinstance(given, Tensor):
+        return f"a {type(given).__name__}"
+    return f"a tensor of {str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
+
+
 def logits_of(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
-    """Return the tensors of logits that a discriminator gave, as a list."""
-    return [output] if isinstance(output, Tensor) else list(output)
+    """Return the tensors of logits that a discriminator gave, as a list.
+
+    Raises:
+        UserError: it gave anything else.
+    """
+    if isinstance(output, Tensor):
+        output = [output]
+    if not isinstance(output, (list, tuple)) or not output:
+        raise UserError(f"the discriminator gave {output!r:.80}; expected a tensor of logits, or a list of them")
+    for logits in output:
+        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim == 0:
+            raise UserError(
+                f"the discriminator gave {_described(logits)}; expected logits of floats with the batch first"
+            )
+    return list(output)
 
 
 def halves(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vqdist.errors import UserError
 from vqdist.parts import Registry
 
 
@@ -101,6 +102,37 @@ class Quantizer(nn.Module, ABC):
             tensor: the live one.
         """
         return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+
+def checked(given: Any, features: Tensor, quantizer: Quantizer) -> Quantized:
+    """Return what a quantizer gave for features (b, d, h, w); raise `UserError` unless it has the shapes it promises.
+
+    Values are not looked at, since that would wait for the device.
+    """
+    name = type(quantizer).__name__
+    if not isinstance(given, tuple) or len(given) != 3 or not all(isinstance(one, Tensor) for one in given):
+        types = ", ".join(type(one).__name__ for one in given) if isinstance(given, tuple) else type(given).__name__
+        raise UserError(f"quantizer {name} gave {types}; give three tensors, Quantized(quantized, indices, aux_loss)")
+    quantized, indices, aux_loss = given
+    if quantized.shape != features.shape or not quantized.is_floating_point():
+        raise UserError(
+            f"quantizer {name} gave {quantized.dtype} of shape {tuple(quantized.shape)}; expected that of "
+            f"the encoder's, {tuple(features.shape)}"
+        )
+    if quantizer.scales is None:
+        batch, _, height, width = features.shape
+        expected = (batch, height, width, *([quantizer.num_levels] if quantizer.num_levels > 1 else []))
+        alone = quantizer.num_levels == 1 and tuple(indices.shape) == (*expected, 1)
+        if tuple(indices.shape) != expected and not alone:
+            raise UserError(f"quantizer {name} gave codes of shape {tuple(indices.shape)}; expected {expected}")
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise UserError(f"quantizer {name} gave codes of {indices.dtype}; expected whole numbers, torch.int64")
+    if aux_loss.ndim or not aux_loss.is_floating_point():
+        raise UserError(
+            f"quantizer {name} gave an aux_loss of {aux_loss.dtype} of shape {tuple(aux_loss.shape)}; expected one "
+            "number, a 0-d tensor of floats"
+        )
+    return Quantized(quantized, indices, aux_loss)
 
 
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer", Quantizer)
