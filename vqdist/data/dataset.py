@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from vqdist.data.images import BadImageError, check_channels
 from vqdist.data.sources import Source, TensorSource, not_empty, open_source
-from vqdist.data.sources.base import checked_index, checked_label
+from vqdist.data.sources.base import checked_fingerprint, checked_index, checked_label
 from vqdist.errors import UserError
 from vqdist.seeding import derive_seed
 
@@ -142,7 +142,7 @@ class ImageDataset(Dataset):
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
-        return self.source.fingerprint()
+        return checked_fingerprint(self.source)
 
     def _source_for(self, image_size: int, channels: int) -> Source:
         if (self.image_size, self.channels) != (image_size, channels):

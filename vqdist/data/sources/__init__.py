@@ -37,7 +37,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vqdist.data.sources.base import FORMS, Source, absolute_path
+from vqdist.data.sources.base import FORMS, Source, absolute_path, checked_length
 from vqdist.data.sources.digits import DigitsSource
 from vqdist.data.sources.folder import FolderSource
 from vqdist.data.sources.hugging_face import HuggingFaceSource
@@ -106,7 +106,7 @@ def open_source(
 
 def not_empty(source: Source) -> Source:
     """Return a source; raise `UserError` if it holds no images."""
-    if len(source) == 0:
+    if checked_length(source) == 0:
         raise UserError(f"{source.spec!r} holds no images; choose another split or dataset")
     return source
 
@@ -114,7 +114,8 @@ def not_empty(source: Source) -> Source:
 def folder_of(given: Any) -> Path | None:
     """Return the folder of images that is given as a data source, or None where it is something else."""
     if isinstance(given, Mapping):
-        given = (given.get("init_args") or {}).get("folder")
+        arguments = given.get("init_args")
+        given = arguments.get("folder") if isinstance(arguments, Mapping) else None
     if isinstance(given, FolderSource):
         return Path(given.folder)
     path = Path(given).expanduser() if given and isinstance(given, str | os.PathLike) else None

@@ -230,6 +230,27 @@ def checked_label(source: Source, index: int) -> int | None:
     return as_label(label)
 
 
+def checked_length(source: Source) -> int:
+    """Return `len(source)`; raise `UserError` where it is no whole number of at least 0."""
+    try:
+        return len(source)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"the length of {type(source).__name__} cannot be used ({reason_of(error)}); return the number of images"
+        ) from error
+
+
+def checked_fingerprint(source: Source) -> str:
+    """Return `source.fingerprint()`; raise `UserError` unless it is a SHA-256 in hexadecimal digits."""
+    given = source.fingerprint()
+    if not isinstance(given, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", given):
+        raise UserError(
+            f"the fingerprint of {type(source).__name__} is {given!r:.80}; return a SHA-256 of what the images are, "
+            "64 hexadecimal digits as hashlib.sha256(...).hexdigest() gives, or leave the method out"
+        )
+    return given
+
+
 def absolute_path(path: str) -> str:
     """With `~` expanded."""
     return os.path.abspath(os.path.expanduser(path))
