@@ -30,6 +30,7 @@ from vqdist.models.networks.base import (
     halves,
     logits_of,
     require_module,
+    whole_number,
 )
 from vqdist.models.networks.conv import ConvDecoder, ConvEncoder, check_widths, widths_of
 from vqdist.models.networks.patch import PatchDiscriminator
@@ -283,7 +284,9 @@ class VQGanVAE(
         own |= {"channels": channels, "groups": encdec_resnet_groups}
         if encoder is not None:
             encoder = require_module(ENCODERS.build(encoder, channels=channels), "encoder")
-        features = widths_of(dim, layers, encdec_layer_mults)[-1] if encoder is None else encoder.dim
+            features = whole_number(encoder, "encoder", "dim")
+        else:
+            features = widths_of(dim, layers, encdec_layer_mults)[-1]
         vq_kwargs = {**(vq_kwargs or {}), **_vq_prefixed(kwargs)}
         built_quantizer = _build_quantizer(
             quantizer or ("lfq" if lookup_free_quantization else "vq"),
@@ -359,7 +362,8 @@ class VQGanVAE(
     def check_training_size(self, size: int) -> None:
         """As `check_image_size`, and for the networks that are needed for training only."""
         self.check_image_size(size)
-        smallest = 0 if self.discriminator is None else self.discriminator.min_image_size
+        critic = self.discriminator
+        smallest = 0 if critic is None else whole_number(critic, "discriminator", "min_image_size", least=0)
         if size < smallest:
             raise UserError(f"image_size {size} is too small for {self._discriminator_needs(size, smallest)}")
         if not self._terms and not self._vgg and self.perceptual != "none" and size < MIN_IMAGE_SIZE:

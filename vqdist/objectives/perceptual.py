@@ -85,6 +85,8 @@ class PerceptualLoss(nn.Module):
             return None
         if isinstance(spec, nn.Module):
             return cls(spec)
+        if not isinstance(spec, (str, Path)):
+            raise UserError(f"perceptual {spec!r:.80} is not possible; give vgg16, a file with its weights, or none")
         weights = _download_vgg16() if spec == "vgg16" else _read_weights(Path(spec).expanduser())
         return cls(VGG16Features(_vgg16_layers(weights, source=str(spec))))
 

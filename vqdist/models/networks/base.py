@@ -80,6 +80,16 @@ def require_module(network: Any, kind: str) -> nn.Module:
     return network
 
 
+def whole_number(network: Any, kind: str, attribute: str, least: int = 1) -> int:
+    """Return an attribute of a network; raise `UserError` unless it is a whole number, at least the smallest."""
+    value = getattr(network, attribute)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(
+            f"the {attribute} of {kind} {type(network).__name__} is {value!r}; give a whole number of at least {least}"
+        )
+    return value
+
+
 def code_shape_of(encoder: Any, image_size: int) -> tuple[int, ...]:
     """Return what `Encoder.code_shape` says; raise `UserError` unless it is one or two whole numbers above 0."""
     said = encoder.code_shape(image_size)
@@ -130,7 +140,8 @@ def apply_last_layer(decoder: Any, hidden: Any) -> Tensor:
     last = decoder.last_layer
     if last is None:
         return hidden
-    if not isinstance(hidden, Tensor) or hidden.ndim != 4 or hidden.shape[1] != last.in_channels:
+    good = isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.ndim == 4
+    if not good or hidden.shape[1] != last.in_channels:
         raise UserError(
             f"decoder {type(decoder).__name__} gave {_described(hidden)}; its last_layer takes (b, d, h, w) with "
             f"d = {last.in_channels}"
@@ -154,7 +165,8 @@ def logits_of(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor
     if isinstance(output, Tensor):
         output = [output]
     if not isinstance(output, (list, tuple)) or not output:
-        raise UserError(f"the discriminator gave {output!r:.80}; expected a tensor of logits, or a list of them")
+        found = "an empty list" if isinstance(output, (list, tuple)) else _described(output)
+        raise UserError(f"the discriminator gave {found}; expected a tensor of logits, or a list of them")
     for logits in output:
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim == 0:
             raise UserError(
