@@ -20,6 +20,7 @@ from vqdist.data.dataset import ImageDataset
 from vqdist.data.images import BadImageError
 from vqdist.data.sources import DummyDataset, FolderSource, Source, digits, folder_of, open_source
 from vqdist.data.sources.base import DIGIT_LIKE, PackedStrings
+from vqdist.errors import UserError
 from vqdist.parts import Registry
 
 
@@ -489,3 +490,33 @@ def test_missing_packages(monkeypatch, package, spec):
     assert message_of(open_source, spec) == (
         f"{spec!r} needs the package {package}, which is not installed; run `pip install 'vqdist[data]'`"
     )
+
+
+class Promising(Source):
+    """A source that says what a test wants of its length and its images."""
+
+    def __init__(self, length=4, said="0" * 64):
+        self.length, self.said = length, said
+
+    def __len__(self):
+        return self.length
+
+    def image(self, index):
+        return Image.new("RGB", (16, 16), (index, 0, 0))
+
+    def fingerprint(self):
+        return self.said
+
+
+@pytest.mark.parametrize("length", [-1, 3.0, "a", None])
+def test_a_length_that_is_no_number_of_images(length):
+    with pytest.raises(UserError, match="length of Promising cannot be used .*number of images"):
+        ImageDataset(Promising(length), 16)
+
+
+@pytest.mark.parametrize("said", [None, 5, "hi", "0" * 63, "g" * 64])
+def test_a_fingerprint_that_is_no_sha256(said):
+    dataset = ImageDataset(Promising(said=said), 16)
+    with pytest.raises(UserError, match="fingerprint of Promising is .*hexadecimal"):
+        dataset.fingerprint()
+    assert ImageDataset(Promising(), 16).fingerprint() == "0" * 64
