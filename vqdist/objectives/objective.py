@@ -92,7 +92,7 @@ class Objective:
             image: (b, c, h, w).
             out: what the autoencoder gave.
         """
-        out = self._ready(out)
+        out = self._ready(recon, image, out)
         gradient: Tensor | None = None
         reference: Tensor | None = None
         feature_loss: Tensor | None = None
@@ -114,7 +114,7 @@ class Objective:
 
     def whole(self, recon: Tensor, image: Tensor, out: Any) -> Whole:
         """Return the weighted sums with their graph."""
-        out = self._ready(out)
+        out = self._ready(recon, image, out)
         loss, reference = None, None
         for term in self.terms:
             if not term.weight:
@@ -126,8 +126,16 @@ class Objective:
         assert loss is not None
         return Whole(loss, loss if reference is None else reference)
 
-    def _ready(self, out: Any) -> Any:
-        """Return `out` with features in float32 for the terms on them."""
+    def _ready(self, recon: Tensor, image: Tensor, out: Any) -> Any:
+        """Return `out` with features in float32 for the terms on them; raise `UserError` if the images' shapes differ.
+
+        Of two that differ, torch would repeat one along an axis, with a warning.
+        """
+        if recon.shape != image.shape:
+            raise UserError(
+                f"the decoder gave images of shape {tuple(recon.shape)} for images of shape {tuple(image.shape)}; "
+                "expected equal shapes"
+            )
         if not self._on_features or out.features.dtype != torch.bfloat16:
             return out
         return out._replace(features=out.features.float())
