@@ -59,7 +59,7 @@ class Spec:
     init_args: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, given: PartSpec, what: str = "part") -> Spec:
+    def of(cls, given: str | Mapping[str, Any], what: str = "part") -> Spec:
         """Read a specification.
 
         Args:

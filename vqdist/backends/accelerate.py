@@ -115,7 +115,7 @@ class AccelerateBackend(DistributedBackend):
             "grad_accum_every": self.grad_accum_every,
             "precision": self.precision,
         }
-        if self.shards:
+        if self.sharding is not None and self.shards:
             return FullyShardedEngine(module, optimizer, self, sharding=self.sharding, **options)
         # of 1x1 convolutions, whose few weights may lie either way
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -175,7 +175,7 @@ class FullyShardedEngine(ShardedEngine, TorchEngine):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for part in (*blocks, module):
             fully_shard(part, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward)
-        self.sharded: dict[str, DTensor] = dict(module.named_parameters())
+        self.sharded = cast("dict[str, DTensor]", dict(module.named_parameters()))
         for group in optimizer.param_groups:
             group["params"] = [self.sharded[names[id(parameter)]] for parameter in group["params"]]
         TorchEngine.__init__(self, module, optimizer, backend, **options)
@@ -195,7 +195,7 @@ class FullyShardedEngine(ShardedEngine, TorchEngine):
         return self._local
 
     def micro_step(self, *, last: bool):
-        self.module.set_requires_gradient_sync(last)
+        cast(FSDPModule, self.module).set_requires_gradient_sync(last)
         return super().micro_step(last=True)
 
     def clip(self) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vqdist.backends import state
 from vqdist.backends.base import Engine
 from vqdist.backends.local import autocast_for
+from vqdist.backends.optimizer import OptimizerRecord
 
 
 class Shards(nn.Module):
@@ -56,10 +57,12 @@ class ShardedEngine(Engine):
         empty: a plain copy of the network from before it was sharded, see `without_weights`.
 
     Attributes:
-        local: this rank's part; a runtime sets it once the network is sharded.
+        precision: of the forward with frozen weights; a runtime sets it.
+        record: of the optimizer; likewise.
     """
 
-    local: Shards
+    precision: str
+    record: OptimizerRecord
 
     def __init__(self, empty: nn.Module):
         self.empty = empty
@@ -70,6 +73,14 @@ class ShardedEngine(Engine):
         first = {id(tensor): name for name, tensor in reversed(named)}
         self.first_names = {name: first[id(tensor)] for name, tensor in named}
         self._fixed: nn.Module | None = None  # whole weights for `frozen`, until they change
+
+    @property
+    @abstractmethod
+    def local(self) -> Shards:
+        """This rank's part of the network, not copied."""
+
+    def _held(self, weights: nn.Module | None) -> Shards:
+        return self.local if weights is None else cast(Shards, weights)  # a copy of the former, see `Engine.whole`
 
     @abstractmethod
     def gather(self, name: str, shard: Tensor) -> Tensor:
@@ -87,7 +98,7 @@ class ShardedEngine(Engine):
         return {**self.local.named_shards(), **self.local.named_whole_buffers()}
 
     def named_tensors(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
-        held: Shards = self.local if weights is None else weights
+        held = self._held(weights)
         shards, buffers = held.named_shards(), held.named_whole_buffers()
         for name in self.empty.state_dict():
             first = self.first_names[name]
@@ -95,7 +106,7 @@ class ShardedEngine(Engine):
 
     def fill(self, tensors: Mapping[str, Tensor], weights: nn.Module | None = None) -> None:
         _check_layout(self.empty, tensors)
-        held: Shards = self.local if weights is None else weights
+        held = self._held(weights)
         buffers = held.named_whole_buffers()
         with torch.no_grad():
             for name, shard in held.named_shards().items():
@@ -106,7 +117,7 @@ class ShardedEngine(Engine):
 
     @contextmanager
     def whole(self, weights: nn.Module | None = None) -> Iterator[nn.Module]:
-        yield self._whole_copy(self.local if weights is None else weights)
+        yield self._whole_copy(self._held(weights))
 
     def frozen(self, *args, **kwargs):
         if self._fixed is None:
@@ -116,10 +127,11 @@ class ShardedEngine(Engine):
 
     def step(self, *, lr: float, finite: Tensor | None = None) -> Tensor:
         self._fixed = None
-        return super().step(lr=lr, finite=finite)
+        runtime: Any = super()  # of the engine that this class stands before
+        return runtime.step(lr=lr, finite=finite)
 
     def held_weights(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
-        held: Shards = self.local if weights is None else weights
+        held = self._held(weights)
         saved = self.empty.state_dict().keys()
         for kind, tensors in (("weight", held.named_shards()), ("buffer", held.named_whole_buffers())):
             for name, tensor in tensors.items():
@@ -138,7 +150,7 @@ class ShardedEngine(Engine):
         """A plain network with the whole of these weights, held fixed; every rank calls this."""
         buffers = held.named_whole_buffers()
         shards = held.named_shards()
-        whole = {  # cloned: what is gathered may be a part of a larger, padded tensor
+        whole: dict[int, Tensor] = {  # cloned: what is gathered may be a part of a larger, padded tensor
             id(parameter): nn.Parameter(self.gather(name, shards[name]).clone(), requires_grad=False)
             for name, parameter in self.empty.named_parameters()
         }

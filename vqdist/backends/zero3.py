@@ -34,7 +34,7 @@ class Zero3Engine(ShardedEngine, DeepSpeedEngine):
     def __init__(self, engine: Any, backend: DistributedBackend, precision: str, empty: nn.Module):
         ShardedEngine.__init__(self, empty)
         DeepSpeedEngine.__init__(self, engine, backend, precision)
-        self.parameters = dict(self.module.named_parameters())
+        self.parameters: dict[str, Any] = dict(self.module.named_parameters())  # with DeepSpeed's attributes
         shards = {name: parameter.ds_tensor for name, parameter in self.parameters.items()}
         self._local = Shards(shards, dict(self.module.named_buffers()))
 

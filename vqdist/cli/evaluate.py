@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.cli.sample import add_draw_options, draw_options
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from vqdist.data.codes import CodeDataset
     from vqdist.data.dataset import ImageDataset
     from vqdist.data.loader import Batch
-    from vqdist.fidelity import FeatureExtractor
+    from vqdist.fidelity import FeatureExtractor, FeatureSet
     from vqdist.models.autoregressive import AutoregressiveModel
-    from vqdist.models.tokenizer import Tokenizer, TokenizerNetwork
+    from vqdist.models.tokenizer import Tokenizer, TokenizerModel, TokenizerNetwork
 
 NUM_SAMPLES = 1000
 BATCH_SIZE = 64
@@ -49,8 +49,10 @@ def evaluate(arguments: list[str]) -> int:
     _check_options(options)
     run, export = Path(options.run).expanduser(), find_local_export(options.run)
     model = load_model_of_any_type(export, trust_code=options.trust_code)
-    is_generator = isinstance(model, AutoregressiveModel)
-    measured = _open_generator(model, options) if is_generator else _open_tokenizer(model, run, export, options)
+    if isinstance(model, AutoregressiveModel):
+        measured: _Run = _open_generator(model, options)
+    else:
+        measured = _open_tokenizer(cast("TokenizerModel", model), run, export, options)
     backend = create_backend(options.backend)
     with naming_lost_peers():
         numbers = measured.on(backend).numbers()
@@ -81,9 +83,9 @@ def reconstruct(arguments: list[str]) -> int:
         raise UserError(f"num_images {options.num_images} is not possible; it must be at least 1")
     if options.out.suffix.lower() != ".png":
         raise UserError(f"--out {options.out} is not the name of a PNG file; give one that ends in .png")
-    images, skipped = zip(*(dataset.fetch(0, index) for index in range(count)), strict=True)
-    images = torch.stack(images)
-    for name in sum(skipped, ()):
+    fetched = [dataset.fetch(0, index) for index in range(count)]
+    images = torch.stack([image for image, _ in fetched])
+    for name in (name for _, skipped in fetched for name in skipped):
         print(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
     save_sheet(torch.stack([images, reconstruct_images(tokenizer.network, images)], dim=1), options.out)
     print(options.out)
@@ -201,7 +203,7 @@ def _open_extractor(options, model: Tokenizer | AutoregressiveModel, images: int
     return load_extractor(options.features, channels=model.channels, image_size=model.image_size)
 
 
-def _open_tokenizer(model: nn.Module, run: Path, export: Path, options) -> _TokenizerRun:
+def _open_tokenizer(model: TokenizerModel, run: Path, export: Path, options) -> _TokenizerRun:
     from vqdist.models.tokenizer import Tokenizer
 
     _refuse_sampling(options, f"{run} is a tokenizer, which draws no samples; leave it out")
@@ -229,7 +231,7 @@ def _open_generator(model: AutoregressiveModel, options) -> _GeneratorRun:
 class _Run:
     """A run that is measured over the images (or codes) of `dataset`. Every rank calls every method."""
 
-    options: object
+    options: Any  # as the parser gives them
     network: nn.Module
     dataset: ImageDataset | CodeDataset
     extractor: FeatureExtractor | None
@@ -242,6 +244,16 @@ class _Run:
         if self.extractor is not None:
             self.extractor.to(backend.device)
         return self
+
+    def numbers(self) -> dict[str, float]:
+        """Measure what there is to measure."""
+        raise NotImplementedError
+
+    def feature_set(self, count: int, **options: Any) -> FeatureSet:
+        """Return what collects the features of so many images; only where there is an extractor."""
+        from vqdist.fidelity import FeatureSet
+
+        return FeatureSet(cast("FeatureExtractor", self.extractor), self.backend, count, **options)
 
     def batches(self, title: str, *, labels: bool = False) -> Iterator[Batch]:
         """This rank's share of the data, on its device."""
@@ -287,25 +299,28 @@ class _Run:
     def features_of_images(self, *, and_reconstructions: bool) -> tuple[Tensor, Tensor | None]:
         """Features (M, f) of the images, and those of their reconstructions."""
         from vqdist.evaluation import reconstruct
-        from vqdist.fidelity import FeatureSet
 
-        real = FeatureSet(self.extractor, self.backend, len(self.dataset))
-        again = FeatureSet(self.extractor, self.backend, len(self.dataset)) if and_reconstructions else None
+        real = self.feature_set(len(self.dataset))
+        again = self.feature_set(len(self.dataset)) if and_reconstructions else None
         for batch in self.batches("features"):
             real.add(batch.item)
             if again is not None:
-                again.add(reconstruct(self.network, batch.item))
+                again.add(reconstruct(cast("TokenizerNetwork", self.network), batch.item))
         return real.over_ranks(), None if again is None else again.over_ranks()
 
 
 class _TokenizerRun(_Run):
     """A run of a model that is an image tokenizer and nothing else; `network` is its `TokenizerNetwork`."""
 
+    network: TokenizerNetwork
+    dataset: ImageDataset
+
     def numbers(self) -> dict[str, float]:
         """Of its reconstructions."""
         numbers = self.reconstruction_numbers(self.network, self.dataset.image_size)
         if self.extractor is not None:
-            numbers |= _distances(*self.features_of_images(and_reconstructions=True))
+            real, again = self.features_of_images(and_reconstructions=True)
+            numbers |= _distances(real, cast("Tensor", again))
         return numbers
 
 
@@ -334,7 +349,8 @@ class _GeneratorRun(_Run):
         numbers = evaluate_prediction(self.network, self.items_and_labels(), self.backend)
         is_tokenizer = isinstance(self.network, TokenizerNetwork)
         if is_tokenizer:
-            numbers |= self.reconstruction_numbers(self.network, self.network.image_size)
+            network = cast(TokenizerNetwork, self.network)
+            numbers |= self.reconstruction_numbers(network, self.network.image_size)
         if self.extractor is not None:
             numbers |= self.fidelity_numbers(is_tokenizer)
         return numbers
@@ -358,10 +374,9 @@ class _GeneratorRun(_Run):
     def features_of_samples(self) -> Tensor:
         """Features (N, f) of images that the model draws."""
         from vqdist.drawing import draw_batches
-        from vqdist.fidelity import FeatureSet
 
         size, seed = self.options.batch_size, self.options.seed or 0
-        drawn = FeatureSet(self.extractor, self.backend, self.num_samples, block=size)
+        drawn = self.feature_set(self.num_samples, block=size)
         batches = draw_batches(
             self.network, self.sample_labels(), self.draw_options, seed=seed, batch_size=size, backend=self.backend
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -51,13 +51,26 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         tokenizer: makes the codes, where that is not a part of the model itself.
     """
 
-    channels: int
-    codebook_size: int
-    num_codes: int
+    image_size: int
     num_classes: int = 0
     scale_lengths: tuple[int, ...] | None = None
     draw_defaults: ClassVar[Mapping[str, Any]] = {}
-    tokenizer: Tokenizer | None = None
+    if TYPE_CHECKING:  # attributes or properties of each model
+
+        @property
+        def channels(self) -> int: ...
+
+        @property
+        def codebook_size(self) -> int: ...
+
+        @property
+        def num_codes(self) -> int: ...
+
+        @property
+        def tokenizer(self) -> Tokenizer | None: ...
+
+    else:
+        tokenizer = None
 
     @abstractmethod
     def inputs(self, item: Tensor, label: Tensor) -> tuple[Tensor, ...]:
@@ -71,12 +84,13 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         """
 
     @abstractmethod
-    def loss(self, out: Prediction, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, out: Any, *inputs: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss in float32 (0-d), and its named parts (0-d, `cross_entropy` among them).
 
         Args:
-            out: what `forward` gave.
+            out: a `Prediction`, which `forward` gave.
             *inputs: what it took.
+            **named: nothing; a model may name its inputs.
         """
 
     @abstractmethod
@@ -189,6 +203,9 @@ class SecondStage(AutoregressiveModel):
         tokenizer: makes the codes; used without gradients, in eval mode and in float32. Its weights are frozen.
     """
 
+    channels: int
+    codebook_size: int
+
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         if not isinstance(tokenizer, Tokenizer):
@@ -203,7 +220,7 @@ class SecondStage(AutoregressiveModel):
         """The tokenizer, on this model's device."""
         return self._held.tokenizer.to(self.device)
 
-    def loss(self, out: CodePrediction, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, out: Prediction, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the codes in nats, the mean over codes and images."""
         loss = cross_entropy(rearrange(out.logits.float(), "b n v -> b v n"), out.indices)
         return loss, {"cross_entropy": loss}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +55,9 @@ class LogitEncoder(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        *modules, to_logits = self
-        for module in modules:
+        for module in self[:-1]:
             x = module(x)
+        to_logits = cast(nn.Conv2d, self[-1])
         return F.linear(rearrange(x, "b d h w -> b h w d"), to_logits.weight.flatten(1), to_logits.bias)
 
 
@@ -93,6 +93,10 @@ class DiscreteVAE(
     """
 
     model_type = "dvae"
+    channels: int
+    image_size: int
+    means: Tensor  # (c, 1, 1), of `norm`
+    stds: Tensor
     num_levels = 1
 
     def __init__(
@@ -124,7 +128,7 @@ class DiscreteVAE(
         self.straight_through = straight_through
         self.reinmax = reinmax
         self.kl_div_loss_weight = kl_div_loss_weight
-        self.kl_reduction = kl_reduction
+        self.kl_reduction = cast(Literal["mean", "dalle"], kl_reduction)
         self.check_image_size(image_size)
         means, stds = _normalization(normalization, channels)
         self.register_buffer("means", means, persistent=False)  # DALLE-pytorch's checkpoints have no such tensors
@@ -381,7 +385,7 @@ def _normalization(given: Sequence[Sequence[float]] | None, channels: int) -> tu
 
 
 def _refuse_unknown_arguments(model_class: type, options: dict[str, Any]) -> None:
-    known = list(inspect.signature(model_class.__init__).parameters)[1:]
+    known = list(inspect.signature(cast(Any, model_class).__init__).parameters)[1:]
     for name in options:
         if name not in known:
             raise unknown("argument", name, known, of=model_class.__name__)

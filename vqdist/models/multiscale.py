@@ -25,15 +25,17 @@ MOST_PHIS = 4  # as VAR has for its ten scales
 
 
 class SharedCodebook(Protocol):
-    """What `MultiScaleResidual` asks of a codebook.
+    """What `MultiScaleResidual` asks of a codebook."""
 
-    Attributes:
-        codebook_size: number of codes.
-        has_codes: whether the codes have values; if not, `start` gives them some.
-    """
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        ...
 
-    codebook_size: int
-    has_codes: bool
+    @property
+    def has_codes(self) -> bool:
+        """Whether the codes have values; if not, `start` gives them some."""
+        ...
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Vectors (..., d) -> the nearest codes (...) int64."""
@@ -90,6 +92,9 @@ class VectorQuantizer(nn.Module):
         """See `SharedCodebook`."""
         return self.embedding(indices)
 
+    def start(self, vectors: Tensor) -> None:
+        """Do nothing: the codes have values from the beginning."""
+
     def follow(self, vectors: Tensor, indices: Tensor) -> None:
         """Nothing: the optimizer moves the codes."""
 
@@ -144,7 +149,9 @@ class MultiScaleResidual(nn.Module):
         target = features.detach()
         if self.training and not self.codebook.has_codes:
             self.codebook.start(self.pyramid(target))
-        total, loss, coded, indices = torch.zeros_like(target), 0.0, [], []
+        total, loss = torch.zeros_like(target), torch.zeros((), device=target.device)
+        coded: list[Tensor] = []
+        indices: list[Tensor] = []
         for scale, side in enumerate(self.scales):
             coded.append(to_rows(shrink(target - total.detach(), side)))
             indices.append(self.codebook.nearest(coded[-1]))
@@ -168,9 +175,10 @@ class MultiScaleResidual(nn.Module):
 
     def totals(self, indices: Tensor) -> Iterator[Tensor]:
         """Features (b, d, h, w) after each scale of codes (b, L), or of the first scales only."""
-        total = 0
+        total: Tensor | None = None
         for scale, part in enumerate(split_scales(indices, self.scales)):
-            total = total + self.contribution(scale, part)
+            added = self.contribution(scale, part)
+            total = added if total is None else total + added
             yield total
 
     def decode(self, indices: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelHubMixin, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,6 +26,7 @@ from vqdist.parts import PATH, Registry, trusting
 from vqdist.storage import save_module
 
 M = TypeVar("M", bound="PretrainedModel")
+H = TypeVar("H", bound=ModelHubMixin)  # in methods that the hub's mixin has, too
 
 # model_type in config.json -> the class that it is an instance of
 MODEL_TYPES = {
@@ -55,6 +56,12 @@ class PretrainedModel(PyTorchModelHubMixin):
     image_size: int | None = None
     buffers_are_live: bool = True
 
+    if TYPE_CHECKING:  # an attribute or a property of each model
+
+        @property
+        def channels(self) -> int:
+            """Channels of the images."""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         of_torch = any(base.__module__.startswith("torch.distributed.") for base in cls.__bases__)  # `fully_shard`'s
@@ -69,7 +76,7 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     def saved_part(self) -> nn.Module:
         """The module whose tensors are saved; their names begin at it."""
-        return self
+        return cast(nn.Module, self)  # every model is one
 
     def current_name(self, name: str) -> str:
         """Return the present name of a tensor of `saved_part` that an export of an earlier version calls so."""
@@ -77,7 +84,7 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     def configuration(self) -> dict[str, Any]:
         """Return the arguments that the model was built with, as config.json holds them."""
-        return dict(self._hub_mixin_config or {})
+        return dict(cast("dict[str, Any]", self._hub_mixin_config or {}))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         path = save_directory / "model.safetensors"
@@ -131,7 +138,8 @@ class PretrainedModel(PyTorchModelHubMixin):
             raise UserError(f"{name} {found} ({' '.join(str(error).split()[:30])})") from error
         if mend and not model.buffers_are_live:
             model._mend_codebook(name)
-        return model.eval()
+        cast(nn.Module, model).eval()
+        return model
 
     def _mend_codebook(self, location: str) -> None:
         network = getattr(self, "network", None)  # of tokenizers; the others have no codebook
@@ -162,13 +170,14 @@ class PretrainedModel(PyTorchModelHubMixin):
         return written
 
     @classmethod
-    def _load_as_safetensor(cls, model: M, model_file: str, map_location: str, strict: bool) -> M:
-        tensors = load_file(model_file, device=str(map_location))
-        _fill(model.saved_part(), {model.current_name(name): tensor for name, tensor in tensors.items()}, strict)
-        return model.to(map_location)
+    def _load_as_safetensor(cls, model: H, model_file: str, map_location: str, strict: bool) -> H:
+        tensors, filled = load_file(model_file, device=str(map_location)), cast(PretrainedModel, model)
+        _fill(filled.saved_part(), {filled.current_name(name): tensor for name, tensor in tensors.items()}, strict)
+        cast(nn.Module, model).to(map_location)
+        return model
 
     @classmethod
-    def _load_as_pickle(cls, model: M, model_file: str, map_location: str, strict: bool) -> M:
+    def _load_as_pickle(cls, model: H, model_file: str, map_location: str, strict: bool) -> H:
         raise UserError("the repository has no model.safetensors; pickled weights are not loaded")
 
 
@@ -214,7 +223,7 @@ def _class_of(model_type: Any, found_in: str | Path) -> type[PretrainedModel]:
         module, name = MODEL_TYPES[model_type]
         return getattr(importlib.import_module(module), name)
     if isinstance(model_type, str) and PATH.fullmatch(model_type):
-        return MODELS.factory(model_type)
+        return cast("type[PretrainedModel]", MODELS.factory(model_type))
     known = ", ".join(MODEL_TYPES)
     raise UserError(f"{found_in} holds a model of type {model_type!r}; vqdist has {known}")
 

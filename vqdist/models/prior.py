@@ -40,6 +40,7 @@ class Prior(
     """
 
     model_type = "prior"
+    num_codes: int
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from einops import rearrange
@@ -31,10 +32,23 @@ class TokenizerNetwork(nn.Module, ABC):
             A network that has them has a `quantizer`, a `vqdist.models.quantizers.MultiScaleQuantizer`.
     """
 
-    channels: int
-    codebook_size: int
-    num_levels: int
-    scales: tuple[int, ...] | None = None
+    quantizer: Any  # see `scales`
+    if TYPE_CHECKING:  # attributes or properties of each network
+
+        @property
+        def channels(self) -> int: ...
+
+        @property
+        def codebook_size(self) -> int: ...
+
+        @property
+        def num_levels(self) -> int: ...
+
+        @property
+        def scales(self) -> tuple[int, ...] | None: ...
+
+    else:
+        scales = None
 
     @abstractmethod
     def tokenize(self, image: Tensor) -> Tensor:
@@ -60,8 +74,8 @@ class TokenizerNetwork(nn.Module, ABC):
 
     def img_to_idxBl(self, imgs: Tensor) -> list[Tensor]:
         """Images (b, c, h, w) in [0, 1] -> the codes (b, p * p) of each scale."""
-        self._require_scales()
-        return list(self.tokenize(imgs).split([side**2 for side in self.scales], dim=1))
+        sides = self._require_scales()
+        return list(self.tokenize(imgs).split([side**2 for side in sides], dim=1))
 
     def idxBl_to_var_input(self, idxBl: Sequence[Tensor]) -> Tensor:
         """Codes of the scales, or of the first ones, -> what predicts each scale but the first.
@@ -78,9 +92,31 @@ class TokenizerNetwork(nn.Module, ABC):
         self._require_scales()
         return self.detokenize(torch.cat(list(idxBl), dim=1)).float().clamp(0, 1)
 
-    def _require_scales(self) -> None:
+    def _require_scales(self) -> tuple[int, ...]:
         if self.scales is None:
             raise UserError("this tokenizer codes images at one scale; train one with quantizer multiscale_vq")
+        return self.scales
+
+
+class TokenizerModel(Protocol):
+    """A model that is saved and loaded, and whose `network` is a `TokenizerNetwork`; see `PretrainedModel`."""
+
+    model_type: ClassVar[str]
+    image_size: int | None
+    buffers_are_live: bool
+
+    @property
+    def network(self) -> TokenizerNetwork:
+        """Return the part of the model that reconstructs images."""
+
+    def check_image_size(self, size: int) -> None:
+        """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
+
+    def code_shape(self, image_size: int) -> tuple[int, ...]:
+        """Return the shape of the codes of a square image of this side."""
+
+    def save_pretrained(self, save_directory: str | Path) -> Any:
+        """Write config.json and model.safetensors."""
 
 
 class Tokenizer(nn.Module):
@@ -91,14 +127,14 @@ class Tokenizer(nn.Module):
         image_size: side of the images in pixels; by default the one that the model was trained on.
     """
 
-    def __init__(self, model: nn.Module, image_size: int | None = None):
+    def __init__(self, model: TokenizerModel, image_size: int | None = None):
         super().__init__()
         image_size = model.image_size if image_size is None else image_size
         if image_size is None:
             raise UserError("the model does not say on which image size it was trained; give image_size")
         model.check_image_size(image_size)
         self._model = [model]  # in a list, so that only the network is a part of this module
-        self.network: TokenizerNetwork = model.network.eval()
+        self.network = model.network.eval()
         self.image_size = image_size
         self.code_shape = model.code_shape(image_size)
 
@@ -125,7 +161,7 @@ class Tokenizer(nn.Module):
                 f"{name_or_path} holds a {type(model).__name__}, which is no image tokenizer; give a run of one, as "
                 "of vqgan or dvae"
             )
-        return cls(model, image_size)
+        return cls(cast(TokenizerModel, model), image_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model with `save_pretrained`, so that `from_pretrained` gives this tokenizer back."""

@@ -44,6 +44,10 @@ class VAR(
     """
 
     model_type = "var"
+    scale_lengths: tuple[int, ...]
+    num_codes: int
+    level_of: Tensor  # (L,), the scale of each code
+    sees: Tensor  # (L, L), whether a code's own scale is that of another code or a later one
 
     def __init__(
         self,
@@ -103,7 +107,8 @@ class VAR(
         guided = options.cfg != 1
         if guided:  # both in one batch
             label = torch.cat([label, torch.full_like(label, self.num_classes)])
-        codes, cache = [], None
+        codes: list[Tensor] = []
+        cache: Any = None
         with _caching(self.transformer):
             for scale, part in enumerate(uniform.split(self.scale_lengths, dim=1)):
                 tokens = self._tokens(self._input_after(codes, guided), label)
@@ -113,7 +118,8 @@ class VAR(
                     hidden = self._hidden(tokens, label)[:, -part.shape[1] :]
                 logits = self.to_logits(hidden)
                 if guided:
-                    logits = guide(*logits.chunk(2), guidance_at(options.cfg, scale, len(self.scales)))
+                    of_class, of_none = logits.chunk(2)
+                    logits = guide(of_class, of_none, guidance_at(options.cfg, scale, len(self.scales)))
                 codes.append(draw(logits, part, options))
         return torch.cat(codes, dim=1)
 

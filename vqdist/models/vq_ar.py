@@ -118,6 +118,7 @@ class VQImageAutoregressiveAutoencoder(
     """
 
     model_type = "vq_ar"
+    channels: int
     num_levels = 1
     draw_defaults = {"min_p": 0.25, "temperature": 1.5}
 
@@ -289,8 +290,9 @@ class VQImageAutoregressiveAutoencoder(
     def draw_codes(self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True) -> Tensor:
         codebook = self.codebook()
         vectors = codebook.to(self.start_token.dtype)
-        tokens = repeat(self.start_token, "d -> b 1 d", b=len(uniform))
-        codes, cache = [], None
+        tokens: Tensor = repeat(self.start_token, "d -> b 1 d", b=len(uniform))
+        codes: list[Tensor] = []
+        cache: Any = None
         for chance in uniform.unbind(dim=1):
             hidden, kept = self.transformer(tokens, cache=cache, return_hiddens=True, input_not_include_cache=True)
             logits = self.logit_scale * distance_logits(self.to_code(hidden[:, -1]), codebook)

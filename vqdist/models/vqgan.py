@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -40,7 +40,7 @@ from vqdist.models.quantizers.base import checked
 from vqdist.models.tokenizer import TokenizerNetwork, check_images, check_pixels, check_scales
 from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
 from vqdist.objectives.perceptual import MIN_IMAGE_SIZE, too_small_for_vgg16
-from vqdist.parts import Registry, Spec, UnavailablePart, recorded, unknown
+from vqdist.parts import PartSpec, Registry, Spec, UnavailablePart, recorded, unknown
 
 DEFAULT_CODEBOOK_SIZE = 65_536
 
@@ -74,6 +74,10 @@ class VQAutoencoder(TokenizerNetwork):
         quantizer: maps features to codes.
         decoder: see `vqdist.models.networks.Decoder`.
     """
+
+    channels: int
+    encoder: Any  # a module and an `Encoder`, which Python's types cannot say at once
+    decoder: Any  # likewise a `Decoder`
 
     def __init__(self, *, channels: int, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module):
         super().__init__()
@@ -224,6 +228,9 @@ class VQGanVAE(
     """
 
     model_type = "vqgan"
+    channels: int
+    discriminator: Any  # a module and a `Discriminator`, or None
+    _hub_mixin_config: dict[str, Any]
     part_options: ClassVar[Mapping[str, Registry[Any]]] = {
         "encoder": ENCODERS,
         "quantizer": QUANTIZERS,
@@ -263,9 +270,9 @@ class VQGanVAE(
     ):
         super().__init__()
         check_channels(channels)
-        given = {"encoder": encoder, "quantizer": quantizer, "decoder": decoder}
+        given: dict[str, Any] = {"encoder": encoder, "quantizer": quantizer, "decoder": decoder}
         given |= {"discriminator": discriminator, "terms": terms}
-        conv = {
+        conv: dict[str, Any] = {
             "dim": dim,
             "layers": layers,
             "encdec_layer_mults": encdec_layer_mults,
@@ -280,13 +287,15 @@ class VQGanVAE(
         self.l2_recon_loss = l2_recon_loss
         self.use_hinge_loss = use_hinge_loss
         self.perceptual = perceptual if use_vgg_and_gan else "none"
-        own = {"layers": layers, "layer_mults": encdec_layer_mults, "num_resnet_blocks": encdec_num_resnet_blocks}
-        own |= {"channels": channels, "groups": encdec_resnet_groups}
+        width = cast(int, dim)  # where vqdist's own networks read it, it is given
+        own: dict[str, Any] = {"layers": layers, "layer_mults": encdec_layer_mults}
+        own |= {"num_resnet_blocks": encdec_num_resnet_blocks, "channels": channels, "groups": encdec_resnet_groups}
+        built_encoder: Any = None  # a module and an `Encoder`
         if encoder is not None:
-            encoder = require_module(ENCODERS.build(encoder, channels=channels), "encoder")
-            features = whole_number(encoder, "encoder", "dim")
+            built_encoder = require_module(ENCODERS.build(encoder, channels=channels), "encoder")
+            features = whole_number(built_encoder, "encoder", "dim")
         else:
-            features = widths_of(dim, layers, encdec_layer_mults)[-1]
+            features = widths_of(width, layers, encdec_layer_mults)[-1]
         vq_kwargs = {**(vq_kwargs or {}), **_vq_prefixed(kwargs)}
         built_quantizer = _build_quantizer(
             quantizer or ("lfq" if lookup_free_quantization else "vq"),
@@ -295,14 +304,14 @@ class VQGanVAE(
             groups={"vq_kwargs": vq_kwargs, "lfq_kwargs": lfq_kwargs, "quantizer_kwargs": quantizer_kwargs},
         )
         if encoder is None:
-            encoder = ConvEncoder(dim, **own, first_kernel_size=encdec_first_conv_kernel_size)
+            built_encoder = ConvEncoder(width, **own, first_kernel_size=encdec_first_conv_kernel_size)
         if decoder is None:
-            decoder = ConvDecoder(dim, **own)
+            built_decoder: nn.Module = ConvDecoder(width, **own)
         else:
-            decoder = require_module(DECODERS.build(decoder, channels=channels, dim=features), "decoder")
-        _check_fit(encoder, decoder, channels)
+            built_decoder = require_module(DECODERS.build(decoder, channels=channels, dim=features), "decoder")
+        _check_fit(built_encoder, built_decoder, channels)
         self.autoencoder = VQAutoencoder(
-            channels=channels, encoder=encoder, quantizer=built_quantizer, decoder=decoder
+            channels=channels, encoder=built_encoder, quantizer=built_quantizer, decoder=built_decoder
         )
         self._missing: dict[str, UnavailablePart] = {}  # what only training needs, and could not be built
         self.discriminator = self._build_discriminator(discriminator, conv) if with_gan else None
@@ -471,10 +480,10 @@ class VQGanVAE(
         if self.autoencoder.last_layer is None:
             return total + adversarial
         weight = self.autoencoder.last_layer.weight
-        gradients = (
+        of_reference, of_adversarial = (
             torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (terms.reference, adversarial)
         )
-        return total + losses.adaptive_weight(*gradients) * adversarial
+        return total + losses.adaptive_weight(of_reference, of_adversarial) * adversarial
 
     def _discriminator_loss(self, image: Tensor, out: ForwardPass, add_gradient_penalty: bool) -> Tensor:
         if self.discriminator is None:
@@ -537,7 +546,7 @@ class VQGanVAE(
 
     def _default_terms(self) -> list[Any]:
         """What the ancestor minimises; the adaptive weight compares with the perceptual loss where there is one."""
-        kind = "l2" if self.l2_recon_loss else "l1"
+        kind: Literal["l1", "l2"] = "l2" if self.l2_recon_loss else "l1"
         if isinstance(self.perceptual, Mapping) and not self._vgg:  # of a model that was given a network as `vgg`
             Spec.of(self.perceptual, "vgg")  # says that it must be given again
         features = self._vgg[0] if self._vgg else self.perceptual
@@ -565,7 +574,7 @@ class VQGanVAE(
         prefix = "autoencoder."
         return prefix + self.autoencoder.current_name(name.removeprefix(prefix))
 
-    def with_network(self, network: nn.Module) -> VQGanVAE:
+    def with_network(self, network: VQAutoencoder) -> VQGanVAE:
         """Return this model with another autoencoder of the same kind; nothing is copied."""
         twin = copy.copy(self)
         twin._modules = {**self._modules, "autoencoder": network}
@@ -681,7 +690,7 @@ def _build_quantizer(
         if QUANTIZERS[name] is factory:
             size = {"codebook_size": codebook_size} if set_size or "levels" not in spec.init_args else {}
             return build_quantizer(name, **{"dim": dim, **size, **spec.init_args})
-    built = build_quantizer(given, dim=dim, codebook_size=codebook_size)
+    built = build_quantizer(cast(PartSpec, given), dim=dim, codebook_size=codebook_size)
     if set_size and built.codebook_size != codebook_size:
         raise UserError(
             f"codebook_size {codebook_size} is given, and quantizer {spec.target} has {built.codebook_size} codes; "

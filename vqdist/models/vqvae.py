@@ -43,6 +43,9 @@ class SimpleVQVAE(
     """
 
     model_type = "simple_vqvae"
+    channels: int
+    scales: tuple[int, ...]
+    image_size: int
     num_levels = 1
     stride = 2**LAYERS
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from vqdist.errors import UserError
 from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans
 from vqdist.models.autoregressive import AutoregressiveModel
-from vqdist.models.tokenizer import TokenizerNetwork
+from vqdist.models.tokenizer import Tokenizer, TokenizerNetwork
 from vqdist.options import option
 from vqdist.sampling import DrawOptions, uniform_per_image
 from vqdist.seeding import derive_seed
+from vqdist.tracking import Tracker
 from vqdist.trainers.base import Trainer, mark_last
 from vqdist.trainers.config import TrainerConfig
 
@@ -38,7 +39,7 @@ IMAGE_OPTIONS = ("augment", "exts", "on_bad_image")
 class ARTrainerConfig(TrainerConfig):
     """How to train a model that predicts codes: the options of every trainer, and those of labels and samples."""
 
-    image_size: int | None = option(None, at_least=1)
+    image_size: int | None = option(None, at_least=1)  # type: ignore[assignment]  # until `check_model` takes the model's
     """Side of the square training images in pixels; by default the model's."""
     label_dropout: float = option(0.1, at_least=0, at_most=1)
     """Share of the training images whose class is hidden, so that the model learns to do without: what `cfg` needs."""
@@ -88,6 +89,8 @@ class ARTrainer(Trainer):
     """
 
     config_class = ARTrainerConfig
+    config: ARTrainerConfig
+    model: AutoregressiveModel
     model_argument = "model"
     picture_name = "samples"
 
@@ -126,10 +129,10 @@ class ARTrainer(Trainer):
             self._check_makes_no_codes()
             self.config.refuse_set("folder", *IMAGE_OPTIONS, because="codes are given as the dataset")
         if isinstance(dataset, CodeDataset):
-            dataset.check_tokenizer(self.model.tokenizer.fingerprint())
+            dataset.check_tokenizer(cast(Tokenizer, self.model.tokenizer).fingerprint())
             if rank_of_launcher() == 0:  # one reader is enough to find damaged files
                 dataset.verify()
-            opened = dataset, dataset
+            opened: tuple[ImageDataset | CodeDataset, ImageDataset | CodeDataset] = dataset, dataset
         else:
             opened = super()._open_data(dataset)
         if self.with_labels:
@@ -156,7 +159,7 @@ class ARTrainer(Trainer):
     def _set_up_networks(self) -> None:
         super()._set_up_networks()
         # of a tokenizer that is trained along: its codebook may die, one that is frozen cannot
-        self.codes = CodeHistogram(self.model, self.device) if self._is_tokenizer else None
+        self.codes = CodeHistogram(cast(TokenizerNetwork, self.model), self.device) if self._is_tokenizer else None
         scales = self.model.scale_lengths  # the likelihood of all codes is the loss already, that of each scale is not
         self.predicted = CodePredictionMetrics(
             self.model.num_codes, scales, self.device, likelihood=scales is not None
@@ -208,32 +211,34 @@ class ARTrainer(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         """How well the codes of the validation images are predicted; of VQ-AR also how well they are reconstructed."""
-        with self.averaged_network() as network:
+        with self.averaged_model() as network:
             numbers = evaluate_prediction(network, (batch[:2] for batch in self.valid_batches()), self.backend)
             if self._is_tokenizer:
                 images = (item for item, *_ in self.valid_batches())
-                size = self.config.image_size
-                numbers |= evaluate_reconstruction(network, images, self.backend, image_size=size)
+                numbers |= evaluate_reconstruction(
+                    cast(TokenizerNetwork, network), images, self.backend, image_size=self.model.image_size
+                )
         return numbers
 
     def save_pictures(self, path: Path) -> None:
         """A sheet of samples, the classes in turn; of VQ-AR also one of originals beside their reconstructions."""
-        with self.averaged_network() as network:
-            if self.is_main:
+        with self.averaged_model() as network:
+            if self.tracker is not None:  # on rank 0
                 with self.report.drawing():
-                    self._draw_samples(network, path)
+                    self._draw_samples(self.tracker, network, path)
                     if self._is_tokenizer:
-                        self._draw_reconstructions(network, path.with_name(f"{path.stem}_reconstructions.png"))
+                        path = path.with_name(f"{path.stem}_reconstructions.png")
+                        self._draw_reconstructions(self.tracker, cast(TokenizerNetwork, network), path)
 
-    def _draw_samples(self, network: AutoregressiveModel, path: Path) -> None:
+    def _draw_samples(self, tracker: Tracker, network: AutoregressiveModel, path: Path) -> None:
         count = self.config.num_images_save
         samples = self.samples(network, count)[:, None]
-        self.tracker.picture(self.step, self.picture_name, samples, path, columns=round(count**0.5))
+        tracker.picture(self.step, self.picture_name, samples, path, columns=round(count**0.5))
 
-    def _draw_reconstructions(self, network: AutoregressiveModel, path: Path) -> None:
+    def _draw_reconstructions(self, tracker: Tracker, network: TokenizerNetwork, path: Path) -> None:
         images = self.picture_images()
         both = torch.stack([images, reconstruct(network, images)], dim=1)
-        self.tracker.picture(self.step, "reconstructions", both, path, columns=8)
+        tracker.picture(self.step, "reconstructions", both, path, columns=8)
 
     def samples(self, model: AutoregressiveModel, count: int) -> Tensor:
         """Images (count, c, h, w) drawn from a network; the same at every step but for it."""
@@ -249,7 +254,7 @@ class ARTrainer(Trainer):
     @contextmanager
     def averaged_model(self) -> Iterator[AutoregressiveModel]:
         with self.averaged_network() as model:
-            yield model
+            yield cast(AutoregressiveModel, model)
 
     @property
     def _is_tokenizer(self) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from vqdist.backends import Engine, create_backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.peers import naming_lost_peers
 from vqdist.checkpoint import PATIENCE, CheckpointStore
+from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
 from vqdist.errors import UserError
@@ -88,7 +90,24 @@ class Trainer(ABC):
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
     model_argument: ClassVar[str] = "vae"
     picture_name: ClassVar[str] = "reconstructions"
-    with_labels: bool = False
+    if TYPE_CHECKING:  # an attribute or a property of each trainer
+
+        @property
+        def with_labels(self) -> bool: ...
+
+    else:
+        with_labels = False
+    __signature__: ClassVar[inspect.Signature]
+    config: TrainerConfig
+    model: PretrainedModel
+    run: Run
+    progress: Progress
+    networks: Networks
+    report: Report
+    resume: Resume
+    guard: FiniteGuard
+    stop: StopRequest
+    _batches: Iterator[Batch] | None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -378,7 +397,8 @@ class Trainer(ABC):
         keep_freed_memory(self.device)
         channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(device=self.device, memory_format=self.memory_format).train()
+        network: Any = self.model  # a module, as every model is
+        network.to(device=self.device, memory_format=self.memory_format).train()
         if config.compile and not self.backend.capabilities.compiles:
             raise UserError(
                 f"compile is not possible on {self.backend.title}, which swaps weights while a network runs; leave it "
@@ -402,7 +422,7 @@ class Trainer(ABC):
 
     def _go_on(self) -> None:
         """Go on from the newest checkpoint, if there is one; from then on the folder is this run's."""
-        self._batches: Iterator[Batch] | None = None
+        self._batches = None
         self._loop: Callable[[], Generator | None] = lambda: None  # of `steps`, as long as somebody holds it
         self.stop = StopRequest(self.backend)
         self.report = Report(self.backend, self.progress, self.stop, self.run.folder)
@@ -432,14 +452,14 @@ class Trainer(ABC):
 
     # ------------------------------------------------------------------------------------- data
 
-    def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset, ImageDataset]:
+    def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset | CodeDataset, ImageDataset | CodeDataset]:
         config = self.config
         if (dataset is None) == (config.folder is None):
             given = "neither" if dataset is None else "both"
             raise UserError(f"folder or dataset must be given, and {given} was; see `vqdist train --help` for sources")
         shape = {"image_size": config.image_size, "channels": self.model.channels}
-        view = {**shape, "seed": config.seed, "on_bad_image": config.on_bad_image}
-        source = config.folder if dataset is None else dataset
+        view: dict[str, Any] = {**shape, "seed": config.seed, "on_bad_image": config.on_bad_image}
+        source: Any = config.folder if dataset is None else dataset
         train = ImageDataset(source, exts=config.exts, augment=config.augment, **view)
         return train, ImageDataset(train.source, augment=False, **view)
 
@@ -511,7 +531,7 @@ class Trainer(ABC):
 
     def to_device(self, images: Tensor) -> Tensor:
         """Return images (in the run's memory format) or codes on this rank's device, without waiting."""
-        layout = {"memory_format": self.memory_format} if images.ndim == 4 else {}
+        layout: dict[str, Any] = {"memory_format": self.memory_format} if images.ndim == 4 else {}
         return images.to(self.device, non_blocking=True, **layout)
 
     # ------------------------------------------------------------------------------------- save and load
@@ -623,7 +643,7 @@ class Trainer(ABC):
     def num_train_steps(self) -> int:
         """Optimizer steps of the whole run; `epochs` are counted in images, so they hold for any number of ranks."""
         if self.config.epochs is None:
-            return self.config.num_train_steps
+            return cast(int, self.config.num_train_steps)  # one of the two is given
         images_left = max(0, round(self.config.epochs * len(self.split.train)) - self.position)
         return self.step + math.ceil(images_left / self.global_batch)
 

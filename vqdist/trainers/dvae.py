@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ DEFAULT_EPOCHS = 20.0
 class DiscreteVAETrainerConfig(TrainerConfig):
     """How to train a discrete VAE: the options of every trainer, with DALLE-pytorch's defaults, and the draw's."""
 
-    image_size: int | None = option(None, at_least=1)
+    image_size: int | None = option(None, at_least=1)  # type: ignore[assignment]  # until `check_model` takes the model's
     """Side of the square training images in pixels; by default the model's."""
     epochs: float | None = option(None, above=0, at_most=1e9, free=True)
     """Passes over the training images; 20 where num_train_steps is not given either."""
@@ -78,6 +78,8 @@ class DiscreteVAETrainer(TokenizerTrainer):
     """
 
     config_class = DiscreteVAETrainerConfig
+    config: DiscreteVAETrainerConfig
+    model: DiscreteVAE
 
     def __init__(self, vae: DiscreteVAE, **options):
         super().__init__(vae, **options)
@@ -149,7 +151,7 @@ class DiscreteVAETrainer(TokenizerTrainer):
     def noise(self, positions: range) -> Tensor:
         """Gumbel noise (b, h', w', v) of the images at these places of the data order."""
         seeds = (derive_seed("gumbel", self.config.seed, position) for position in positions)
-        return gumbel_noise_per_image(self.model.noise_shape(self.config.image_size), seeds, self.device)
+        return gumbel_noise_per_image(self.model.noise_shape(self.model.image_size), seeds, self.device)
 
     @property
     def temperature(self) -> float:
@@ -166,7 +168,7 @@ class DiscreteVAETrainer(TokenizerTrainer):
     def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
         """Original, reconstruction from a relaxed draw, and from the codes, and from the codes of the average."""
         original, *hard = super().views(images, networks)
-        vae = networks[0]
+        vae = cast(DiscreteVAE, networks[0])
         with in_eval_mode(vae):
             soft = vae(images, temp=self.temperature, noise=self.noise(range(-len(images), 0)))
         return [original, vae.denorm(soft).clamp(0, 1), *hard]
@@ -174,4 +176,4 @@ class DiscreteVAETrainer(TokenizerTrainer):
     @contextmanager
     def averaged_model(self) -> Iterator[DiscreteVAE]:
         with self.averaged_network() as vae:
-            yield vae
+            yield cast(DiscreteVAE, vae)

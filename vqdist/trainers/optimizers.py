@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ def _build(
     except (TypeError, ValueError, RuntimeError) as error:  # an optimizer's own words for arguments it does not take
         raise UserError(f"{options.option} {_name(factory)}: {' '.join(str(error).split())[:300]}") from error
     if hasattr(factory, "elementwise") and not hasattr(optimizer, "elementwise"):
-        optimizer.elementwise = factory.elementwise
+        cast(Any, optimizer).elementwise = factory.elementwise
     return optimizer
 
 
@@ -193,7 +193,8 @@ def _fused(factory: Any, arguments: Mapping[str, Any], said: bool | None, device
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
     """Return the groups of a network's trainable weights; matrices and kernels decay, biases and gains do not."""
     names = {id(parameter): name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    groups, taken = [], set()
+    groups: list[Group] = []
+    taken: set[int] = set()
     for owner, part in module.named_modules():
         hook = getattr(part, "parameter_groups", None)
         if not callable(hook) or any(id(parameter) in taken for parameter in part.parameters()):
@@ -298,7 +299,7 @@ class MuonWithAdamW(Optimizer):
         self.state = self.adamw.state = defaultdict(dict)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         self._step_hidden()
         if self.adamw.param_groups:
             self.adamw.step()
@@ -322,7 +323,7 @@ class MuonWithAdamW(Optimizer):
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         matrix = weight.detach().flatten(1)
-        matrix.grad = weight.grad.flatten(1)
+        matrix.grad = cast(Tensor, weight.grad).flatten(1)
         if self.state[weight]:
             self.muon.state[matrix] = self.state[weight]
         return matrix
@@ -369,7 +370,8 @@ def muon(
         named = any(fnmatchcase(name, pattern) for pattern in exclude)
         return parameter.ndim > 1 and id(parameter) not in embeddings and not named
 
-    hidden, rest = [], []
+    hidden: list[Group] = []
+    rest: list[Group] = []
     for group in groups:
         for chosen, wanted in ((hidden, True), (rest, False)):
             pairs = [pair for pair in zip(group["names"], group["params"], strict=True) if is_hidden(*pair) is wanted]
@@ -417,6 +419,6 @@ def adamw_8bit(
             f"optimizer adamw_8bit needs bitsandbytes ({' '.join(str(error).split())[:160]}); install it with pip "
             "install 'vqdist[optimizers]'"
         ) from error
-    optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=0.0, min_8bit_size=min_8bit_size)
+    optimizer: Any = AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=0.0, min_8bit_size=min_8bit_size)
     optimizer.elementwise = False  # 256 neighbours share a scale
     return optimizer

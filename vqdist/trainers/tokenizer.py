@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vqdist.evaluation import evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram
+from vqdist.models.tokenizer import TokenizerNetwork
 from vqdist.trainers.base import Trainer
 
 
@@ -21,7 +23,7 @@ class TokenizerTrainer(Trainer):
 
     def _set_up_networks(self) -> None:
         super()._set_up_networks()
-        self.codes = CodeHistogram(self.main_engine.module, self.device)
+        self.codes = CodeHistogram(cast(TokenizerNetwork, self.main_engine.module), self.device)
         self._codes_before = torch.zeros_like(self.codes.counts)
 
     def numbers_over_ranks(self) -> dict[str, float]:
@@ -36,8 +38,9 @@ class TokenizerTrainer(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         with self.averaged_network() as network:
+            size = self.config.image_size
             return evaluate_reconstruction(
-                network, self.valid_batches(), self.backend, image_size=self.config.image_size
+                cast(TokenizerNetwork, network), self.valid_batches(), self.backend, image_size=size
             )
 
     def save_pictures(self, path: Path) -> None:
@@ -45,15 +48,15 @@ class TokenizerTrainer(Trainer):
         chart = self.backend.sum(self._codes_before + self.codes.counts)
         self._codes_before = -self.codes.counts  # the next line of numbers adds what is drawn now
         with self.main_engine.whole() as live, self.averaged_network() as averaged:
-            if self.is_main:
+            if self.tracker is not None:  # on rank 0
                 with self.report.drawing():
                     networks = [live] if self.ema is None else [live, averaged]
                     views = torch.stack(self.views(self.picture_images(), networks), dim=1)
                     self.tracker.picture(self.step, self.picture_name, views, path)
-        if self.is_main and bool(chart.any()):
+        if self.tracker is not None and bool(chart.any()):
             self.tracker.histogram(self.step, "codes", chart, path.with_name(f"{path.stem}_codes.png"))
 
     def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
         """What a picture shows of images (n, c, h, w): original, and the reconstructions of the live network and of
         the averaged one, if there is one."""
-        return [images, *(reconstruct(network, images) for network in networks)]
+        return [images, *(reconstruct(cast(TokenizerNetwork, network), images) for network in networks)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from vqdist.backends import Engine
 from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.models.networks.base import halves, logits_of
-from vqdist.models.vqgan import ForwardPass, VQGanVAE
+from vqdist.models.vqgan import ForwardPass, VQAutoencoder, VQGanVAE
 from vqdist.options import option
 from vqdist.parts import Spec
 from vqdist.schedules import factor_of, linear_ramp
@@ -81,7 +81,7 @@ class VQGanTrainerConfig(TrainerConfig):
         """What was said of the discriminator's optimizer; the generator's where nothing was."""
         generator = self.optimizer_options
         given = {"betas": self.discr_adam_betas, "weight_decay": self.discr_weight_decay}
-        said = {name: value for name, value in given.items() if value is not None}
+        said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         optimizer = generator.overridden_by(said.keys()) if self.discr_optimizer is None else self.discr_optimizer
         lr = self.lr if self.discr_lr is None else self.discr_lr
         return replace(generator, **said, given=optimizer, lr=lr, said=frozenset(said), prefix="discr_")
@@ -101,6 +101,9 @@ class VQGanVAETrainer(TokenizerTrainer):
     """
 
     config_class = VQGanTrainerConfig
+    config: VQGanTrainerConfig
+    model: VQGanVAE
+    discriminator: Engine | None
 
     def __init__(self, vae: VQGanVAE, **options):
         super().__init__(vae, **options)
@@ -130,7 +133,7 @@ class VQGanVAETrainer(TokenizerTrainer):
             self.discriminator = engines["discriminator"] = self.backend.prepare(
                 vae.discriminator, optimizer, max_grad_norm=config.discr_max_grad_norm
             )
-            self._refuse_impossible_penalty()
+            self._refuse_impossible_penalty(self.discriminator)
         self.objective = vae.objective()
         return engines
 
@@ -142,9 +145,9 @@ class VQGanVAETrainer(TokenizerTrainer):
                 "adversarial_weight"
             )
 
-    def _refuse_impossible_penalty(self) -> None:
+    def _refuse_impossible_penalty(self, discriminator: Engine) -> None:
         every = self.config.apply_grad_penalty_every
-        if every and not self.discriminator.capabilities.trains_bare:
+        if every and not discriminator.capabilities.trains_bare:
             raise UserError(
                 f"apply_grad_penalty_every {every} is not possible where the discriminator's weights are sharded "
                 "(FSDP2, ZeRO 3): the penalty needs gradients of gradients, which do not reach a shard; give "
@@ -153,8 +156,8 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
         """One generator update and, once it has joined, one discriminator update."""
-        generator, discriminator = self.generator, self.discriminator
-        train_discriminator = discriminator is not None and self.step >= self.config.discriminator_start
+        generator = self.generator
+        discriminator = self.discriminator if self.step >= self.config.discriminator_start else None
         of_generator, of_discriminator = RunningMeans(), RunningMeans()
         for image, last in mark_last(micro_batches):
             with generator.micro_step(last=last):
@@ -163,14 +166,14 @@ class VQGanVAETrainer(TokenizerTrainer):
                 generator.backward(loss)
                 of_generator.add(numbers)
                 self.codes.add(out.indices)
-            if train_discriminator:
+            if discriminator is not None:
                 with discriminator.micro_step(last=last):
                     loss, numbers = self.discriminator_loss(image, out.recon.detach())
                     discriminator.backward(loss)
                     of_discriminator.add(numbers)
         lr = self.learning_rate(self.config.lr)
         numbers = self.step_engine("generator", of_generator.means(), lr=lr, norm="generator_grad_norm")
-        if train_discriminator:
+        if discriminator is not None:
             discr_lr = self.discr_learning_rate()
             norm = "discriminator_grad_norm"
             numbers |= self.step_engine("discriminator", of_discriminator.means(), lr=discr_lr, norm=norm)
@@ -188,12 +191,13 @@ class VQGanVAETrainer(TokenizerTrainer):
         recon = out.recon.detach().to(torch.float32).requires_grad_()
         gradient, reference, feature_loss, parts = self.objective.at_the_cut(recon, image, out)
         parts["aux_loss"] = out.aux_loss
-        weight = self.scheduled_adversarial_weight()
+        weight: float | Tensor = self.scheduled_adversarial_weight()
         if weight > 0:
-            parts["adversarial_loss"] = self.model.adversarial_loss(self.discriminator.frozen(recon))
+            parts["adversarial_loss"] = self.model.adversarial_loss(self.critic.frozen(recon))
             adversarial = torch.autograd.grad(parts["adversarial_loss"], recon)[0]
             if self.config.adaptive_weight:
-                parts["adaptive_weight"] = self.adaptive_weight(out.hidden, reference, adversarial)
+                hidden = cast(Tensor, out.hidden)  # there is one, see `_require_last_layer`
+                parts["adaptive_weight"] = self.adaptive_weight(hidden, reference, adversarial)
                 weight = weight * parts["adaptive_weight"]
             gradient = gradient + weight * adversarial
             parts["adversarial_weight"] = torch.as_tensor(weight)
@@ -213,20 +217,20 @@ class VQGanVAETrainer(TokenizerTrainer):
         Both gradients are averaged over ranks before their norms are taken: a weight of each rank's own would be a
         different loss from the one that one process computes.
         """
-        gradients = losses.last_layer_grads(
-            hidden, self.last_layer.weight_shape, reference, adversarial, **self.last_layer.options
-        )
-        return losses.adaptive_weight(*self.backend.average(gradients), max_weight=self.config.max_adaptive_weight)
+        layer = cast(_ConvShape, self.last_layer)
+        gradients = losses.last_layer_grads(hidden, layer.weight_shape, reference, adversarial, **layer.options)
+        of_reference, of_adversarial = self.backend.average(gradients)
+        return losses.adaptive_weight(of_reference, of_adversarial, max_weight=self.config.max_adaptive_weight)
 
     def discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss on real and reconstructed images (b, c, h, w), and the numbers to log."""
         every = self.config.apply_grad_penalty_every
         penalised = bool(every) and self.step % every == 0
-        if penalised and self.discriminator.capabilities.double_backward:
+        if penalised and self.critic.capabilities.double_backward:
             image = image.detach().requires_grad_()  # its logits serve the loss and the penalty
-            real, fake = logits_of(self.discriminator(image)), logits_of(self.discriminator(recon.to(image.dtype)))
+            real, fake = logits_of(self.critic(image)), logits_of(self.critic(recon.to(image.dtype)))
         else:
-            real, fake = halves(self.discriminator(torch.cat([image, recon.to(image.dtype)])))
+            real, fake = halves(self.critic(torch.cat([image, recon.to(image.dtype)])))
         loss = self.model.discriminator_loss(real, fake)
         numbers = {"discr_loss": loss, "real_logits": _mean(real), "fake_logits": _mean(fake)}
         if penalised:
@@ -237,9 +241,14 @@ class VQGanVAETrainer(TokenizerTrainer):
     def gradient_penalty(self, logits: list[Tensor], image: Tensor) -> Tensor:
         """The penalty at real images (b, c, h, w), 0-d; added to the loss, as DDP allows one backward only."""
         weight = self.config.grad_penalty_weight
-        if self.discriminator.capabilities.double_backward:
+        if self.critic.capabilities.double_backward:
             return losses.gradient_penalty_of_logits(logits, image, weight)
-        return losses.gradient_penalty(self.discriminator.module, image, weight)
+        return losses.gradient_penalty(self.critic.module, image, weight)
+
+    @property
+    def critic(self) -> Engine:
+        """The discriminator's engine, where there is one."""
+        return cast(Engine, self.discriminator)
 
     @property
     def discr_lr(self) -> float:
@@ -264,7 +273,7 @@ class VQGanVAETrainer(TokenizerTrainer):
     @contextmanager
     def averaged_model(self) -> Iterator[VQGanVAE]:
         with self.averaged_network() as network:
-            yield self.model.with_network(network)
+            yield self.model.with_network(cast(VQAutoencoder, network))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ
@@ -31,7 +31,7 @@ class FSQQuantizer(LibraryQuantizer):
     library_classes = (FSQ,)
 
     def _build(self, dim: int, codebook_size: int | None, options: dict[str, Any]) -> nn.Module:
-        levels = options.pop("levels", None) or FSQ_LEVELS[codebook_size]
+        levels = options.pop("levels", None) or FSQ_LEVELS[cast(int, codebook_size)]  # `check_options` came first
         return FSQ(dim=dim, levels=list(levels), **options)
 
     def _encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,13 +43,13 @@ class FSQQuantizer(LibraryQuantizer):
         levels = given.get("levels")
         if levels is None:
             cls._check_table_size(codebook_size)
-            levels = FSQ_LEVELS[codebook_size]
+            levels = FSQ_LEVELS[cast(int, codebook_size)]
         else:
             cls._check_levels(levels, codebook_size, options["preserve_symmetry"])
         check_projection(cls.name, dim, len(levels) * options["num_codebooks"], given, options)
 
     @classmethod
-    def _check_table_size(cls, codebook_size: int) -> None:
+    def _check_table_size(cls, codebook_size: int | None) -> None:
         table = ", ".join(f"{size} (levels {list(levels)})" for size, levels in FSQ_LEVELS.items())
         require(
             codebook_size in FSQ_LEVELS,

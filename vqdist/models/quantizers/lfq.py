@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from vector_quantize_pytorch import LFQ, lookup_free_quantization
 
@@ -27,7 +27,7 @@ class LFQQuantizer(LibraryQuantizer):
 
     @classmethod
     def check_options(cls, dim: int, codebook_size: int | None, given: Mapping[str, Any], options: Mapping[str, Any]):
-        below = 1 << (codebook_size.bit_length() - 1)
+        below = 1 << (cast(int, codebook_size).bit_length() - 1)  # `check_sizes` came first
         require(
             codebook_size == below,
             cls.name,

@@ -43,9 +43,10 @@ class LibraryQuantizer(Quantizer):
     name: ClassVar[str]
     library_classes: ClassVar[tuple[type[nn.Module], ...]]
     defaults: ClassVar[Mapping[str, Any]] = {}
+    inner: Any  # of the library, which has no types
 
     def __init__(self, dim: int, codebook_size: int | None, options: dict[str, Any]):
-        inner = self._build(dim, codebook_size, options)
+        inner: Any = self._build(dim, codebook_size, options)
         super().__init__(dim, inner.codebook_size)
         self.inner = inner
         self.num_levels = self._count_levels()

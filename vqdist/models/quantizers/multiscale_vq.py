@@ -10,7 +10,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
-from vqdist.models.multiscale import V_PATCH_NUMS, MultiScaleResidual, VectorQuantizer, nearest_code
+from vqdist.models.multiscale import (
+    V_PATCH_NUMS,
+    MultiScaleResidual,
+    SharedCodebook,
+    VectorQuantizer,
+    nearest_code,
+)
 from vqdist.models.quantizers.base import QUANTIZERS, Quantized, float32_arithmetic
 from vqdist.models.quantizers.library import LibraryQuantizer
 from vqdist.models.quantizers.options import is_integer, require
@@ -89,7 +95,7 @@ class MultiScaleVQ(MultiScaleResidual):
         phi_ratio: float = 0.5,
     ):
         if learnable_codebook:
-            codebook = VectorQuantizer(codebook_size, dim, beta, use_cosine_sim=use_cosine_sim)
+            codebook: SharedCodebook = VectorQuantizer(codebook_size, dim, beta, use_cosine_sim=use_cosine_sim)
         else:
             codebook = EMACodebook(
                 dim,
@@ -110,6 +116,7 @@ class MultiScaleQuantizer(LibraryQuantizer):
 
     name = "multiscale_vq"
     library_classes = (MultiScaleVQ,)
+    scales: tuple[int, ...]
 
     def __init__(self, dim: int, codebook_size: int | None, options: dict[str, Any]):
         super().__init__(dim, codebook_size, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
@@ -26,7 +26,7 @@ class VQQuantizer(LibraryQuantizer):
     """Nearest code of an EMA or learnable codebook (VQ-VAE, arXiv 1711.00937)."""
 
     name = "vq"
-    library_classes = (VectorQuantize,)
+    library_classes: ClassVar[tuple[type[nn.Module], ...]] = (VectorQuantize,)
     defaults = VQ_DEFAULTS
 
     def _build(self, dim: int, codebook_size: int | None, options: dict[str, Any]) -> nn.Module:
