@@ -561,7 +561,7 @@ class VQGanVAE(
                 self._hub_mixin_config[name] = recorded(part)
         self._built = {name: _class_of(part) for name, part in self._parts().items()}
 
-    def _parts(self) -> dict[str, nn.Module | None]:
+    def _parts(self) -> dict[str, nn.Module]:
         network = self.autoencoder
         return {"encoder": network.encoder, "quantizer": network.quantizer, "decoder": network.decoder}
 

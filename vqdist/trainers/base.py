@@ -108,6 +108,7 @@ class Trainer(ABC):
     guard: FiniteGuard
     stop: StopRequest
     _batches: Iterator[Batch] | None
+    _loop: Callable[[], Generator | None]
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -423,7 +424,7 @@ class Trainer(ABC):
     def _go_on(self) -> None:
         """Go on from the newest checkpoint, if there is one; from then on the folder is this run's."""
         self._batches = None
-        self._loop: Callable[[], Generator | None] = lambda: None  # of `steps`, as long as somebody holds it
+        self._loop = lambda: None  # of `steps`, as long as somebody holds it
         self.stop = StopRequest(self.backend)
         self.report = Report(self.backend, self.progress, self.stop, self.run.folder)
         self.resume = Resume(
