@@ -17,6 +17,7 @@ an example of each kind.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -289,12 +290,13 @@ class Registry(Generic[T]):
                         f"{self.kind} {spec.target} has no argument {name!r}{near(name, rest)}; "
                         f"it takes {', '.join(rest) or 'none'}"
                     )
+        signature = _signature_of(factory)
+        if signature is None:  # a class of an extension has none: the call says what is wrong
+            return
         try:
-            inspect.signature(factory).bind(*arguments, **keywords)
+            signature.bind(*arguments, **keywords)
         except TypeError as error:
             raise UserError(f"{self.kind} {spec.target}: {error}; give it in init_args") from error
-        except ValueError:  # a class of an extension has no signature: the call says what is wrong
-            return
 
 
 def import_path(path: str, what: str = "part") -> Any:
@@ -371,10 +373,8 @@ def called(given: Any) -> str:
 
 def arguments_of(factory: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return the parameters of a class or function, for --help."""
-    try:
-        return list(inspect.signature(factory).parameters.values())
-    except (TypeError, ValueError):
-        return []
+    signature = _signature_of(factory)
+    return [] if signature is None else list(signature.parameters.values())
 
 
 def missing_members(part: Any, base: type) -> list[str]:
@@ -465,12 +465,24 @@ def _reason(error: BaseException) -> str:
     return f"{said}; {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else said
 
 
-def _parameters(factory: Callable[..., Any]) -> list[str] | None:
-    """Names of keyword arguments; None where any is taken or nobody can tell."""
+def _signature_of(factory: Callable[..., Any]) -> inspect.Signature | None:
+    """Return the signature of a class or function, or None of one that has none."""
     try:
-        parameters = inspect.signature(factory).parameters.values()
+        # kept, since a schedule is built in every step
+        return _kept_signature(factory) if inspect.isroutine(factory) else inspect.signature(factory)
     except (TypeError, ValueError):
         return None
+
+
+_kept_signature = functools.lru_cache(maxsize=64)(inspect.signature)
+
+
+def _parameters(factory: Callable[..., Any]) -> list[str] | None:
+    """Names of keyword arguments; None where any is taken or nobody can tell."""
+    signature = _signature_of(factory)
+    if signature is None:
+        return None
+    parameters = signature.parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ class TrainerConfig(DataConfig):
 
     def refuse_set(self, *names: str, because: str) -> None:
         """Raise `UserError` if one of these options was changed from its default, where it would not be read."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        defaults = _defaults_of(type(self))
         for name in names:
             if getattr(self, name) != defaults[name]:
                 raise UserError(f"{name} {getattr(self, name)} does nothing, because {because}; leave it out")
@@ -189,6 +190,11 @@ class TrainerConfig(DataConfig):
         value = getattr(self, name)
         if value is not None and (len(value) != 2 or not all(0 <= beta < 1 for beta in value)):
             raise UserError(f"{name} {value} is not possible; give two decays in [0, 1), as [0.9, 0.95]")
+
+
+@functools.cache  # the schedule asks in every step
+def _defaults_of(config_class: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(config_class)}
 
 
 def _recorded(value: Any) -> Any:
