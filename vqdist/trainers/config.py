@@ -180,7 +180,8 @@ class TrainerConfig(DataConfig):
 
     def refuse_set(self, *names: str, because: str) -> None:
         """Raise `UserError` if one of these options was changed from its default, where it would not be read."""
-        defaults = _defaults_of(type(self))
+        config_class: Any = type(self)
+        defaults = _defaults_of(config_class)
         for name in names:
             if getattr(self, name) != defaults[name]:
                 raise UserError(f"{name} {getattr(self, name)} does nothing, because {because}; leave it out")
