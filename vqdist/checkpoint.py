@@ -50,7 +50,7 @@ class CheckpointStore:
         self._unsettled: tuple[Path, Future | None] | None = None  # the newest; the future is rank 0's
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending; rank 0 waits for the one that it is completing."""
+        """Return the steps with a complete checkpoint, ascending; rank 0 waits for the one that it is completing."""
         return complete_steps(self.folder)
 
     def latest(self, patience: float | None = None) -> Path | None:

@@ -51,7 +51,7 @@ class Progress(Protocol):
 
 
 def say_nothing(images: int, *, of: int, replaced: list[str]) -> None:
-    """A `Progress` for nobody."""
+    """Do nothing: a `Progress` for nobody."""
 
 
 class CodeWriter:
@@ -171,7 +171,7 @@ class CodeWriter:
         return sum(len(self._rows(shard)) for shard in shards)
 
     def _array(self, kind: str, shard: int) -> np.ndarray:
-        """A file of a shard, memory-mapped; `UserError` unless it is whole."""
+        """Return a file of a shard, memory-mapped; raise `UserError` unless it is whole."""
         codes = kind == "codes"
         dtype = code_dtype(self.plan["codebook_size"]) if codes else LABEL_DTYPE
         row = self._row_shape if codes else ()
@@ -298,10 +298,10 @@ class CodeWriter:
 
 
 def make_plan(tokenizer: Tokenizer, dataset: ImageDataset, *, batch_size: int, shard_size: int) -> dict[str, Any]:
-    """What decides over every byte of a folder of codes, as JSON.
+    """Return what decides over every byte of a folder of codes, as JSON.
 
     The batch size is a part of it: how a convolution adds up may depend on the size of the batch, and a code on the
-    last bit. What is done with broken images is not: a run that met one may go on with `on_bad_image="skip"`.
+    last bit. The treatment of broken images is not: a run that met one may go on with `on_bad_image="skip"`.
     """
     scales = tokenizer.network.scales
     return {

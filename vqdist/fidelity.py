@@ -1,4 +1,4 @@
-"""How like a set of images another one is: FID, KID, precision and recall between the features of both.
+"""Likeness of two sets of images: FID, KID, precision and recall between the features of both.
 
 Features are what a network that was trained for something else says of an image; two sets are as alike as their
 features are. Which network that is decides what the numbers mean: only numbers of the same network can be compared,
@@ -68,7 +68,7 @@ class FeatureExtractor(nn.Module):
 
 
 def load_extractor(spec: str, *, channels: int, image_size: int) -> FeatureExtractor:
-    """The extractor that a user asks for, on the CPU.
+    """Return the extractor that a user asks for, on the CPU.
 
     Args:
         spec: `inception`, the network of the published FIDs (its weights are downloaded once, into torch's folder); or
@@ -100,7 +100,7 @@ def _check_features(features: Tensor, images: int, name: str) -> None:
 
 
 def _load_torchscript(path: Path) -> nn.Module:
-    """A program of torch's own operators: loading one unpickles nothing, unlike `torch.load` of a whole model."""
+    """Load a program of torch's own operators: that unpickles nothing, unlike `torch.load` of a whole model."""
     if not path.is_file():
         raise UserError(f"--features {path} is neither `{INCEPTION}` nor a file; give one of them")
     try:
@@ -140,7 +140,7 @@ class _Inception(nn.Module):
 
 
 def _inception_weights() -> Path:
-    """The file in torch's folder of downloads, fetched if it is not there."""
+    """Return the file in torch's folder of downloads, fetched if it is not there."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
 
     name = url.rpartition("/")[2]
@@ -183,7 +183,7 @@ class FeatureSet:
         self._features.append(features)
 
     def over_ranks(self) -> Tensor:
-        """The features (total, f) of all images in their order; every rank calls this and gets the same."""
+        """Return the features (total, f) of all images in their order; every rank calls this and gets the same."""
         mine = torch.cat([torch.zeros(0, self.extractor.width, device=self.backend.device), *self._features])
         blocks = -(-self.total // self.block)
         rows = -(-blocks // self.backend.world_size) * self.block  # of the rank that has most

@@ -36,11 +36,11 @@ class RunningMeans:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, Tensor]:
-        """The mean of each name, as 0-d tensors of this rank."""
+        """Return the mean of each name, as 0-d tensors of this rank."""
         return {name: value / self._counts[name] for name, value in self._sums.items()}
 
     def state(self) -> dict[str, dict]:
-        """What was added since the last `reset`, for `restore`."""
+        """Return what was added since the last `reset`, for `restore`."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def restore(self, state: Mapping[str, dict] | None) -> None:
@@ -51,7 +51,7 @@ class RunningMeans:
 
 
 class CodeHistogram:
-    """How often each code occurred, counted on the device without waiting for it.
+    """Counts of each code's uses, made on the device without waiting for it.
 
     Levels of a position, each with a codebook of its own, are counted apart; so are scales, which share one.
 
@@ -93,7 +93,7 @@ class CodeHistogram:
 
 
 def code_histogram(ids: Tensor, *, codebook_size: int, num_levels: int = 1) -> Tensor:
-    """How often each code occurs in (b, h, w) or (b, h, w, q); -1 is not counted.
+    """Return how often each code occurs in (b, h, w) or (b, h, w, q); -1 is not counted.
 
     Returns:
         (num_levels * codebook_size,) int64; the codes of level i begin at i * codebook_size.
@@ -137,7 +137,7 @@ class ReconstructionMetrics:
         self.images += len(image)
 
     def compute(self) -> dict[str, float]:
-        """The numbers over all ranks' images; every rank calls this and gets the same."""
+        """Return the numbers over all ranks' images; every rank calls this and gets the same."""
         values = {name: float(metric.compute()) for name, metric in self.metrics.items()}
         return {
             **values,
@@ -147,7 +147,7 @@ class ReconstructionMetrics:
 
 
 class CodePredictionMetrics:
-    """How well codes are predicted, over all codes of a set of images that is spread over ranks.
+    """Measures of predicted codes, over all codes of a set of images that is spread over ranks.
 
     Args:
         num_codes: codes of an image.
@@ -182,7 +182,7 @@ class CodePredictionMetrics:
         self.images.zero_()
 
     def compute(self, backend: Backend) -> dict[str, float]:
-        """The numbers over all ranks' images; every rank calls this and gets the same.
+        """Return the numbers over all ranks' images; every rank calls this and gets the same.
 
         Returns:
             `nll` (nats per code), `bits_per_dim` (nll / ln 2, a code being a dimension), `perplexity` (exp(nll)),

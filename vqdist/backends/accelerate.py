@@ -1,6 +1,6 @@
 """Accelerate: data parallel training with DDP or FSDP2 under torchrun, `accelerate launch` or mpirun.
 
-Accelerate starts the process group, picks the device and wraps the network. What it would also do is left to the
+Accelerate starts the process group, picks the device and wraps the network. All else that it would do is left to the
 engine, because its versions do not hold for two networks with accumulation: its accumulation counter is shared by
 both networks, its `zero_grad` does nothing on some micro-steps, and a prepared scheduler advances once per process.
 """
@@ -42,8 +42,9 @@ OWNED_BY_THE_RUN = {
 
 
 class AccelerateBackend(DistributedBackend):
-    """One process per device, gradients averaged by DDP; or weights sharded by FSDP2 where the Accelerate
-    configuration asks for it.
+    """One process per device: gradients averaged by DDP, or weights sharded by FSDP2.
+
+    The Accelerate configuration asks for FSDP2.
 
     Args:
         grad_accum_every: micro-batches per optimizer step.

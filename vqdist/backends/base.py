@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What the engines of a backend can do; a trainer asks before it relies on it.
+    """Abilities of the engines of a backend; a trainer asks before it relies on it.
 
     Attributes:
         double_backward: gradients of gradients may be taken through an engine's outputs, as a gradient penalty does.
@@ -52,7 +52,7 @@ class Engine(ABC):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this engine can do."""
+        """The abilities of this engine."""
         return self.backend.capabilities
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Engine(ABC):
 
     @property
     def local(self) -> nn.Module:
-        """What lies on this rank, for a moving average to follow: `module` itself, unless it is sharded."""
+        """The part that lies on this rank, for a moving average to follow: `module` itself, unless it is sharded."""
         return self.module
 
     def held_tensors(self) -> dict[str, Tensor]:
@@ -108,8 +108,11 @@ class Engine(ABC):
         yield from (self.local if weights is None else weights).state_dict().items()
 
     def fill(self, tensors: Mapping[str, Tensor], weights: nn.Module | None = None) -> None:
-        """Give the network, or `weights`, the values that `named_tensors` gave; raise `RuntimeError` if they are not
-        this network's."""
+        """Give the network, or `weights`, the values that `named_tensors` gave.
+
+        Raises:
+            RuntimeError: they are not this network's.
+        """
         (self.local if weights is None else weights).load_state_dict(tensors)
 
     def held_weights(self, weights: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -123,7 +126,7 @@ class Engine(ABC):
             yield f"{'weight' if name in parameters else 'buffer'} {name}", tensor
 
     def held_moments(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's state as it lies on this rank, as "KIND of NAME", with no exchange; likewise."""
+        """Yield the optimizer's state as it lies on this rank, as "KIND of NAME", with no exchange; likewise."""
         yield from ()
 
     @abstractmethod
@@ -159,7 +162,7 @@ class Backend(ABC):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the engines of this backend can do."""
+        """The abilities of this backend's engines."""
         return Capabilities()
 
     @property
@@ -214,7 +217,7 @@ class Backend(ABC):
 
     @abstractmethod
     def largest_lately(self, number: int) -> int:
-        """The largest number that any rank gave in its call before this one (at once, where there is one process).
+        """Return the largest number that any rank gave in its call before this one (of one process, at once).
 
         Every rank gets the same. The hosts exchange it while training goes on: no device is waited for, and another
         rank only if it is a whole call behind. Called once a step.

@@ -52,7 +52,7 @@ REFUSED_ZERO_KEYS = {
 
 
 def read_config(config: str | dict | None) -> dict[str, Any]:
-    """The content of a DeepSpeed configuration, checked for what the run owns and for what cannot work here."""
+    """Return the content of a DeepSpeed configuration, checked for what the run owns and for what cannot work here."""
     if config is None:
         return {}
     where = f"deepspeed_config {config}" if isinstance(config, (str, Path)) else "deepspeed_config"
@@ -81,7 +81,7 @@ def _refuse_keys(content: dict[str, Any], reasons: dict[str, str], where: str) -
 
 
 def _refuse_foreign_offload(zero: dict[str, Any], stage: int, where: str) -> None:
-    """The optimizer's state may live in the host's memory under ZeRO 1 and 2; nothing lives on a disk."""
+    """Raise `UserError` for offload but that of the optimizer's state to the host's memory under ZeRO 1 and 2."""
     offload = zero.get("offload_optimizer")
     if offload is None:
         return
@@ -108,7 +108,7 @@ def _known_zero_keys() -> list[str]:
 
 
 def _known_keys() -> list[str]:
-    """The top-level keys of a DeepSpeed configuration: DeepSpeed itself ignores any other."""
+    """Return the top-level keys of a DeepSpeed configuration: DeepSpeed itself ignores any other."""
     from deepspeed.runtime import constants
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 

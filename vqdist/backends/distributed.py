@@ -1,4 +1,4 @@
-"""What the accelerate and the deepspeed backend share: collectives of torch.distributed, and equal starts."""
+"""Shared by the accelerate and the deepspeed backend: collectives of torch.distributed, and equal starts."""
 
 from __future__ import annotations
 
@@ -107,8 +107,10 @@ class DistributedBackend(Backend):
         self.in_group = False
 
     def broadcast_from_main(self, module: nn.Module) -> None:
-        """Give every rank the weights and buffers of rank 0. DDP without buffer broadcast and DeepSpeed leave buffers
-        (EMA codebooks) as each rank drew them."""
+        """Give every rank the weights and buffers of rank 0.
+
+        DDP without buffer broadcast and DeepSpeed leave buffers (EMA codebooks) as each rank drew them.
+        """
         if self.world_size == 1:
             return
         with torch.no_grad():
@@ -132,5 +134,5 @@ def require_address() -> None:
 
 
 def group_timeout(dist_timeout: float, exchange_timeout: float | None) -> timedelta:
-    """How long a collective of the process group may take; both in minutes, see the backends."""
+    """Return the time that a collective of the process group may take; both in minutes, see the backends."""
     return timedelta(minutes=dist_timeout if exchange_timeout is None else exchange_timeout)

@@ -45,7 +45,7 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """How networks are cut into the blocks whose weights are gathered together.
+    """The cut of networks into the blocks whose weights are gathered together.
 
     Args:
         reshard_after_forward: give a block's weights back after its forward and gather them again for its backward;
@@ -60,7 +60,7 @@ class Sharding:
     classes: tuple[str, ...] = ()
 
     def blocks(self, network: nn.Module) -> Iterator[nn.Module]:
-        """The blocks of a network, inner ones first; a weight belongs to the innermost."""
+        """Yield the blocks of a network, inner ones first; a weight belongs to the innermost."""
         yield from self._blocks(network, taken=set())
 
     def _blocks(self, network: nn.Module, taken: set[nn.Parameter]) -> Iterator[nn.Module]:
@@ -82,7 +82,7 @@ class Sharding:
 
 
 def sharding_asked_for() -> Sharding | None:
-    """What the Accelerate configuration says of FSDP, or None where it asks for none.
+    """Return what the Accelerate configuration says of FSDP, or None where it asks for none.
 
     Raises:
         UserError: naming what is asked for and is not done here.
@@ -184,7 +184,7 @@ class FullyShardedEngine(ShardedEngine, TorchEngine):
         self._check_sharded()
 
     def _check_sharded(self) -> None:
-        """That each weight is really in parts: what is asked for and not done is the failure that nobody sees."""
+        """Raise `UserError` unless each weight is in parts: nobody would see that what was asked for is not done."""
         whole = [name for name, tensor in self.sharded.items() if not isinstance(tensor, DTensor)]
         if whole:
             raise UserError(f"FSDP2 left weights whole on every rank: {', '.join(whole[:3])}; train without FSDP")
@@ -232,7 +232,7 @@ class FullyShardedEngine(ShardedEngine, TorchEngine):
         return sharded
 
     def _as_sharded(self, name: str, shard: Tensor) -> DTensor:
-        """A shard as a part of a whole that is cut like the weight of this name."""
+        """Return a shard as a part of a whole that is cut like the weight of this name."""
         like = self.sharded[name]
         return DTensor.from_local(
             shard, like.device_mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride()

@@ -1,4 +1,4 @@
-"""What the configuration of `accelerate launch` says and no backend would follow: errors, never ignored."""
+"""Settings of `accelerate launch` that no backend would follow: errors, never ignored."""
 
 from __future__ import annotations
 

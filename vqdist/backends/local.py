@@ -32,12 +32,12 @@ def frozen_weights(module: nn.Module):
 
 
 def autocast_for(device: torch.device, precision: str):
-    """The forward's precision: float32 weights throughout; with bf16 the matrix products run in bfloat16."""
+    """Return the context of the forward's precision: float32 weights throughout; bf16 runs matrix products in it."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def capabilities_of_torch(precision: str) -> Capabilities:
-    """What plain PyTorch can do; a gradient penalty is float32 under every precision, so bf16 takes it bare."""
+    """Return what plain PyTorch can do; bf16 takes the gradient penalty bare, as that is always float32."""
     return Capabilities(double_backward=precision == "fp32")
 
 

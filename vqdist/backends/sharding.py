@@ -1,4 +1,4 @@
-"""What FSDP2 and ZeRO 3 share: a network of which each rank holds a part of every weight.
+"""Shared by FSDP2 and ZeRO 3: a network of which each rank holds a part of every weight.
 
 Nothing outside the engine's own forward may touch such a network: its weights are empty or partial there. So
 evaluation, pictures, the export and a discriminator that is held fixed get a plain copy of the network with whole
@@ -42,16 +42,16 @@ class Shards(nn.Module):
             self.register_buffer(f"buffer_{number}", buffer)
 
     def named_shards(self) -> dict[str, Tensor]:
-        """This rank's shards by the weights' names."""
+        """Return this rank's shards by the weights' names."""
         return dict(zip(self.weight_names, self.parameters(), strict=True))
 
     def named_whole_buffers(self) -> dict[str, Tensor]:
-        """The buffers by the names that they have in the network."""
+        """Return the buffers by the names that they have in the network."""
         return dict(zip(self.buffer_names, self.buffers(), strict=True))
 
 
 class ShardedEngine(Engine):
-    """What follows for an engine from its weights lying in shards; a runtime says how they are cut and gathered.
+    """An engine whose weights lie in shards; a runtime says how they are cut and gathered.
 
     Args:
         empty: a plain copy of the network from before it was sharded, see `without_weights`.
@@ -84,11 +84,11 @@ class ShardedEngine(Engine):
 
     @abstractmethod
     def gather(self, name: str, shard: Tensor) -> Tensor:
-        """The whole weight of this name of which every rank gives its shard; every rank calls this."""
+        """Return the whole weight of this name of which every rank gives its shard; every rank calls this."""
 
     @abstractmethod
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's shard of a whole tensor that is shaped like the weight of this name."""
+        """Return this rank's shard of a whole tensor that is shaped like the weight of this name."""
 
     @abstractmethod
     def named_optimizer_state(self) -> Iterator[tuple[str, Any]]:
@@ -147,7 +147,7 @@ class ShardedEngine(Engine):
             self.record.save(folder, optimizer)
 
     def _whole_copy(self, held: Shards) -> nn.Module:
-        """A plain network with the whole of these weights, held fixed; every rank calls this."""
+        """Return a plain network with the whole of these weights, held fixed; every rank calls this."""
         buffers = held.named_whole_buffers()
         shards = held.named_shards()
         whole: dict[int, Tensor] = {  # cloned: what is gathered may be a part of a larger, padded tensor
@@ -159,7 +159,7 @@ class ShardedEngine(Engine):
 
 
 def without_weights(module: nn.Module) -> nn.Module:
-    """A copy of a network whose parameters have shapes but no memory.
+    """Return a copy of a network whose parameters have shapes but no memory.
 
     The network's own weights are put into contiguous order, as `fully_shard` and DeepSpeed cut no others.
     """
@@ -172,8 +172,10 @@ def without_weights(module: nn.Module) -> nn.Module:
 
 
 def _kept(value: Any) -> Any:
-    """A whole value of state in the host's memory; one of the weights would not hold all of them beside its own.
-    A single number stays where it is, since a checkpoint says where that was."""
+    """Return a whole value of state in the host's memory, since a device would not hold all of them beside its own.
+
+    A single number stays where it is, since a checkpoint says where that was.
+    """
     return value.cpu() if isinstance(value, Tensor) and value.ndim else value
 
 

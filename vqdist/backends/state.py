@@ -94,12 +94,14 @@ def load_optimizer_state(module: nn.Module, optimizer: Optimizer, values: Mappin
 
 
 def placed(optimizer: Optimizer, kind: str, value: Any, device: torch.device) -> Any:
-    """A value of state where the optimizer expects it, for a weight on this device."""
+    """Return a value of state where the optimizer expects it, for a weight on this device."""
     return place_step(optimizer, value, device) if kind == "step" and torch.is_tensor(value) else value
 
 
 def place_step(optimizer: Optimizer, step: Tensor, device: torch.device) -> Tensor:
-    """A copy of the step count of a weight on this device, where Adam expects it: beside the weight if Adam is fused
-    or capturable, else on the CPU."""
+    """Return a copy of the step count of a weight on this device, where Adam expects it.
+
+    That is beside the weight if Adam is fused or capturable, else on the CPU.
+    """
     beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return step.to(device if beside else "cpu", copy=True)

@@ -1,4 +1,4 @@
-"""The `vqdist` command. What an option means is written once: at the configuration or the model it belongs to.
+"""The `vqdist` command. The meaning of an option is written once: at the configuration or the model it belongs to.
 
 `parsing` is what all commands share, `models` the table of what can be trained.
 """
@@ -19,8 +19,11 @@ from vqdist.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 2 with one line on standard error for a user's mistake, or 69 with
-    one for other ranks that are gone. With other ranks around, an error ends the process here."""
+    """Run one command and return the exit code.
+
+    It is 0, 2 with one line on standard error for a user's mistake, or 69 with one for other ranks that are gone.
+    With other ranks around, an error ends the process here.
+    """
     # before torch is imported: of a rank that is gone its store writes pages of addresses, and peers.py one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if os.getcwd() not in sys.path and "" not in sys.path:

@@ -94,7 +94,7 @@ def _check(options) -> None:
 
 
 def _open(options):
-    """The tokenizer of a run, and its view of the images."""
+    """Return the tokenizer of a run, and its view of the images."""
     from vqdist.data.dataset import ImageDataset
     from vqdist.models.pretrained import find_local_export
     from vqdist.models.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ def _open(options):
 
 @contextmanager
 def _progress_bar(backend):
-    """A function to call after every batch; it draws a bar of rank 0's images, and names those that are replaced."""
+    """Yield a function to call after every batch: it draws rank 0's bar and names the images that are replaced."""
     from tqdm import tqdm
 
     with tqdm(desc="encode", unit="image", disable=not (backend.is_main and sys.stderr.isatty())) as bar:

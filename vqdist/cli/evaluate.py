@@ -96,7 +96,7 @@ def reconstruct(arguments: list[str]) -> int:
 
 
 def _run_parser(program: str, description: str, epilog: str | None = None):
-    """What `evaluate` and `reconstruct` share: a run, images, and how to load them."""
+    """Return a parser of what `evaluate` and `reconstruct` share: a run, images, and how to load them."""
     parser = make_parser(program, description, epilog)
     parser.add_argument("run", type=str, help="Run folder, or a folder that save_pretrained wrote.")
     parser.add_argument(
@@ -158,7 +158,7 @@ def _refuse_sampling(options, reason: str) -> None:
 
 
 def _image_size(run: Path, export: Path, options) -> int:
-    """What the user says, else the run's configuration, else that of an export alone."""
+    """Return what the user says, else the run's configuration, else that of an export alone."""
     if options.data.image_size is not None:
         return options.data.image_size
     folder = run if (run / "config.json").is_file() else export
@@ -182,7 +182,7 @@ def _open_images(options, model: Tokenizer | AutoregressiveModel) -> ImageDatase
 
 
 def _open_codes(folder: str, model: AutoregressiveModel, options) -> CodeDataset:
-    """Stored codes, where the model takes them and nothing asks for images."""
+    """Return stored codes, where the model takes them and nothing asks for images."""
     from vqdist.data.codes import CodeDataset
 
     if model.tokenizer is None:
@@ -238,7 +238,7 @@ class _Run:
     skipped: set[str] = field(default_factory=set)
 
     def on(self, backend: Backend) -> _Run:
-        """This run, with its networks on the backend's device."""
+        """Return this run, with its networks on the backend's device."""
         self.backend = backend
         self.network.to(backend.device)
         if self.extractor is not None:
@@ -256,7 +256,7 @@ class _Run:
         return FeatureSet(cast("FeatureExtractor", self.extractor), self.backend, count, **options)
 
     def batches(self, title: str, *, labels: bool = False) -> Iterator[Batch]:
-        """This rank's share of the data, on its device."""
+        """Yield this rank's share of the data, on its device."""
         import torch
 
         from vqdist.data.loader import valid_loader
@@ -276,7 +276,7 @@ class _Run:
             yield batch._replace(item=batch.item.to(device), label=batch.label.to(device))
 
     def progress(self, batches: Iterator, title: str, items: int) -> Iterator:
-        """These batches of so many items, with a bar on a terminal."""
+        """Return these batches of so many items, with a bar on a terminal."""
         from tqdm import tqdm
 
         shown = self.backend.is_main and sys.stderr.isatty()
@@ -290,7 +290,7 @@ class _Run:
                 self.skipped.add(name)
 
     def reconstruction_numbers(self, network: TokenizerNetwork, image_size: int) -> dict[str, float]:
-        """How well the codes say what is in the images."""
+        """Measure the reconstructions of the images."""
         from vqdist.evaluation import evaluate_reconstruction
 
         images = (batch.item for batch in self.batches("reconstruct"))

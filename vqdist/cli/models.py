@@ -1,4 +1,4 @@
-"""What `vqdist train` can train: one entry per model. Options are those of its classes."""
+"""Models that `vqdist train` can train: one entry per model. Options are those of its classes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TrainedModel:
     over_tokenizer: bool = False
 
     def load(self) -> tuple[type, type[Trainer]]:
-        """The class of the model and the class of its trainer."""
+        """Return the class of the model and the class of its trainer."""
         return _load(self.model), _load(self.trainer)
 
 
@@ -140,7 +140,7 @@ MODELS = {
 
 
 def model_entry(name: str) -> TrainedModel:
-    """The entry of a model by its name, or of a class of somebody else by its import path.
+    """Return the entry of a model by its name, or of a class of somebody else by its import path.
 
     Raises:
         UserError: there is no such model, or its class is none that a trainer of vqdist trains.

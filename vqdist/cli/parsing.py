@@ -1,4 +1,4 @@
-"""What all commands share: options under several names, configurations from files, and one line for a mistake."""
+"""Shared by all commands: options under several names, configurations from files, and one line for a mistake."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vqdist.parts import near, unknown
 
 @dataclass(frozen=True)
 class Alias:
-    """What another name of an option stands for.
+    """Another name of an option, and what it stands for.
 
     Attributes:
         option: the option, without dashes.
@@ -28,7 +28,7 @@ class Alias:
     note: str = ""
 
     def resolve(self, name: str, value: str | None) -> str | None:
-        """The option's value where this alias was given as `--name value`; `UserError` if it has no such value."""
+        """Return the option's value where `--name value` was given; raise `UserError` if there is no such value."""
         if self.value is not None:
             if value is not None:
                 raise UserError(f"--{name} takes no value, but {value!r} follows it; it is short for {self}")
@@ -41,7 +41,7 @@ class Alias:
 
     @property
     def in_a_file(self) -> str:
-        """How a configuration file says the same, by dotted option."""
+        """The same in a configuration file, by dotted option."""
         return self.option if self.value is None else f"{self.option}: {self.value}"
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ DATA_ALIASES = {
 
 
 def make_parser(program: str, description: str, epilog: str | None = None):
-    """A parser with `--config` and no further options; the epilog keeps its line breaks in `--help`."""
+    """Return a parser with `--config` and no further options; the epilog keeps its line breaks in `--help`."""
     from argparse import RawDescriptionHelpFormatter
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -110,7 +110,7 @@ def add_trust_option(parser) -> None:
 
 
 def without_local_rank(arguments: Iterable[str]) -> list[str]:
-    """The arguments but `--local_rank N`, `--local_rank=N`, and the same with a hyphen.
+    """Return the arguments but `--local_rank N`, `--local_rank=N`, and the same with a hyphen.
 
     Launchers add it to what they write into the environment, where ranks are read from.
     """

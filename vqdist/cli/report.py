@@ -23,7 +23,7 @@ def report(arguments: list[str]) -> int:
 
 
 def _numbers_of(run: Path) -> dict[str, str]:
-    """What a run has come to: its last step, its last validation and its last line of training numbers."""
+    """Return the state of a run: its last step, its last validation and its last line of training numbers."""
     file = run / METRICS
     if not file.is_file():
         raise UserError(f"{run} has no {METRICS}; give the folder of a run, as in runs/a")
@@ -55,7 +55,7 @@ def _shown(value: object) -> str:
 
 
 def _table(runs: list[str], columns: list[dict[str, str]]) -> str:
-    """A header of the runs' names, then a row for each number that any of them has."""
+    """Return a header of the runs' names, then a row for each number that any of them has."""
     names = list(dict.fromkeys(name for column in columns for name in column))
     titles = [Path(run).name or run for run in runs]
     rows = [["", *titles], *([name, *(column.get(name, "") for column in columns)] for name in names)]

@@ -96,7 +96,7 @@ def add_draw_options(parser) -> None:
 
 
 def draw_options(options, model) -> Any:
-    """The `DrawOptions` that were given, over the model's own."""
+    """Return the `DrawOptions` that were given, over the model's own."""
     from vqdist.sampling import DrawOptions
 
     if options.batch_size < 1:
@@ -110,7 +110,7 @@ def draw_options(options, model) -> Any:
 
 
 def open_generator(name_or_path: str, trust_code: bool = False):
-    """The model of a run that images can be drawn from."""
+    """Return the model of a run that images can be drawn from."""
     from vqdist.models.autoregressive import AutoregressiveModel
     from vqdist.models.pretrained import load_model_of_any_type
 
@@ -124,7 +124,7 @@ def open_generator(name_or_path: str, trust_code: bool = False):
 
 
 def with_progress(batches: Iterator, options, backend) -> Iterator:
-    """The batches, with a progress bar of rank 0's share on standard error."""
+    """Return the batches, with a progress bar of rank 0's share on standard error."""
     from tqdm import tqdm
 
     count = -(-options.num // options.batch_size)
@@ -170,7 +170,7 @@ def _make_writable(folder: Path) -> None:
 
 
 def _check_sheet(model, options) -> None:
-    """A sheet is put together in the memory of one process."""
+    """Raise `UserError` for a sheet too large for the memory of the one process that puts it together."""
     gigabytes = 4 * options.num * model.channels * model.image_size**2 / 2**30
     if options.out.suffix.lower() == ".png" and gigabytes > LARGEST_SHEET:
         raise UserError(
@@ -219,7 +219,7 @@ def _save_each(batches: Iterator, folder: Path) -> None:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """The line under each field of a dataclass."""
+    """Return the line under each field of a dataclass."""
     import docstring_parser
 
     return {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(cls).params}

@@ -51,12 +51,12 @@ def _overview() -> str:
 
 
 def train_options(name: str, arguments: list[str]):
-    """The configuration that `vqdist train NAME ARGUMENTS` trains with, not yet checked by model and trainer."""
+    """Return the configuration that `vqdist train NAME ARGUMENTS` trains with, yet unchecked by model and trainer."""
     return parse(train_parser(name), arguments, {**DATA_ALIASES, **model_entry(name).aliases}, parts_of(name))
 
 
 def parts_of(name: str) -> dict[str, Registry[Any]]:
-    """The options of `vqdist train NAME` that take a part, and its kind."""
+    """Return the options of `vqdist train NAME` that take a part, and its kind."""
     model_class, trainer_class = model_entry(name).load()
     of_model = getattr(model_class, "part_options", {})
     taken = inspect.signature(model_class).parameters
@@ -68,7 +68,7 @@ def parts_of(name: str) -> dict[str, Registry[Any]]:
 
 
 def train_parser(name: str):
-    """The options of `vqdist train NAME`, derived from the classes of the model and of the trainer's configuration."""
+    """Return a parser of the options of `vqdist train NAME`, derived from the classes of both."""
     entry = model_entry(name)
     program = f"vqdist train {name}"
     needed = "" if "data.image_size" in entry.defaults else " --image_size PIXELS"
@@ -127,7 +127,7 @@ def _add_groups(parser, entry: TrainedModel, model_class: type, config_class: ty
 
 
 def _field_doc(config_class: type, name: str) -> str:
-    """The line under a field of a configuration."""
+    """Return the line under a field of a configuration."""
     import docstring_parser
 
     documented = (
@@ -140,7 +140,7 @@ def _field_doc(config_class: type, name: str) -> str:
 
 
 def _set_defaults(parser, entry: TrainedModel) -> None:
-    """The entry's defaults; an option that has one is not required."""
+    """Set the entry's defaults; an option that has one is not required."""
     from argparse import SUPPRESS
 
     parser.set_defaults(dict(entry.defaults))
@@ -153,7 +153,7 @@ def _set_defaults(parser, entry: TrainedModel) -> None:
 
 
 def _aliases_help(entry: TrainedModel) -> str | None:
-    """The section of `--help` on the model's aliases: what each stands for, and which mean something else now."""
+    """Return the section of `--help` on aliases: what each stands for, and which mean something else now."""
     if not entry.aliases:
         return None
     lines = [f"{entry.aliases_title}:"]
@@ -172,7 +172,7 @@ def _indented(start: str, text: str) -> str:
 
 
 def make_trainer(entry: TrainedModel, options):
-    """The trainer of these options; a run that is in their folder is resumed."""
+    """Return the trainer of these options; a run that is in their folder is resumed."""
     from vqdist.backends import resolve_backend
     from vqdist.seeding import seed_everything
 

@@ -21,7 +21,7 @@ def check_channels(channels: int) -> None:
 
 
 def check_generator(num_classes: int, dropout: float) -> None:
-    """What all second stages have in common."""
+    """Raise `UserError` for an argument of a second stage that is not possible."""
     if num_classes < 0:
         raise UserError(f"num_classes {num_classes} is not possible; give the number of classes, 0 for none")
     if not 0 <= dropout < 1:

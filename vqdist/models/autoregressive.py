@@ -1,4 +1,4 @@
-"""What every model that predicts codes can do: what `ARTrainer` trains and `vqdist sample` draws from.
+"""Models that predict codes: what `ARTrainer` trains and `vqdist sample` draws from.
 
 `AutoregressiveModel` is the whole contract. `SecondStage` adds a frozen tokenizer, which belongs to the model but is
 not trained with it: no parameter of it reaches an optimizer, an average, DDP or a checkpoint.
@@ -25,7 +25,7 @@ from vqdist.sampling import DrawOptions
 
 
 class Prediction(Protocol):
-    """What the forward pass of an `AutoregressiveModel` gives at least; a NamedTuple in each model.
+    """Result of the forward pass of an `AutoregressiveModel`, at least; a NamedTuple in each model.
 
     Attributes:
         logits: (b, n, v) of every code, given the codes before it.
@@ -74,7 +74,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
 
     @abstractmethod
     def inputs(self, item: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` takes for images (b, c, h, w) in [0, 1], or codes (b, n) or (b, n, q) of the tokenizer.
+        """Return what `forward` takes for images (b, c, h, w) in [0, 1], or the tokenizer's codes (b, n) or (b, n, q).
 
         Without gradients; called outside the engine.
 
@@ -85,7 +85,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
 
     @abstractmethod
     def loss(self, out: Any, *inputs: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss in float32 (0-d), and its named parts (0-d, `cross_entropy` among them).
+        """Return the training loss in float32 (0-d), and its named parts (0-d, `cross_entropy` among them).
 
         Args:
             out: a `Prediction`, which `forward` gave.
@@ -147,7 +147,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
 
     @torch.no_grad()
     def sample_from(self, uniform: Tensor, label: Tensor, options: DrawOptions, *, use_cache: bool = True) -> Tensor:
-        """As `draw_codes` on this model's device in eval mode, then `decode_codes`: images (b, c, h, w) in [0, 1]."""
+        """Return images (b, c, h, w) in [0, 1]: draw in eval mode on this model's device, then decode."""
         if options.cfg != 1 and not self.num_classes:
             raise UserError(f"cfg {options.cfg:g} is given but the model knows no classes; leave it out")
         training = self.training
@@ -159,7 +159,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
             self.train(training)
 
     def check_label(self, label: int | None) -> int:
-        """The label of an image; `UserError` unless it is one of the classes that the model knows."""
+        """Return the label of an image; raise `UserError` unless it is one of the classes that the model knows."""
         if label is None or label < 0:
             raise UserError(
                 f"the model knows {self.num_classes} classes but there are images without a label; use a source with "
@@ -190,7 +190,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
 
 
 class CodePrediction(NamedTuple):
-    """What one pass through a `SecondStage` gives: a `Prediction` and nothing else."""
+    """Result of one pass through a `SecondStage`: a `Prediction` and nothing else."""
 
     logits: Tensor
     indices: Tensor

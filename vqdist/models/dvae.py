@@ -141,7 +141,7 @@ class DiscreteVAE(
 
     @property
     def network(self) -> DiscreteVAE:
-        """What reconstructs images: all of it."""
+        """The part that reconstructs images: all of it."""
         return self
 
     @property
@@ -174,7 +174,7 @@ class DiscreteVAE(
         return (images - self.means) / self.stds
 
     def denorm(self, images: Tensor) -> Tensor:
-        """The inverse of `norm`."""
+        """Invert `norm`."""
         return images.to(self.means.dtype) * self.stds + self.means
 
     def logits(self, images: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class DiscreteVAE(
     def decode(self, img_seq: Tensor) -> Tensor:
         """Codes (b, n) of square images -> images (b, c, h, w) as the decoder gives them.
 
-        As in DALLE-pytorch they are in the space of `norm`; `denorm` brings them to [0, 1], and so does `Tokenizer`.
+        They are, as DALLE-pytorch's, in the space of `norm`; `denorm` brings them to [0, 1], and so does `Tokenizer`.
         """
         side = int(img_seq.shape[1] ** 0.5)
         if side * side != img_seq.shape[1]:
@@ -228,7 +228,7 @@ class DiscreteVAE(
         *,
         noise: Tensor | None = None,
     ):
-        """A reconstruction from relaxed codes, the loss, or the logits.
+        """Return a reconstruction from relaxed codes, the loss, or the logits.
 
         Args:
             img: (b, c, h, w) in [0, 1].
@@ -288,7 +288,7 @@ class DiscreteVAE(
 
     @classmethod
     def from_dalle_pytorch(cls, path: str | Path, **options: Any) -> DiscreteVAE:
-        """The model in a `vae.pt` that DALLE-pytorch 1.6 wrote: {hparams, weights}.
+        """Return the model in a `vae.pt` that DALLE-pytorch 1.6 wrote: {hparams, weights}.
 
         Nothing is unpickled but tensors and plain values. The file does not say how the model was trained, so losses
         are the defaults; where a `kl_div_loss_weight` is given, it weighs the KL as DALLE-pytorch reduces it.
@@ -406,7 +406,7 @@ def _read_dalle_pytorch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _no_file_of_torch(path: Path) -> str | None:
-    """What a file is that torch has not written: empty, or text; None for any other."""
+    """Return what a file is that torch has not written: empty, or text; None for any other."""
     with path.open("rb") as file:
         first = file.read(40)
     if not first:
@@ -416,7 +416,7 @@ def _no_file_of_torch(path: Path) -> str | None:
 
 
 def _why_refused(message: str) -> str:
-    """What torch refuses, without its advice on how to run the code all the same."""
+    """Return what torch refuses, without its advice on how to run the code all the same."""
     named = re.search(r"GLOBAL (\S+)", message)
     first = message.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
     return f"it holds {named[1]}" if named else shorten(first, 200, placeholder=" ...")

@@ -25,7 +25,7 @@ MOST_PHIS = 4  # as VAR has for its ten scales
 
 
 class SharedCodebook(Protocol):
-    """What `MultiScaleResidual` asks of a codebook."""
+    """The codebook of a `MultiScaleResidual`."""
 
     @property
     def codebook_size(self) -> int:
@@ -81,7 +81,7 @@ class VectorQuantizer(nn.Module):
         return straight_through(quantized, z), codebook_loss(quantized, z, self.beta), indices
 
     def get_codebook(self) -> Tensor:
-        """The codes' vectors, (v, d)."""
+        """Return the codes' vectors, (v, d)."""
         return self.embedding.weight
 
     def nearest(self, vectors: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class MultiScaleResidual(nn.Module):
         return straight_through(total, features), row, loss
 
     def contribution(self, scale: int, indices: Tensor) -> Tensor:
-        """What the codes (b, p * p) of a scale add to the features, (b, d, h, w)."""
+        """Return what the codes (b, p * p) of a scale add to the features, (b, d, h, w)."""
         side = self.scales[scale]
         vectors = rearrange(self.codebook.lookup(indices), "b (h w) d -> b d h w", h=side)
         enlarged = enlarge(vectors, self.scales[-1])
@@ -196,7 +196,7 @@ class MultiScaleResidual(nn.Module):
         return torch.cat(parts, dim=1) if parts else self.codebook.lookup(indices[:, :0])
 
     def pyramid(self, features: Tensor) -> Tensor:
-        """What each scale of (b, d, h, w) would have to code, were the scales before it exact; (b, L, d)."""
+        """Return what each scale of (b, d, h, w) would have to code, were the scales before it exact; (b, L, d)."""
         rows, total = [], torch.zeros_like(features)
         for side in self.scales:
             left = shrink(features - total, side)
@@ -211,13 +211,13 @@ def codebook_loss(quantized: Tensor, features: Tensor, beta: float) -> Tensor:
 
 
 def straight_through(quantized: Tensor, features: Tensor) -> Tensor:
-    """The value of `quantized` with the gradient of `features`."""
+    """Return the value of `quantized` with the gradient of `features`."""
     return features + (quantized - features).detach()
 
 
 @torch.no_grad()
 def nearest_code(vectors: Tensor, codebook: Tensor, *, cosine: bool = False) -> Tensor:
-    """The nearest rows (...) int64 of a codebook (v, d) to vectors (..., d): by distance, or by angle."""
+    """Return the nearest rows (...) int64 of a codebook (v, d) to vectors (..., d): by distance, or by angle."""
     rows = vectors.flatten(0, -2)
     if cosine:
         nearest = (rows @ F.normalize(codebook, dim=-1).T).argmax(dim=-1)
@@ -259,7 +259,7 @@ def split_scales(indices: Tensor, scales: Sequence[int]) -> list[Tensor]:
 
 
 def hits_per_scale(indices: Tensor, scales: Sequence[int], codebook_size: int) -> Tensor:
-    """How often each scale of codes (b, L) uses each code.
+    """Return how often each scale of codes (b, L) uses each code.
 
     Returns:
         (K, v) int64 on the device of the codes; adding is all it takes to join batches, or ranks.

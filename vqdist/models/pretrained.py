@@ -75,7 +75,7 @@ class PretrainedModel(PyTorchModelHubMixin):
         return next((vars(base)["model_type"] for base in own if "model_type" in vars(base)), cls.model_type)
 
     def saved_part(self) -> nn.Module:
-        """The module whose tensors are saved; their names begin at it."""
+        """Return the module whose tensors are saved; their names begin at it."""
         return cast(nn.Module, self)  # every model is one
 
     def current_name(self, name: str) -> str:
@@ -103,7 +103,7 @@ class PretrainedModel(PyTorchModelHubMixin):
         mend: bool = True,
         **kwargs: Any,
     ) -> M:
-        """The model that a run, a folder of `save_pretrained` or a repository on the Hugging Face Hub holds.
+        """Return the model that a run, a folder of `save_pretrained` or a repository on the Hugging Face Hub holds.
 
         Args:
             pretrained_model_name_or_path: a run, a folder with config.json and model.safetensors, or `owner/name` on
@@ -209,7 +209,7 @@ def _no_export(run: Path) -> UserError:
 def load_model_of_any_type(
     name_or_path: str | Path, *, trust_code: bool | None = None, **kwargs: Any
 ) -> PretrainedModel:
-    """The model of whichever class config.json says; see `PretrainedModel.from_pretrained`."""
+    """Return the model of the class that config.json says; see `PretrainedModel.from_pretrained`."""
     path = find_export(name_or_path)
     _check_location(name_or_path, path)
     model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", FIRST_TYPE)
@@ -218,7 +218,7 @@ def load_model_of_any_type(
 
 
 def _class_of(model_type: Any, found_in: str | Path) -> type[PretrainedModel]:
-    """The class that config.json means: one of `MODEL_TYPES`, or of somebody else by its import path."""
+    """Return the class that config.json means: one of `MODEL_TYPES`, or of somebody else by its import path."""
     if isinstance(model_type, str) and model_type in MODEL_TYPES:
         module, name = MODEL_TYPES[model_type]
         return getattr(importlib.import_module(module), name)
@@ -253,7 +253,7 @@ def _check_location(given: str | Path, path: Path) -> None:
 
 
 def saved_beside(model_id: str, name: str, kwargs: Mapping[str, Any]) -> Path:
-    """The folder of a second model within that of the first; of a repository on the Hub its two files are fetched."""
+    """Return the folder of a second model within that of the first; of one on the Hub its files are fetched."""
     if Path(model_id).is_dir():
         return Path(model_id) / name
     files = [hf_hub_download(model_id, f"{name}/{file}", **_hub_options(kwargs)) for file in FILES]

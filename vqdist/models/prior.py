@@ -1,6 +1,6 @@
 """A prior over the codes of a frozen tokenizer: a decoder-only transformer.
 
-As in VQGAN (arXiv 2012.09841) and LlamaGen (arXiv 2406.06525).
+It is that of VQGAN (arXiv 2012.09841) and LlamaGen (arXiv 2406.06525).
 
 Shapes: b batch, n positions, q codes per position, v codebook size, d width. A model with several codes per position
 predicts them one after the other, position by position: its sequences have n * q codes.

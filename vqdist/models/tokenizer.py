@@ -1,4 +1,4 @@
-"""What every image tokenizer can do, whatever is inside: images to codes and back.
+"""Image tokenizers, whatever is inside: images to codes and back.
 
 `TokenizerNetwork` is the side that trainers and metrics see: the network that an engine trains and EMA averages.
 `Tokenizer` is the side that everybody else sees: whole images in [0, 1], codes in one row.
@@ -142,7 +142,7 @@ class Tokenizer(nn.Module):
     def from_pretrained(
         cls, name_or_path: str | Path, image_size: int | None = None, *, fingerprint: str | None = None, **kwargs
     ) -> Tokenizer:
-        """The tokenizer of a run, in a folder that `save_pretrained` wrote, or in a repository on the Hub.
+        """Return the tokenizer of a run, in a folder that `save_pretrained` wrote, or in a repository on the Hub.
 
         Args:
             name_or_path: the run, folder or repository.

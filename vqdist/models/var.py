@@ -1,6 +1,6 @@
 """Next-scale prediction: a transformer that predicts all codes of a scale at once from the scales before (VAR).
 
-As in arXiv 2404.02905, over any tokenizer of several scales. Shapes: `b` batch, `K` scales, `L` codes of an image over
+The model of arXiv 2404.02905, over a tokenizer of scales. Shapes: `b` batch, `K` scales, `L` codes of an image over
 all scales, `L_1` those of the first scale, `v` codebook size, `d` width of the tokenizer's features.
 """
 
@@ -98,7 +98,7 @@ class VAR(
         return codes, self.tokenizer.idxBl_to_var_input(split_scales(codes, self.scales)), label
 
     def forward(self, codes: Tensor, var_input: Tensor, label: Tensor) -> CodePrediction:
-        """What `inputs` gives -> the prediction of each code; label num_classes stands for no class."""
+        """Map what `inputs` gives to the prediction of each code; label num_classes stands for no class."""
         return CodePrediction(self.to_logits(self._hidden(self._tokens(var_input, label), label)), codes)
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class VAR(
         return self.tokenizer.decode(codes)
 
     def _tokens(self, var_input: Tensor | None, label: Tensor) -> Tensor:
-        """What the transformer sees of the first scales: the class at the first one, pictures at the others.
+        """Return what the transformer sees of the first scales: the class at the first one, pictures at the others.
 
         Args:
             var_input: (b, m, d), m the codes of some scales after the first; None for none of them.
@@ -149,7 +149,7 @@ class VAR(
         return self.transformer(tokens, condition=self.classes(label), attn_mask=self.sees[:number, :number])
 
     def _hidden_of_next(self, tokens: Tensor, label: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """As `_hidden`, for the tokens (b, n, dim) of one scale only; and the cache for the next.
+        """Return what `_hidden` does, for the tokens (b, n, dim) of one scale only; and the cache for the next.
 
         Args:
             tokens: of the scale.
@@ -166,7 +166,7 @@ class VAR(
         )
 
     def _input_after(self, codes: list[Tensor], guided: bool) -> Tensor | None:
-        """The var_input of the scales that follow the given ones, twice over the batch if guided; None after none."""
+        """Return the var_input of the scales after the given ones, twice over the batch if guided; None after none."""
         if not codes:
             return None
         return repeat(self.tokenizer.idxBl_to_var_input(codes), "b n d -> (r b) n d", r=2 if guided else 1)

@@ -33,7 +33,7 @@ DEFAULT_DECAY = 0.9
 
 
 class CodesAndImage(NamedTuple):
-    """What `VQImageAutoregressiveAutoencoder.forward` gives.
+    """Result of `VQImageAutoregressiveAutoencoder.forward`.
 
     Attributes:
         logits: (b, n, v) float32, minus logit_scale times the distance of each predicted vector to every code.
@@ -177,7 +177,7 @@ class VQImageAutoregressiveAutoencoder(
 
     @property
     def network(self) -> VQImageAutoregressiveAutoencoder:
-        """What reconstructs images: a part of this very model."""
+        """The part that reconstructs images: this very model."""
         return self
 
     @property
@@ -216,7 +216,7 @@ class VQImageAutoregressiveAutoencoder(
         return self.detokenize(rearrange(codes, "b (h w) -> b h w", h=self.image_size // self.patch_size))
 
     def codebook(self) -> Tensor:
-        """The vector of every code, (v, d) float32."""
+        """Return the vector of every code, (v, d) float32."""
         every = torch.arange(self.codebook_size, device=self.start_token.device)
         return rearrange(self.quantizer.decode_indices(rearrange(every, "v -> 1 1 v")), "1 d 1 v -> v d")
 
@@ -251,7 +251,7 @@ class VQImageAutoregressiveAutoencoder(
         return self.to_code(self.transformer(torch.cat([start, tokens], dim=1)))
 
     def _mix(self, predicted: Tensor, quantized: Tensor) -> Tensor:
-        """What is decoded, (b, n, d): the quantized vectors in value, with part of the gradient to the predicted.
+        """Return what is decoded, (b, n, d): quantized vectors in value, with part of the gradient to the predicted.
 
         Decoding this once is mixing two images, in value and in gradient: both are decoded from the same vectors.
         """
@@ -328,7 +328,7 @@ def distance_logits(predicted: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _quantizer_options(dim: int, decay: float, vq_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The ancestor's, with those of the user over them."""
+    """Return the ancestor's, with those of the user over them."""
     for name in ("decay", "codebook_size", "dim"):
         if name in vq_kwargs:
             raise UserError(f"vq_kwargs has {name} {vq_kwargs[name]}, which is an argument of the model; set it there")

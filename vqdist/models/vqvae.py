@@ -88,7 +88,7 @@ class SimpleVQVAE(
 
     @property
     def network(self) -> SimpleVQVAE:
-        """What reconstructs images: all of it."""
+        """The part that reconstructs images: all of it."""
         return self
 
     @property

@@ -37,7 +37,7 @@ IMAGE_OPTIONS = ("augment", "exts", "on_bad_image")
 
 @dataclass(kw_only=True, frozen=True)
 class ARTrainerConfig(TrainerConfig):
-    """How to train a model that predicts codes: the options of every trainer, and those of labels and samples."""
+    """Options of training a model that predicts codes: those of every trainer, of labels and of samples."""
 
     image_size: int | None = option(None, at_least=1)  # type: ignore[assignment]  # until `check_model` takes the model's
     """Side of the square training images in pixels; by default the model's."""
@@ -64,7 +64,7 @@ class ARTrainerConfig(TrainerConfig):
 
     @property
     def sample_options(self) -> dict[str, Any]:
-        """What was said of the samples in a picture, by the names of `DrawOptions`."""
+        """The options that were given of the samples in a picture, by the names of `DrawOptions`."""
         names = [f.name for f in fields(DrawOptions)]
         said = {name: getattr(self, f"sample_{name}") for name in names}
         return {name: value for name, value in said.items() if value is not None}
@@ -210,7 +210,7 @@ class ARTrainer(Trainer):
         return numbers
 
     def evaluate(self) -> dict[str, float]:
-        """How well the codes of the validation images are predicted; of VQ-AR also how well they are reconstructed."""
+        """Measure the predictions of the validation images' codes; of VQ-AR also the reconstructions."""
         with self.averaged_model() as network:
             numbers = evaluate_prediction(network, (batch[:2] for batch in self.valid_batches()), self.backend)
             if self._is_tokenizer:
@@ -221,7 +221,7 @@ class ARTrainer(Trainer):
         return numbers
 
     def save_pictures(self, path: Path) -> None:
-        """A sheet of samples, the classes in turn; of VQ-AR also one of originals beside their reconstructions."""
+        """Draw a sheet of samples, the classes in turn; of VQ-AR also one of originals beside reconstructions."""
         with self.averaged_model() as network:
             if self.tracker is not None:  # on rank 0
                 with self.report.drawing():
@@ -247,7 +247,7 @@ class ARTrainer(Trainer):
         return draw_numbers(model, range(count), model.labels(label, count), options, seed=self.config.seed)
 
     def counts_to_come(self) -> dict[str, Tensor]:
-        """What the next line of numbers counts, besides the means."""
+        """Return what the next log line counts, besides the means."""
         counts = {"predicted": self.predicted.sums, "images": self.predicted.images}
         return counts if self.codes is None else {**counts, "codes": self.codes.counts}
 

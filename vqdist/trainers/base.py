@@ -267,7 +267,7 @@ class Trainer(ABC):
     def learning_rate(
         self, peak: float, *, schedule: Any = None, warmup_steps: int | None = None, start: int = 0
     ) -> float:
-        """The rate of the coming update.
+        """Return the rate of the coming update.
 
         Args:
             peak: the highest rate.

@@ -24,7 +24,7 @@ C = TypeVar("C", bound="TrainerConfig")
 
 @dataclass(kw_only=True, frozen=True)
 class TrainerConfig(DataConfig):
-    """How to train: length, batch, optimizer, EMA, and what is saved when."""
+    """Options of training: length, batch, optimizer, EMA, and what is saved when."""
 
     num_train_steps: int | None = option(None, at_least=1, free=True)
     """Optimizer steps of the whole run; or give epochs."""
@@ -130,7 +130,7 @@ class TrainerConfig(DataConfig):
 
     @property
     def optimizer_options(self) -> OptimizerOptions:
-        """What was said of the optimizer of the network, or of the generator."""
+        """The options that were given of the optimizer of the network, or of the generator."""
         said = {"betas": "adam_betas", "weight_decay": "weight_decay", "fused": "fused_adam"}
         return OptimizerOptions(
             self.optimizer,

@@ -29,7 +29,7 @@ DEFAULT_EPOCHS = 20.0
 
 @dataclass(kw_only=True, frozen=True)
 class DiscreteVAETrainerConfig(TrainerConfig):
-    """How to train a discrete VAE: the options of every trainer, with DALLE-pytorch's defaults, and the draw's."""
+    """Options of training a discrete VAE: those of every trainer, with DALLE-pytorch's defaults, and the draw's."""
 
     image_size: int | None = option(None, at_least=1)  # type: ignore[assignment]  # until `check_model` takes the model's
     """Side of the square training images in pixels; by default the model's."""

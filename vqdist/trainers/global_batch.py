@@ -1,4 +1,4 @@
-"""How many images an optimizer step takes when a run goes on with another number of processes."""
+"""The images of an optimizer step when a run goes on with another number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEEDED_TO_RESUME = ("position", "world_size", "backend")  # entries of every man
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What a run was told to take in one optimizer step, on the processes that it had then.
+    """Images that a run takes in one optimizer step, as its options said it, on the processes that it had then.
 
     Attributes:
         batch_size: images of one micro-batch of one process.
@@ -28,11 +28,11 @@ class GlobalBatch:
 
     @classmethod
     def of(cls, batch_size: int, grad_accum_every: int, processes: int) -> GlobalBatch:
-        """What these options mean on so many processes."""
+        """Return what these options mean on so many processes."""
         return cls(batch_size, grad_accum_every, batch_size * grad_accum_every * processes)
 
     def resumed(self, told: GlobalBatch, processes: int) -> tuple[GlobalBatch, int]:
-        """The same run on so many processes now, told by its options what it was told before, or something else.
+        """Return the same run on so many processes now, with the same options as before or with others.
 
         Only the number of images matters to what is learnt: options that keep it are taken as they are, and with
         unchanged options accumulation follows the number of processes, as near as it can.

@@ -1,4 +1,4 @@
-"""What the trainers of image tokenizers share: reconstructions to measure and draw, codes to count, an export."""
+"""Shared by the trainers of image tokenizers: reconstructions to measure and draw, codes to count, an export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TokenizerTrainer(Trainer):
     """Trains a model whose first engine's network is a `TokenizerNetwork`.
 
     Attributes:
-        codes: the codes of this rank's training images since the last line of numbers; `update` adds to it.
+        codes: the codes of this rank's training images since the last log line; `update` adds to it.
     """
 
     def _set_up_networks(self) -> None:
@@ -44,7 +44,7 @@ class TokenizerTrainer(Trainer):
             )
 
     def save_pictures(self, path: Path) -> None:
-        """A sheet with the views of each image, and a bar chart of the codes of all ranks since the last one."""
+        """Draw a sheet with the views of each image, and a bar chart of all ranks' codes since the last one."""
         chart = self.backend.sum(self._codes_before + self.codes.counts)
         self._codes_before = -self.codes.counts  # the next line of numbers adds what is drawn now
         with self.main_engine.whole() as live, self.averaged_network() as averaged:
@@ -57,6 +57,8 @@ class TokenizerTrainer(Trainer):
             self.tracker.histogram(self.step, "codes", chart, path.with_name(f"{path.stem}_codes.png"))
 
     def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
-        """What a picture shows of images (n, c, h, w): original, and the reconstructions of the live network and of
-        the averaged one, if there is one."""
+        """Return what a picture shows of images (n, c, h, w): the original and its reconstructions.
+
+        They are those of the live network and of the averaged one, if there is one.
+        """
         return [images, *(reconstruct(cast(TokenizerNetwork, network), images) for network in networks)]
