@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import re
 import shutil
@@ -110,7 +111,7 @@ def _add_top_level(parser, config_class: type) -> None:
     for name, option in TOP_LEVEL.items():
         default = None if name == "results_folder" else fields[name].default
         parser.add_argument(
-            f"--{option}", type=KINDS.get(name, str | None), default=default, help=_field_doc(config_class, name)
+            f"--{option}", type=KINDS.get(name, str | None), default=default, help=_field_docs(config_class)[name]
         )
 
 
@@ -126,17 +127,15 @@ def _add_groups(parser, entry: TrainedModel, model_class: type, config_class: ty
     parser.add_class_arguments(config_class, "trainer", skip={*data, *TOP_LEVEL}, help="The training")
 
 
-def _field_doc(config_class: type, name: str) -> str:
-    """Return the line under a field of a configuration."""
+@functools.cache
+def _field_docs(config_class: type) -> dict[str, str]:
+    """Return the line under each field of a configuration, with those of its bases; parsing them takes a while."""
     import docstring_parser
 
-    documented = (
-        param
-        for cls in config_class.__mro__
-        if cls is not object
-        for param in docstring_parser.parse_from_object(cls).params
-    )
-    return next(param.description or "" for param in documented if param.arg_name == name)
+    docs: dict[str, str] = {}
+    for cls in reversed(config_class.__mro__[:-1]):  # but for object
+        docs |= {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(cls).params}
+    return docs
 
 
 def _set_defaults(parser, entry: TrainedModel) -> None:
