@@ -164,8 +164,8 @@ def test_help_explains_every_option():
     text = " ".join(vqdist("train", "vqgan", "--help").stdout.split())
     assert "Optimizer steps of the whole run; or give epochs. (type: int | null, default: null)" in text
     assert "Images of one micro-batch of one process. (required, type: int)" in text
-    assert "channels of the first convolution of vqdist's own networks; a multiple of `encdec_resnet_groups`." in text
-    assert "or there is no discriminator. (type: int | null, default: null)" in text
+    assert "channels of the first convolution of vqdist's own networks; a multiple of `encdec_resnet_groups`" in text
+    assert "Names: `vq`, `lfq`, `fsq`, `simvq`, `residual_vq`, `multiscale_vq`; --model.quantizer.help NAME" in text
     without_help = re.findall(r"--((?:data|model|trainer)\.\w+) \S+ \(type", text)
     assert without_help == []
 

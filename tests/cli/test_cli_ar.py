@@ -88,7 +88,7 @@ def test_mistakes_of_training_are_one_line(tokenizer, prior, tmp_path, capsys, m
         "no such folder: ": [*train, "--tokenizer", "ABSENT"],
         "nowhere; expected one with config.json": [*train, "--tokenizer", tmp_path.name + "/nowhere"],
         "has no export/ yet; train it to its first": [*train, "--tokenizer", begun],
-        "num_images_save 5000 is not possible; it must be at most 4096": [
+        "num_images_save 5000 is not possible; it must be at least 1 and at most 4096": [
             *train,
             "--tokenizer",
             tokenizer,

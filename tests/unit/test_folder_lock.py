@@ -81,7 +81,7 @@ def test_a_killed_process_leaves_its_file_and_no_lock(tmp_path, holder):
 
 def test_one_process_has_it_as_often_as_it_likes(tmp_path):
     first, second = build_dvae_trainer(tmp_path), build_dvae_trainer(tmp_path)
-    assert first._lock is second._lock and (tmp_path / LOCK).is_file()
+    assert first.run.lock is second.run.lock and (tmp_path / LOCK).is_file()
     first.close()
     assert (tmp_path / LOCK).is_file()
     second.close()

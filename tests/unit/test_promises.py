@@ -186,3 +186,17 @@ def test_a_width_that_is_no_number(dim):
     encoder.dim = dim
     with pytest.raises(UserError, match="dim of encoder Encoder is .*whole number"):
         VQGanVAE(encoder=encoder, quantizer="fsq", decoder=Decoder(), use_gan=False, perceptual="none")
+
+
+def test_features_without_a_gradient_are_refused_unless_the_encoder_is_frozen():
+    class Cut(Encoder):
+        def forward(self, image):
+            return super().forward(image).detach()
+
+    model = VQGanVAE(encoder=Cut(), decoder=Decoder(), quantizer="fsq", codebook_size=256, use_vgg_and_gan=False)
+    with pytest.raises(UserError, match="encoder Cut gave features without a gradient, so it would never learn"):
+        model(torch.rand(2, 3, 16, 16))
+    with torch.no_grad():
+        model(torch.rand(2, 3, 16, 16))
+    model.autoencoder.encoder.requires_grad_(False)
+    model(torch.rand(2, 3, 16, 16))

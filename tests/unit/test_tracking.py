@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -275,7 +276,7 @@ def test_wandb_gets_the_trained_model_and_everything_that_was_logged(tmp_path, o
     assert artifact.finalize and list(artifact.aliases) == ["latest"]
 
     files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
-    assert files.keys() == {"config.json", "model.safetensors", "README.md"}
+    assert files.keys() == {"config.json", "export.json", "model.safetensors", "README.md"}
     for entry in artifact.manifest.contents:
         content = files[entry.path].read_bytes()
         assert content == (run / "export" / entry.path).read_bytes() and len(content) == entry.size
@@ -376,7 +377,7 @@ def test_training_twice_is_no_error(tmp_path, offline):
     trainer = build_dvae_trainer(tmp_path / "run", trackers=["wandb", "tensorboard"], num_train_steps=2)
     numbers = trainer.train()
     assert trainer.train() == numbers and trainer.step == 2
-    trainer.config.num_train_steps = 3
+    trainer.config = dataclasses.replace(trainer.config, num_train_steps=3)
     trainer.train()
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 

@@ -103,4 +103,5 @@ def checked(term: Any) -> Any:
                 f"term {term.name} has weights that nothing would train ({', '.join(trained[:3])}); freeze them with "
                 "requires_grad_(False), or make them part of a network"
             )
+        term.eval()  # a frozen network within it has no statistics to move
     return term

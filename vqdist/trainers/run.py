@@ -140,6 +140,9 @@ class Run:
         if complete_steps(self.folder / "checkpoints"):  # then `_with_global_batch` has compared these
             for name in ("batch_size", "grad_accum_every"):
                 before["trainer"][name] = now["trainer"][name]
+        # a network that was given as `vgg` was once recorded as the default in its place
+        if before["model"].get("perceptual") == "vgg16" and isinstance(now["model"].get("perceptual"), dict):
+            before["model"]["perceptual"] = now["model"]["perceptual"]
         lines = differing_keys(before, now, names_with(type(self.config), "free"))
         if lines:
             raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
@@ -115,6 +116,11 @@ def check_features(features: Any, image: Tensor, encoder: Any) -> None:
         raise UserError(
             f"encoder {name} gave features of shape {tuple(features.shape)} for {batch} images; expected {of} with "
             f"b = {batch} and its dim, d = {encoder.dim}"
+        )
+    if torch.is_grad_enabled() and not features.requires_grad and any(w.requires_grad for w in encoder.parameters()):
+        raise UserError(
+            f"encoder {name} gave features without a gradient, so it would never learn; do not detach them, or freeze "
+            "its weights with requires_grad_(False)"
         )
     height, width = image.shape[2:]
     found = tuple(features.shape[2:] if features.ndim == 4 else features.shape[1:2])
