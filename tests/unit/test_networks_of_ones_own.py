@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vqdist import Term, UserError, VQGanVAE, VQGanVAETrainer
+from vqdist.models.autoencoder import ForwardPass
 from vqdist.models.networks.conv import ConvEncoder
 from vqdist.models.pretrained import load_model_of_any_type
 from vqdist.models.tokenizer import Tokenizer
-from vqdist.models.vqgan import ForwardPass
 from vqdist.objectives import Objective, Reconstruction
 from vqdist.parts import GIVEN_BUILT, UnavailablePart
 

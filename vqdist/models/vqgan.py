@@ -1,16 +1,15 @@
 """VQGAN (arXiv 2012.09841): an encoder, a quantizer and a decoder, trained against a discriminator.
 
-`VQAutoencoder` is what the generator's engine trains and what the moving average follows; `VQGanVAE` adds the
-discriminator and the objective, and is what users build, save and load. Each of them is a part: see `vqdist.parts`.
+`VQAutoencoder` (autoencoder.py) is what the generator's engine trains and what the moving average follows. `VQGanVAE`
+adds the discriminator and the objective, and is what users build, save and load. Each is a part: see `vqdist.parts`.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from einops import rearrange
@@ -19,14 +18,11 @@ from torch import Tensor, nn
 from vqdist import losses
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels
+from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
 from vqdist.models.networks.base import (
     DECODERS,
     DISCRIMINATORS,
     ENCODERS,
-    apply_last_layer,
-    check_features,
-    check_reconstruction,
-    code_shape_of,
     halves,
     logits_of,
     require_module,
@@ -36,142 +32,12 @@ from vqdist.models.networks.conv import ConvDecoder, ConvEncoder, check_widths, 
 from vqdist.models.networks.patch import PatchDiscriminator
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import QUANTIZERS, Quantizer, build_quantizer
-from vqdist.models.quantizers.base import checked
-from vqdist.models.tokenizer import TokenizerNetwork, check_images, check_pixels, check_scales
+from vqdist.models.tokenizer import check_images, check_pixels, check_scales
 from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
 from vqdist.objectives.perceptual import MIN_IMAGE_SIZE, too_small_for_vgg16
 from vqdist.parts import PartSpec, Registry, Spec, UnavailablePart, recorded, unknown
 
 DEFAULT_CODEBOOK_SIZE = 65_536
-
-
-class ForwardPass(NamedTuple):
-    """What one pass through the autoencoder gives.
-
-    Attributes:
-        recon: (b, c, h, w), in [0, 1] but for overshoot.
-        indices: codes, (b, h', w') or (b, h', w', q) with q residual levels; (b, n) of a row of tokens, (b, L) of
-            several scales.
-        aux_loss: the quantizer's commitment or entropy loss, weighted; 0-d float32.
-        hidden: input of the decoder's last layer, (b, d, h, w), without a gradient: the adaptive weight is computed
-            from it. None of a decoder without a last layer.
-        features: (b, d, h', w') or (b, n, d), what the encoder gave, with its graph.
-    """
-
-    recon: Tensor
-    indices: Tensor
-    aux_loss: Tensor
-    hidden: Tensor | None
-    features: Tensor
-
-
-class VQAutoencoder(TokenizerNetwork):
-    """Encoder, quantizer and decoder.
-
-    Args:
-        channels: of the image.
-        encoder: see `vqdist.models.networks.Encoder`.
-        quantizer: maps features to codes.
-        decoder: see `vqdist.models.networks.Decoder`.
-    """
-
-    channels: int
-    encoder: Any  # a module and an `Encoder`, which Python's types cannot say at once
-    decoder: Any  # likewise a `Decoder`
-
-    def __init__(self, *, channels: int, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module):
-        super().__init__()
-        self.channels = channels
-        self.encoder = encoder
-        self.quantizer = quantizer
-        self.decoder = decoder
-
-    def forward(self, image: Tensor) -> ForwardPass:
-        """Images (b, c, h, w) in [0, 1] -> their reconstruction, codes and the quantizer's loss."""
-        features = self.features(image)
-        quantized, indices, aux_loss = self.quantize(features)
-        hidden = self.decoder(quantized)
-        recon = apply_last_layer(self.decoder, hidden)
-        check_reconstruction(recon, image, self.decoder)
-        kept = None if self.last_layer is None else hidden.detach()
-        return ForwardPass(recon, indices, aux_loss, kept, features)
-
-    def features(self, image: Tensor) -> Tensor:
-        """Images (b, c, h, w) in [0, 1] -> what the encoder gives for them, (b, d, h', w') or (b, n, d)."""
-        features = self.encoder(image)
-        check_features(features, image, self.encoder)
-        return features
-
-    def quantize(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of the encoder -> quantized features of the same shape, codes, the quantizer's loss."""
-        if features.ndim == 4:
-            return checked(self.quantizer(features), features, self.quantizer)
-        row = rearrange(features, "b n d -> b d n 1")  # of the quantizer's view a row of tokens is a narrow map
-        quantized, indices, aux_loss = checked(self.quantizer(row), row, self.quantizer)
-        return rearrange(quantized, "b d n 1 -> b n d"), rearrange(indices, "b n 1 ... -> b n ..."), aux_loss
-
-    def decode(self, features: Tensor) -> Tensor:
-        """Quantized features (b, d, h', w') or (b, n, d) -> images (b, c, h, w)."""
-        return apply_last_layer(self.decoder, self.decoder(features))
-
-    @property
-    def last_layer(self) -> nn.Conv2d | None:
-        """The decoder's last convolution, if it has one."""
-        return self.decoder.last_layer
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes (of each level)."""
-        return self.quantizer.codebook_size
-
-    @property
-    def num_levels(self) -> int:
-        """Codes per position."""
-        return self.quantizer.num_levels
-
-    @property
-    def scales(self) -> tuple[int, ...] | None:
-        """Sides of the maps of codes of a `multiscale_vq`, growing; None of any other quantizer."""
-        return self.quantizer.scales
-
-    def code_shape(self, image_size: int) -> tuple[int, ...]:
-        """Shape of the codes of a square image; see `vqdist.models.networks.Encoder`."""
-        return code_shape_of(self.encoder, image_size)
-
-    def tokenize(self, image: Tensor) -> Tensor:
-        return self.quantize(self.features(image))[1]
-
-    def detokenize(self, ids: Tensor) -> Tensor:
-        row = self.scales is None and ids.ndim == (3 if self.num_levels > 1 else 2)
-        if not row:
-            return self.decode(self.quantizer.decode_indices(ids))
-        features = self.quantizer.decode_indices(rearrange(ids, "b n ... -> b n 1 ..."))
-        return self.decode(rearrange(features, "b d n 1 -> b n d"))
-
-    def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        out = self(image)
-        return out.recon, out.indices
-
-    def first_name(self, name: str) -> str:
-        if isinstance(self.decoder, ConvDecoder):
-            name = re.sub(r"^decoder\.net\.", "decoder.", re.sub(r"^decoder\.(?=last_layer\.)", "", name))
-        return name
-
-    # before decoders were parts, vqdist's own was a sequence of layers, and the last layer stood beside it
-    _RENAMED = ((r"^decoder\.(\d+)\.", r"decoder.net.\1."), (r"^last_layer\.", "decoder.last_layer."))
-
-    def current_name(self, name: str) -> str:
-        """Return how a tensor is called now that a checkpoint or export calls by this name."""
-        own = self.__dict__.get("_own_names")
-        if own is None:
-            own = self.__dict__["_own_names"] = frozenset(self.state_dict())
-        if name in own:
-            return name
-        for pattern, replacement in self._RENAMED:
-            renamed = re.sub(pattern, replacement, name)
-            if renamed in own:
-                return renamed
-        return name
 
 
 class VQGanVAE(

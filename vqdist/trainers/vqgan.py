@@ -14,8 +14,9 @@ from vqdist import losses
 from vqdist.backends import Engine
 from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
+from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
 from vqdist.models.networks.base import halves, logits_of
-from vqdist.models.vqgan import ForwardPass, VQAutoencoder, VQGanVAE
+from vqdist.models.vqgan import VQGanVAE
 from vqdist.options import option
 from vqdist.parts import Spec
 from vqdist.schedules import factor_of, linear_ramp
