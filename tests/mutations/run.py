@@ -35,8 +35,8 @@ TWO_RANKS = "test_distributed.py"
 PROMISES = {
     "adaptive_weight": Promise(
         "the gradients behind the adaptive weight are averaged over ranks before their norms",
-        "*self.backend.average(gradients)",
-        "*gradients",
+        "of_reference, of_adversarial = self.backend.average(gradients)",
+        "of_reference, of_adversarial = gradients",
         (f"{TWO_RANKS}::test_weights_are_those_of_one_process",),
     ),
     "no_sync": Promise(

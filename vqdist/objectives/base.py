@@ -18,7 +18,8 @@ class Term(nn.Module):
 
     `forward(recon, image, out)` returns a 0-d float32 tensor, the mean over the batch. `recon` and `image` are
     (b, c, h, w) in [0, 1], `recon` but for overshoot; `out` is all that the autoencoder gave, a
-    `vqdist.models.autoencoder.ForwardPass` with `features`, `indices`, `hidden`. Every rank calls a term on its own share.
+    `vqdist.models.autoencoder.ForwardPass` with `features`, `indices`, `hidden`. Every rank calls a term on its own
+    share.
 
     A term on pixels is a function of `recon`. The graph is cut there, so that its gradient is taken once and the
     autoencoder is not run backward for each term. A term on features is a function of `out.features`; its loss is
