@@ -225,7 +225,7 @@ def test_a_part_that_was_replaced_later_is_recorded_as_what_it_is(home, tmp_path
     [
         (["--model.encoder", "my_net.Encoder"], ["no module 'my_net'", "PYTHONPATH"]),
         (["--model.encoder", "my_networks.Encodr"], ["my_networks has no 'Encodr'", "nearest: Encoder"]),
-        (["--model.encoder.widht", "8"], ["no argument 'widht'", "nearest: width"]),
+        (["--model.encoder.widthh", "8"], ["no argument 'widthh'", "nearest: width"]),
         (["--model.encoder", "my_quantizer.Rounded", "--model.encoder.dim", "8"], ["no encoder", "code_shape"]),
         (["--model.quantizer", "my_networks.Encoder"], ["my_networks.Encoder is no", "vqdist"]),
         (["--model.discriminator", "my_quantizer.Rounded", "--model.discriminator.dim", "8"], ["min_image_size"]),
@@ -233,7 +233,7 @@ def test_a_part_that_was_replaced_later_is_recorded_as_what_it_is(home, tmp_path
         (["--model.terms", "[my_losses.SmallFeatures]"], ["no term compares pixels"]),
         (["--model.dim", "16"], ["dim 16 does nothing"]),
         (["--trainer.optimizer", "my_optimizer.Lio"], ["my_optimizer has no 'Lio'", "nearest: Lion"]),
-        (["--trainer.trackers", "[my_sink.Tabel]"], ["my_sink has no 'Tabel'", "nearest: Table"]),
+        (["--trainer.trackers", "[my_sink.Tablee]"], ["my_sink has no 'Tablee'", "nearest: Table"]),
         (["--data.folder", "my_source.Stripe"], ["my_source", "nearest: Stripes"]),
         (["--image_size", "21"], ["image_size 21 is not a multiple of the patch, 5"]),
     ],
