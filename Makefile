@@ -91,7 +91,7 @@ install: $(STAMP) ## create .venv, install vqdist with every extra, build DeepSp
 
 DEMO := runs/demo
 
-demo: install ## handwritten digits: a tokenizer, its codes, a prior over them, samples; four minutes on two cores
+demo: install ## handwritten digits: a tokenizer, its codes, a prior over them, samples; six minutes on two cores
 	rm -rf $(DEMO)
 	$(BIN)/vqdist train vqgan --config launch/recipes/digits_vqgan.yaml --out $(DEMO)/tokenizer
 	$(BIN)/vqdist encode $(DEMO)/tokenizer --data digits --out $(DEMO)/codes
