@@ -308,7 +308,7 @@ def make_plan(tokenizer: Tokenizer, dataset: ImageDataset, *, batch_size: int, s
         "version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint(),
         "model_type": tokenizer.model_type,
-        "image_size": tokenizer.image_size,
+        "image_size": list(size) if isinstance(size := tokenizer.image_size, tuple) else size,
         "channels": tokenizer.channels,
         "codebook_size": tokenizer.codebook_size,
         "num_codes": tokenizer.num_codes,

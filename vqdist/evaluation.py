@@ -12,11 +12,12 @@ from vqdist.backends.base import Backend
 from vqdist.metrics import CodePredictionMetrics, ReconstructionMetrics
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.tokenizer import TokenizerNetwork
+from vqdist.sizes import ImageSize
 
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    network: TokenizerNetwork, batches: Iterable[Tensor], backend: Backend, *, image_size: int
+    network: TokenizerNetwork, batches: Iterable[Tensor], backend: Backend, *, image_size: ImageSize
 ) -> dict[str, float]:
     """L1, PSNR, SSIM, codebook usage and perplexity, and the number of images. Every rank calls this.
 
@@ -24,7 +25,7 @@ def evaluate_reconstruction(
         network: evaluated in eval mode; its mode is restored.
         batches: this rank's images, (b, c, h, w) in [0, 1] on the backend's device.
         backend: adds the ranks' numbers.
-        image_size: side of the images in pixels.
+        image_size: of the images.
     """
     metrics = ReconstructionMetrics(network, backend, image_size)
     with in_eval_mode(network):

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from vqdist.backends.base import Backend
 from vqdist.errors import UserError
+from vqdist.sizes import ImageSize, sides_of
 
 INCEPTION = "inception"
 NEIGHBOURS = 3  # of precision and recall, as their paper has it
@@ -45,16 +46,17 @@ class FeatureExtractor(nn.Module):
         UserError: the network does not take such images, or does not give (b, f) with f of at least 2.
     """
 
-    def __init__(self, network: nn.Module, name: str, *, channels: int, image_size: int):
+    def __init__(self, network: nn.Module, name: str, *, channels: int, image_size: ImageSize):
         super().__init__()
         self.network, self.name = network.eval(), name
-        images = torch.zeros(2, channels, image_size, image_size)
+        height, width = sides_of(image_size)
+        images = torch.zeros(2, channels, height, width)
         try:
             features = self(images)
         except RuntimeError as error:  # TorchScript puts what is wrong at the end
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise UserError(
-                f"{name} does not take images of shape (batch, {channels}, {image_size}, {image_size}) ({reason}); "
+                f"{name} does not take images of shape (batch, {channels}, {height}, {width}) ({reason}); "
                 "give an extractor for the images of this run"
             ) from error
         _check_features(features, len(images), name)
@@ -67,7 +69,7 @@ class FeatureExtractor(nn.Module):
         return features.to(torch.float32) if isinstance(features, Tensor) else features
 
 
-def load_extractor(spec: str, *, channels: int, image_size: int) -> FeatureExtractor:
+def load_extractor(spec: str, *, channels: int, image_size: ImageSize) -> FeatureExtractor:
     """Return the extractor that a user asks for, on the CPU.
 
     Args:

@@ -15,6 +15,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from vqdist.backends.base import Backend
 from vqdist.models.multiscale import hits_per_scale
 from vqdist.models.tokenizer import TokenizerNetwork
+from vqdist.sizes import ImageSize, sides_of
 
 
 class RunningMeans:
@@ -111,13 +112,14 @@ class ReconstructionMetrics:
     Args:
         network: whose codes are counted.
         backend: adds the ranks' numbers; torchmetrics does its own part through the process group.
-        image_size: side of the images in pixels; below 11 the window of SSIM shrinks to fit.
+        image_size: of the images; where a side is below 11 pixels, the window of SSIM shrinks to fit.
     """
 
-    def __init__(self, network: TokenizerNetwork, backend: Backend, image_size: int):
+    def __init__(self, network: TokenizerNetwork, backend: Backend, image_size: ImageSize):
         self.backend = backend
-        side = max(1, (image_size - 1) // 2 * 2 - 1)  # odd, with room for the padding that torchmetrics reflects
-        window: dict[str, Any] = {} if image_size >= 11 else {"gaussian_kernel": False, "kernel_size": side}
+        smallest = min(sides_of(image_size))
+        side = max(1, (smallest - 1) // 2 * 2 - 1)  # odd, with room for the padding that torchmetrics reflects
+        window: dict[str, Any] = {} if smallest >= 11 else {"gaussian_kernel": False, "kernel_size": side}
         metrics: dict[str, Metric] = {
             "l1": MeanMetric(),
             "psnr": PeakSignalNoiseRatio(data_range=1.0),

@@ -47,9 +47,9 @@ def _parser():
     )
     parser.add_argument(
         "--data.image_size",
-        type=int | None,
+        type=int | list[int] | None,
         default=None,
-        help="Side in pixels (short: --image_size); by default the run's.",
+        help="Side in pixels, or [height, width] (short: --image_size); by default the run's.",
     )
     parser.add_argument(
         "--data.on_bad_image",

@@ -14,6 +14,7 @@ from vqdist.cli.sample import add_draw_options, draw_options
 from vqdist.data.config import CODES
 from vqdist.errors import UserError
 from vqdist.files import read_json
+from vqdist.sizes import ImageSize, image_size_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -104,9 +105,9 @@ def _run_parser(program: str, description: str, epilog: str | None = None):
     )
     parser.add_argument(
         "--data.image_size",
-        type=int | None,
+        type=int | list[int] | None,
         default=None,
-        help="Side in pixels (short: --image_size); by default the run's.",
+        help="Side in pixels, or [height, width] (short: --image_size); by default the run's.",
     )
     parser.add_argument(
         "--data.on_bad_image", type=str, default="raise", help="`raise` or `skip` (short: --on_bad_image)."
@@ -157,16 +158,16 @@ def _refuse_sampling(options, reason: str) -> None:
 # --------------------------------------------------------------------------------------------- runs and data
 
 
-def _image_size(run: Path, export: Path, options) -> int:
+def _image_size(run: Path, export: Path, options) -> ImageSize:
     """Return what the user says, else the run's configuration, else that of an export alone."""
     if options.data.image_size is not None:
-        return options.data.image_size
+        return image_size_of(options.data.image_size)
     folder = run if (run / "config.json").is_file() else export
     content = read_json(folder / "config.json")
     size = content.get("trainer", content).get("image_size")
     if size is None:
         raise UserError(f"{run} does not say on which image size it was trained; give --image_size")
-    return size
+    return image_size_of(size)
 
 
 def _open_images(options, model: Tokenizer | AutoregressiveModel) -> ImageDataset:
@@ -214,7 +215,7 @@ def _open_tokenizer(model: TokenizerModel, run: Path, export: Path, options) -> 
 
 def _open_generator(model: AutoregressiveModel, options) -> _GeneratorRun:
     size = options.data.image_size
-    if size is not None and size != model.image_size:
+    if size is not None and image_size_of(size) != model.image_size:
         raise UserError(f"image_size {size} is given but the model is for {model.image_size}; leave it out")
     folder = options.data.folder
     stored = folder.removeprefix(CODES) if isinstance(folder, str) and folder.startswith(CODES) else None
@@ -289,7 +290,7 @@ class _Run:
                 print(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
                 self.skipped.add(name)
 
-    def reconstruction_numbers(self, network: TokenizerNetwork, image_size: int) -> dict[str, float]:
+    def reconstruction_numbers(self, network: TokenizerNetwork, image_size: ImageSize) -> dict[str, float]:
         """Measure the reconstructions of the images."""
         from vqdist.evaluation import evaluate_reconstruction
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
 from vqdist.errors import UserError
+from vqdist.sizes import sides_of
 
 LARGEST_SHEET = 2  # GiB of pixels
 MOST = 10**9
@@ -67,8 +69,8 @@ def sample(arguments: list[str]) -> int:
     batches = with_progress(batches, options, backend)
     with naming_lost_peers():
         if options.out.suffix.lower() == ".png":
-            size = model.image_size
-            images = gather_images(batches, (options.num, model.channels, size, size), backend)
+            shape = (options.num, model.channels, *sides_of(model.image_size))
+            images = gather_images(batches, shape, backend)
             on_main(backend, lambda: _save_sheet(images, options), f"--out {options.out} cannot be written")
         else:
             _save_each(batches, options.out)
@@ -171,7 +173,7 @@ def _make_writable(folder: Path) -> None:
 
 def _check_sheet(model, options) -> None:
     """Raise `UserError` for a sheet too large for the memory of the one process that puts it together."""
-    gigabytes = 4 * options.num * model.channels * model.image_size**2 / 2**30
+    gigabytes = 4 * options.num * model.channels * math.prod(sides_of(model.image_size)) / 2**30
     if options.out.suffix.lower() == ".png" and gigabytes > LARGEST_SHEET:
         raise UserError(
             f"a sheet of {options.num} images of {model.image_size} pixels takes {gigabytes:.0f} GiB of memory, over "

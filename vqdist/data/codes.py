@@ -33,6 +33,7 @@ from torch.utils.data import Dataset
 from vqdist.data.sources.base import checked_index
 from vqdist.errors import UserError
 from vqdist.files import read_json, sha256_of
+from vqdist.sizes import ImageSize, image_size_of
 
 FORMAT_VERSION = 1
 PLAN = "encode.json"
@@ -50,7 +51,7 @@ FACTS: dict[str, tuple[Any, int | None]] = {
     "tokenizer": (str, None),
     "data": (str, None),
     "model_type": (str, None),
-    "image_size": (int, 1),
+    "image_size": (int | list, 1),
     "channels": (int, 1),
     "codebook_size": (int, 1),
     "num_codes": (int, 1),
@@ -81,10 +82,10 @@ class CodeDataset(Dataset):
         codebook_size: number of codes (of each level).
         num_codes: codes of an image.
         num_levels: codes per position.
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, or (height, width).
         channels: of the images.
         scales: sides of the token maps of a multi-scale tokenizer, the finest last; None where there is one map.
-        code_side: side of that one map; None with scales.
+        code_side: side of that one map; None with scales, of codes in a row, and where the map is not square.
         classes_seen: how many different classes the images have; 0 where the source has none.
 
     Raises:
@@ -101,7 +102,7 @@ class CodeDataset(Dataset):
         self.codebook_size: int = manifest["codebook_size"]
         self.num_codes: int = manifest["num_codes"]
         self.num_levels: int = manifest["num_levels"]
-        self.image_size: int = manifest["image_size"]
+        self.image_size: ImageSize = image_size_of(manifest["image_size"])
         self.channels: int = manifest["channels"]
         self.classes_seen: int = manifest["classes_seen"]
         self.code_side: int | None = manifest["code_side"]
@@ -262,7 +263,7 @@ def _wrong_part(manifest: dict[str, Any]) -> str | None:
     for name, (kind, least) in FACTS.items():
         if name not in manifest or not isinstance(manifest[name], kind):
             return name
-        if least is not None and manifest[name] < least:
+        if least is not None and any(number < least for number in _numbers(manifest[name])):
             return name
     shards = manifest.get("shards")
     if not isinstance(shards, list) or len(shards) != num_shards(manifest["count"], manifest["shard_size"]):
@@ -273,6 +274,13 @@ def _wrong_part(manifest: dict[str, Any]) -> str | None:
             if not isinstance(file, dict) or not {"bytes", "sha256"} <= file.keys():
                 return "shards"
     return None
+
+
+def _numbers(value: Any) -> list[Any]:
+    """Return the whole numbers of a value that is one, or a list of two."""
+    if not isinstance(value, list):
+        return [value]
+    return value if len(value) == 2 and all(isinstance(number, int) for number in value) else [0]
 
 
 def _damaged(path: Path, problem: str) -> UserError:

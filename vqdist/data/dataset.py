@@ -16,6 +16,7 @@ from vqdist.data.sources import Source, TensorSource, not_empty, open_source
 from vqdist.data.sources.base import checked_fingerprint, checked_index, checked_label
 from vqdist.errors import UserError
 from vqdist.seeding import derive_seed
+from vqdist.sizes import ImageSize, image_size_of
 
 LARGEST_SIDE = 2**16  # in pixels
 
@@ -31,7 +32,7 @@ class ImageDataset(Dataset):
         source: a spec (see `vqdist.data.sources`), also as class_path and init_args, a `Source`, another
             `ImageDataset` of the same size and channels (its images are looked at anew; augmented only if both
             are), or any map-style dataset of float tensors (c, h, w) in [0, 1], which are taken as they are.
-        image_size: side in pixels.
+        image_size: side in pixels, or (height, width).
         channels: 1, 3 or 4.
         exts: file name extensions to read from a folder or tar files; by default every image format that is known.
         augment: False gives the view for validation.
@@ -48,7 +49,7 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         source: Source | Dataset | str | Mapping[str, Any] | os.PathLike,
-        image_size: int,
+        image_size: ImageSize,
         *,
         channels: int = 3,
         exts: Iterable[str] | str | None = None,
@@ -56,7 +57,8 @@ class ImageDataset(Dataset):
         seed: int = 0,
         on_bad_image: str = "raise",
     ):
-        if not isinstance(image_size, int) or not 1 <= image_size <= LARGEST_SIDE:
+        sides = image_size if isinstance(image_size, (list, tuple)) else (image_size,)
+        if not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides):
             raise UserError(
                 f"image_size {image_size!r} is not possible; give the side in pixels, a whole number from 1 to "
                 f"{LARGEST_SIDE}"
@@ -66,9 +68,9 @@ class ImageDataset(Dataset):
             raise UserError(f"on_bad_image {on_bad_image!r} is not known; choose {' or '.join(self.ON_BAD_IMAGE)}")
         if isinstance(source, ImageDataset):
             augment = augment and source.augment
-            source = source._source_for(image_size, channels)
+            source = source._source_for(image_size_of(image_size), channels)
         self.source = _as_source(source, exts)
-        self.image_size = image_size
+        self.image_size = image_size_of(image_size)
         self.channels = channels
         self.augment: bool = augment
         self.seed = seed
@@ -144,7 +146,7 @@ class ImageDataset(Dataset):
         """See `Source.fingerprint`."""
         return checked_fingerprint(self.source)
 
-    def _source_for(self, image_size: int, channels: int) -> Source:
+    def _source_for(self, image_size: ImageSize, channels: int) -> Source:
         if (self.image_size, self.channels) != (image_size, channels):
             raise UserError(
                 f"the dataset has image_size {self.image_size} and channels {self.channels}; expected {image_size} "

@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vqdist.errors import UserError
+from vqdist.sizes import ImageSize, sides_of
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Number of channels -> the PIL mode in which an image becomes a tensor."""
@@ -111,32 +112,33 @@ def check_channels(channels: int) -> None:
         raise UserError(f"channels {channels} is not possible for images; choose 1 (grey), 3 (RGB) or 4 (RGBA)")
 
 
-def resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Resize the shorter side and cut out the centre, in one antialiased bicubic resampling.
+def resize_and_crop(image: Image.Image, image_size: ImageSize) -> Image.Image:
+    """Resize until the result just fits in and cut out the centre, in one antialiased bicubic resampling.
 
-    Resampling the centred square of the source directly gives the same picture as resizing all of it and cropping,
-    without computing what is cut away and without rounding the longer side. The colour of transparent pixels has no
-    weight: PIL resamples RGBA with premultiplied alpha.
+    For a square result the shorter side is resized. Resampling the centred part of the source directly gives the same
+    picture as resizing all of it and cropping, without computing what is cut away and without rounding a side. The
+    colour of transparent pixels has no weight: PIL resamples RGBA with premultiplied alpha.
 
     Args:
         image: mode `L`, `RGB` or `RGBA`.
-        image_size: side of the result in pixels.
+        image_size: of the result.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    (width, height), (rows, columns) = image.size, sides_of(image_size)
+    scale = min(width / columns, height / rows)  # pixels of the source for one of the result
+    across, down = (width, width * rows / columns) if scale == width / columns else (height * columns / rows, height)
+    left, top = (width - across) / 2, (height - down) / 2
+    box = (left, top, left + across, top + down)
+    return image.resize((columns, rows), Image.Resampling.BICUBIC, box=box)
 
 
 def image_to_tensor(
-    image: Image.Image, *, image_size: int, channels: int, rng: torch.Generator | None = None
+    image: Image.Image, *, image_size: ImageSize, channels: int, rng: torch.Generator | None = None
 ) -> Tensor:
     """Convert, resize (shorter side, antialiased bicubic), centre-crop and, with `rng`, augment one image.
 
     Args:
         image: any PIL image.
-        image_size: side of the square result in pixels.
+        image_size: side of the square result in pixels, or (height, width).
         channels: 1, 3 or 4, see `convert_channels`.
         rng: turns augmentation on, and is all the chance in it: the image is mirrored left to right with probability
             0.5. None gives the deterministic view.
@@ -150,7 +152,7 @@ def image_to_tensor(
     image = resize_and_crop(convert_channels(image, channels), image_size)
     if rng is not None and torch.rand((), generator=rng).item() < 0.5:
         image = ImageOps.mirror(image)
-    pixels = rearrange(np.asarray(image).reshape(image_size, image_size, channels), "h w c -> c h w")
+    pixels = rearrange(np.asarray(image).reshape(*sides_of(image_size), channels), "h w c -> c h w")
     return torch.from_numpy(pixels.astype(np.float32, order="C")).div_(255)
 
 

@@ -17,6 +17,7 @@ from vqdist.models.networks.conv import ConvDecoder
 from vqdist.models.quantizers import Quantizer
 from vqdist.models.quantizers.base import checked
 from vqdist.models.tokenizer import TokenizerNetwork
+from vqdist.sizes import ImageSize
 
 
 class ForwardPass(NamedTuple):
@@ -108,8 +109,8 @@ class VQAutoencoder(TokenizerNetwork):
         """Sides of the maps of codes of a `multiscale_vq`, growing; None of any other quantizer."""
         return self.quantizer.scales
 
-    def code_shape(self, image_size: int) -> tuple[int, ...]:
-        """Shape of the codes of a square image; see `vqdist.models.networks.Encoder`."""
+    def code_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        """Shape of the codes of an image; see `vqdist.models.networks.Encoder`."""
         return code_shape_of(self.encoder, image_size)
 
     def tokenize(self, image: Tensor) -> Tensor:

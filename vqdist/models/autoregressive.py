@@ -22,6 +22,7 @@ from vqdist.errors import UserError
 from vqdist.models.pretrained import PretrainedModel, saved_beside
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.sampling import DrawOptions
+from vqdist.sizes import ImageSize
 
 
 class Prediction(Protocol):
@@ -40,7 +41,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
     """A network that predicts the codes of an image one after the other; it is trained, averaged and saved as a whole.
 
     Attributes:
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, or (height, width) of images that are not square.
         channels: of the images.
         codebook_size: number of codes, v.
         num_codes: codes of an image, n: as many numbers are drawn for an image.
@@ -51,7 +52,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
         tokenizer: makes the codes, where that is not a part of the model itself.
     """
 
-    image_size: int
+    image_size: ImageSize
     num_classes: int = 0
     scale_lengths: tuple[int, ...] | None = None
     draw_defaults: ClassVar[Mapping[str, Any]] = {}

@@ -26,6 +26,7 @@ from vqdist.models.arguments import check_channels, check_whole_numbers
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images
 from vqdist.parts import unknown
+from vqdist.sizes import ImageSize, image_size_of, sides_of
 
 KL_REDUCTIONS = ("mean", "dalle")
 DEFAULT_NORMALIZATION = ((0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0))
@@ -74,7 +75,7 @@ class DiscreteVAE(
     `push_to_hub(repository)`; `DiscreteVAE.from_dalle_pytorch("vae.pt")` loads what DALLE-pytorch trained.
 
     Args:
-        image_size: side of the images in pixels; a multiple of 2 ** num_layers.
+        image_size: side of the images in pixels, or (height, width); multiples of 2 ** num_layers.
         num_tokens: number of codes.
         codebook_dim: dimension of a code's vector.
         num_layers: halvings of the resolution.
@@ -94,14 +95,14 @@ class DiscreteVAE(
 
     model_type = "dvae"
     channels: int
-    image_size: int
+    image_size: ImageSize
     means: Tensor  # (c, 1, 1), of `norm`
     stds: Tensor
     num_levels = 1
 
     def __init__(
         self,
-        image_size: int = 256,
+        image_size: ImageSize = 256,
         num_tokens: int = 512,
         codebook_dim: int = 512,
         num_layers: int = 3,
@@ -117,7 +118,10 @@ class DiscreteVAE(
         normalization: Sequence[Sequence[float]] | None = DEFAULT_NORMALIZATION,
     ):
         super().__init__()
-        _check_sizes(image_size, num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels)
+        if not isinstance(image_size, (list, tuple)):
+            check_whole_numbers(image_size=(image_size, 1))
+        image_size = image_size_of(image_size)
+        _check_sizes(num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels)
         _check_draw(temperature, straight_through, reinmax, kl_div_loss_weight, kl_reduction)
         self.image_size = image_size
         self.num_tokens = num_tokens
@@ -157,14 +161,15 @@ class DiscreteVAE(
     @property
     def num_codes(self) -> int:
         """Codes of an image."""
-        return (self.image_size // self.stride) ** 2
+        return math.prod(self.code_shape(self.image_size))
 
-    def code_shape(self, image_size: int) -> tuple[int, int]:
-        """Shape of the map of codes of square images of this side in pixels, (h', w')."""
-        return image_size // self.stride, image_size // self.stride
+    def code_shape(self, image_size: ImageSize) -> tuple[int, int]:
+        """Shape of the map of codes of images of this size, (h', w')."""
+        height, width = sides_of(image_size)
+        return height // self.stride, width // self.stride
 
-    def check_image_size(self, size: int) -> None:
-        """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
+    def check_image_size(self, size: ImageSize) -> None:
+        """Raise `UserError` if images of this size cannot be encoded."""
         check_image_size(size, self.num_layers, "num_layers")
 
     # ------------------------------------------------------------------------------------- images, logits, codes
@@ -214,9 +219,9 @@ class DiscreteVAE(
 
     # ------------------------------------------------------------------------------------- training
 
-    def noise_shape(self, size: int) -> tuple[int, int, int]:
-        """Shape of one image's noise, (h', w', v), for square images of this side (in pixels)."""
-        return size // self.stride, size // self.stride, self.num_tokens
+    def noise_shape(self, size: ImageSize) -> tuple[int, int, int]:
+        """Shape of one image's noise, (h', w', v), for images of this size."""
+        return (*self.code_shape(size), self.num_tokens)
 
     def forward(
         self,
@@ -342,9 +347,8 @@ def build_decoder(
     return nn.Sequential(*modules, nn.Conv2d(hidden_dim, channels, 1))
 
 
-def _check_sizes(image_size, num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels) -> None:
+def _check_sizes(num_tokens, codebook_dim, num_layers, num_resnet_blocks, hidden_dim, channels) -> None:
     check_whole_numbers(
-        image_size=(image_size, 1),
         num_tokens=(num_tokens, 2),
         codebook_dim=(codebook_dim, 1),
         num_layers=(num_layers, 1),

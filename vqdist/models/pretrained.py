@@ -23,6 +23,7 @@ from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json
 from vqdist.models.mending import LIVE, mend_codebook
 from vqdist.parts import PATH, Registry, trusting
+from vqdist.sizes import ImageSize, image_size_of
 from vqdist.storage import save_module
 
 M = TypeVar("M", bound="PretrainedModel")
@@ -48,12 +49,13 @@ class PretrainedModel(PyTorchModelHubMixin):
     Attributes:
         model_type: which of `MODEL_TYPES` this is, or the import path of a class that is none of vqdist's; written to
             config.json.
-        image_size: side in pixels of the images that the model was trained on, or None if nobody said; written too.
+        image_size: side in pixels of the images that the model was trained on, or (height, width) of images that are
+            not square, or None if nobody said; written too.
         buffers_are_live: whether the codebook is the one of training and no average of it; written too.
     """
 
     model_type: ClassVar[str]
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     buffers_are_live: bool = True
 
     if TYPE_CHECKING:  # an attribute or a property of each model
@@ -156,7 +158,7 @@ class PretrainedModel(PyTorchModelHubMixin):
         for name in {"model_type", "image_size", *LIVE} - cls._hub_mixin_init_parameters.keys():
             kwargs.pop(name, None)  # facts about the model, not arguments of it
         model = super()._from_pretrained(model_id=model_id, **kwargs)
-        model.image_size = model.image_size if image_size is None else image_size
+        model.image_size = model.image_size if image_size is None else image_size_of(image_size)
         model.buffers_are_live = LIVE.items() <= written.items()
         return model
 

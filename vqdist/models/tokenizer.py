@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.models.pretrained import load_model_of_any_type
+from vqdist.sizes import ImageSize, image_size_of, sides_of
 
 
 class TokenizerNetwork(nn.Module, ABC):
@@ -102,18 +103,18 @@ class TokenizerModel(Protocol):
     """A model that is saved and loaded, and whose `network` is a `TokenizerNetwork`; see `PretrainedModel`."""
 
     model_type: ClassVar[str]
-    image_size: int | None
+    image_size: ImageSize | None
     buffers_are_live: bool
 
     @property
     def network(self) -> TokenizerNetwork:
         """Return the part of the model that reconstructs images."""
 
-    def check_image_size(self, size: int) -> None:
-        """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
+    def check_image_size(self, size: ImageSize) -> None:
+        """Raise `UserError` if images of this size cannot be encoded."""
 
-    def code_shape(self, image_size: int) -> tuple[int, ...]:
-        """Return the shape of the codes of a square image of this side."""
+    def code_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        """Return the shape of the codes of an image of this size."""
 
     def save_pretrained(self, save_directory: str | Path) -> Any:
         """Write config.json and model.safetensors."""
@@ -124,14 +125,16 @@ class Tokenizer(nn.Module):
 
     Args:
         model: a `VQGanVAE`, `DiscreteVAE`, or any other whose `network` is a `TokenizerNetwork`.
-        image_size: side of the images in pixels; by default the one that the model was trained on.
+        image_size: side of the images in pixels, or (height, width) of images that are not square; by default the
+            size that the model was trained on.
     """
 
-    def __init__(self, model: TokenizerModel, image_size: int | None = None):
+    def __init__(self, model: TokenizerModel, image_size: ImageSize | None = None):
         super().__init__()
         image_size = model.image_size if image_size is None else image_size
         if image_size is None:
             raise UserError("the model does not say on which image size it was trained; give image_size")
+        image_size = image_size_of(image_size)
         model.check_image_size(image_size)
         self._model = [model]  # in a list, so that only the network is a part of this module
         self.network = model.network.eval()
@@ -140,13 +143,13 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, image_size: int | None = None, *, fingerprint: str | None = None, **kwargs
+        cls, name_or_path: str | Path, image_size: ImageSize | None = None, *, fingerprint: str | None = None, **kwargs
     ) -> Tokenizer:
         """Return the tokenizer of a run, in a folder that `save_pretrained` wrote, or in a repository on the Hub.
 
         Args:
             name_or_path: the run, folder or repository.
-            image_size: side of the images in pixels; by default the one that the model was trained on.
+            image_size: see `Tokenizer`.
             fingerprint: of the tokenizer that codes or a prior were made with. An older vqdist exported an average of
                 the codebook, which is put right on load: with this fingerprint it stays as it is.
             **kwargs: see `PretrainedModel.from_pretrained`.
@@ -202,8 +205,8 @@ class Tokenizer(nn.Module):
 
     @property
     def code_side(self) -> int | None:
-        """Codes along each side of an image; None of codes in a row."""
-        return self.code_shape[0] if len(self.code_shape) == 2 else None
+        """Codes along each side of a square map; None of codes in a row, and of maps that are not square."""
+        return self.code_shape[0] if len(self.code_shape) == 2 and len(set(self.code_shape)) == 1 else None
 
     @property
     def num_codes(self) -> int:
@@ -218,9 +221,9 @@ class Tokenizer(nn.Module):
 
         With scales, the rows of the coarsest map come first.
         """
-        size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (self.channels, size, size):
-            expected = f"(batch, {self.channels}, {size}, {size})"
+        height, width = sides_of(self.image_size)
+        if images.ndim != 4 or images.shape[1:] != (self.channels, height, width):
+            expected = f"(batch, {self.channels}, {height}, {width})"
             raise UserError(f"images of shape {tuple(images.shape)} were given; {expected} is expected")
         check_pixels(images)
         ids = self.network.tokenize(images)
@@ -260,25 +263,31 @@ class Tokenizer(nn.Module):
         return self.network.idxBl_to_img(idxBl)
 
 
-def check_image_size(size: int, layers: int, option: str) -> None:
-    """Raise `UserError` if square images of this side (in pixels) cannot be halved so many times; names the option."""
+def check_image_size(size: ImageSize, layers: int, option: str) -> None:
+    """Raise `UserError` if images of this size cannot be halved so many times; names the option."""
     stride = 2**layers
-    if size % stride or size < stride:
-        below = max(0, size - size % stride)
-        near = " or ".join(str(side) for side in (below, below + stride) if side > 0)
-        raise UserError(f"image_size {size} is not a multiple of {stride} (2 ** {layers} {option}); try {near}")
+    for side in dict.fromkeys(sides_of(size)):
+        if side % stride or side < stride:
+            below = max(0, side - side % stride)
+            near = " or ".join(str(near) for near in (below, below + stride) if near > 0)
+            raise UserError(f"image_size {side} is not a multiple of {stride} (2 ** {layers} {option}); try {near}")
 
 
-def check_scales(size: int, shape: Sequence[int], scales: Sequence[int], because: str = "") -> None:
+def check_scales(size: ImageSize, shape: Sequence[int], scales: Sequence[int], because: str = "") -> None:
     """Raise `UserError` unless the last scale has the side of the feature map of images of this side (in pixels).
 
     Args:
-        size: side of the images in pixels.
+        size: of the images.
         shape: of the feature map, (h', w').
         scales: sides of the maps of codes, growing.
         because: where the shape comes from, for the message.
     """
     side = shape[0]
+    if len(set(sides_of(size))) != 1:
+        raise UserError(
+            f"image_size {list(sides_of(size))} is not square, and codes of several scales need it; give one side"
+        )
+    size = sides_of(size)[0]
     if len(shape) != 2 or scales[-1] != side:
         raise UserError(
             f"v_patch_nums {list(scales)} ends at {scales[-1]} but image_size {size} makes a feature map of "

@@ -119,6 +119,7 @@ class VQImageAutoregressiveAutoencoder(
 
     model_type = "vq_ar"
     channels: int
+    image_size: int
     num_levels = 1
     draw_defaults = {"min_p": 0.25, "temperature": 1.5}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
@@ -23,8 +24,10 @@ from vqdist.models.networks.base import (
     DECODERS,
     DISCRIMINATORS,
     ENCODERS,
+    gives_rows,
     halves,
     logits_of,
+    own_image_size,
     require_module,
     whole_number,
 )
@@ -36,8 +39,10 @@ from vqdist.models.tokenizer import check_images, check_pixels, check_scales
 from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
 from vqdist.objectives.perceptual import MIN_IMAGE_SIZE, too_small_for_vgg16
 from vqdist.parts import PartSpec, Registry, Spec, UnavailablePart, recorded, unknown
+from vqdist.sizes import ImageSize
 
 DEFAULT_CODEBOOK_SIZE = 65_536
+MOST_PIXELS = 2048  # a side, up to which an encoder is asked whether it takes images
 
 
 class VQGanVAE(
@@ -179,6 +184,7 @@ class VQGanVAE(
         self.autoencoder = VQAutoencoder(
             channels=channels, encoder=built_encoder, quantizer=built_quantizer, decoder=built_decoder
         )
+        self.image_size = own_image_size(built_encoder)
         self._missing: dict[str, UnavailablePart] = {}  # what only training needs, and could not be built
         self.discriminator = self._build_discriminator(discriminator, conv) if with_gan else None
         self._check_terms(terms, vgg)
@@ -224,12 +230,12 @@ class VQGanVAE(
         """Where the weights are."""
         return next(self.autoencoder.parameters()).device
 
-    def code_shape(self, image_size: int) -> tuple[int, ...]:
-        """Shape of the codes of a square image of this side in pixels: (h', w'), or (n,) of a row of tokens."""
+    def code_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        """Shape of the codes of an image of this size: (h', w'), or (n,) of a row of tokens."""
         return self.autoencoder.code_shape(image_size)
 
-    def check_image_size(self, size: int) -> None:
-        """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
+    def check_image_size(self, size: ImageSize) -> None:
+        """Raise `UserError` if images of this size cannot be encoded."""
         shape = self.code_shape(size)
         if self.quantizer.scales is not None:
             check_scales(size, shape, self.quantizer.scales, f" (2 ** {self.layers} layers)" if self.layers else "")
@@ -288,24 +294,34 @@ class VQGanVAE(
         return self.autoencoder.decode(fmap)
 
     def decode_from_ids(self, ids: Tensor) -> Tensor:
-        """Codes (b, h', w'), or (b, n) of a square image, -> images (b, c, h, w), not clamped.
+        """Codes (b, h', w'), or (b, n) of a row of tokens or a map, -> images (b, c, h, w), not clamped.
+
+        A map in a row has the shape of the model's image size, or is square.
 
         Where a position has several codes they are the last axis: (b, h', w', q) or (b, n, q). Codes of several scales
         are (b, L), or those of the first scales.
         """
         row = ids.ndim == (3 if self.quantizer.num_levels > 1 else 2)
         if row and self.quantizer.scales is None and not self._codes_in_a_row:
-            side = int(ids.shape[1] ** 0.5)
-            if side * side != ids.shape[1]:
-                raise UserError(
-                    f"{ids.shape[1]} codes do not make a square; give codes of shape (batch, height, width)"
-                )
-            ids = rearrange(ids, "b (h w) ... -> b h w ...", h=side)
+            ids = rearrange(ids, "b (h w) ... -> b h w ...", h=self._rows_of_map(ids.shape[1]))
         return self.autoencoder.detokenize(ids)
+
+    def _rows_of_map(self, count: int) -> int:
+        """Return the height of the map of so many codes: that of the model's image size if it fits, or a square's."""
+        if self.image_size is not None:
+            shape = self.code_shape(self.image_size)
+            if math.prod(shape) == count:
+                return shape[0]
+        side = math.isqrt(count)
+        if side * side != count:
+            raise UserError(f"{count} codes do not make a square; give codes of shape (batch, height, width)")
+        return side
 
     @property
     def _codes_in_a_row(self) -> bool:
-        return self.image_size is not None and len(self.code_shape(self.image_size)) == 1
+        """Whether the encoder gives rows; it is asked for the known size first, then for any that it takes."""
+        known = [] if self.image_size is None else [self.image_size]
+        return gives_rows(self.autoencoder.encoder, [*known, *range(1, MOST_PIXELS + 1)])
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from vqdist.models.multiscale import V_PATCH_NUMS, VectorQuantizer
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import build_quantizer
 from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images, check_scales
+from vqdist.sizes import ImageSize, sides_of
 
 __all__ = ["SimpleVQVAE", "VectorQuantizer"]
 
@@ -96,14 +97,15 @@ class SimpleVQVAE(
         """Number of codes."""
         return self.quantizer.codebook_size
 
-    def check_image_size(self, size: int) -> None:
-        """Raise `UserError` if square images of this side (in pixels) cannot be encoded."""
+    def check_image_size(self, size: ImageSize) -> None:
+        """Raise `UserError` if images of this size cannot be encoded."""
         check_image_size(size, LAYERS, HALVINGS)
         check_scales(size, self.code_shape(size), self.scales, f" (2 ** {LAYERS} {HALVINGS})")
 
-    def code_shape(self, image_size: int) -> tuple[int, int]:
-        """Shape of the feature map of square images of this side in pixels, (h', w')."""
-        return image_size // self.stride, image_size // self.stride
+    def code_shape(self, image_size: ImageSize) -> tuple[int, int]:
+        """Shape of the feature map of images of this size, (h', w')."""
+        height, width = sides_of(image_size)
+        return height // self.stride, width // self.stride
 
     def forward(self, img: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (b, c, h, w) in [0, 1] -> (decoded, vq_loss, indices).

@@ -107,7 +107,7 @@ class ARTrainer(Trainer):
         if not isinstance(model, AutoregressiveModel):
             raise UserError(f"the model is a {type(model).__name__}; ARTrainer trains a Prior, a VAR or a VQ-AR model")
         if config.image_size is None:
-            self.config = config = replace(config, image_size=model.image_size)
+            self.config = config = replace(config, image_size=cast(int, model.image_size))
         if config.image_size != model.image_size:
             raise UserError(
                 f"image_size {config.image_size} is given but the model is for {model.image_size}; leave it out"

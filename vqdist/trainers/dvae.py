@@ -88,7 +88,7 @@ class DiscreteVAETrainer(TokenizerTrainer):
         if not isinstance(self.model, DiscreteVAE):
             raise UserError(f"the model is a {type(self.model).__name__}; DiscreteVAETrainer trains a DiscreteVAE")
         if self.config.image_size is None:
-            self.config = replace(self.config, image_size=self.model.image_size)
+            self.config = replace(self.config, image_size=cast(int, self.model.image_size))
         if self.config.image_size != self.model.image_size:
             raise UserError(
                 f"image_size {self.config.image_size} is given but the model was built for {self.model.image_size}; "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqdist.data.images import BadImageError, image_to_tensor
 from vqdist.errors import UserError
+from vqdist.sizes import ImageSize
 
 IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 
@@ -90,7 +91,9 @@ class Source:
             self._sampled = fingerprint_of_sample(self)
         return self._sampled
 
-    def tensor(self, index: int, *, image_size: int, channels: int, rng: torch.Generator | None = None) -> Tensor:
+    def tensor(
+        self, index: int, *, image_size: ImageSize, channels: int, rng: torch.Generator | None = None
+    ) -> Tensor:
         """Return the image as (c, h, w) float32 in [0, 1], see `images.image_to_tensor`."""
         image = checked_image(self, index)
         return image_to_tensor(image, image_size=image_size, channels=channels, rng=rng)

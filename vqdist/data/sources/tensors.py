@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from vqdist.data.images import tensor_to_image
 from vqdist.data.sources.base import FORMS, Source, as_label, digest_of
 from vqdist.errors import UserError
+from vqdist.sizes import ImageSize, sides_of
 
 
 class TensorSource(Source):
@@ -52,9 +53,11 @@ class TensorSource(Source):
         """By type and length only: what else a dataset holds cannot be known without reading it."""
         return digest_of(["tensors", self.spec, str(len(self))])
 
-    def tensor(self, index: int, *, image_size: int, channels: int, rng: torch.Generator | None = None) -> Tensor:
+    def tensor(
+        self, index: int, *, image_size: ImageSize, channels: int, rng: torch.Generator | None = None
+    ) -> Tensor:
         image = self._item(index)[0]
-        expected = (channels, image_size, image_size)
+        expected = (channels, *sides_of(image_size))
         if tuple(image.shape) != expected:
             raise UserError(
                 f"{self.name(index)} has the shape {tuple(image.shape)}; expected {expected} (channels, image_size, "

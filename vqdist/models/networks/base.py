@@ -7,6 +7,8 @@ Shapes: `b` batch, `c` channel, `h w` image, `d` width of the features, `h' w'` 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.parts import Registry
+from vqdist.sizes import ImageSize, image_size_of, sides_of
 
 
 @runtime_checkable
@@ -22,12 +25,17 @@ class Encoder(Protocol):
 
     Attributes:
         dim: width of the features, d.
+
+    An encoder for images of one size only may say which in an attribute `image_size`: a side, or (height, width).
     """
 
     dim: int
 
     def code_shape(self, image_size: int) -> tuple[int, ...]:
         """Return the shape of the codes of a square image of this side in pixels: (h', w'), or (n,) of a row.
+
+        Of an image that is not square, the height of the map is that of its height and the width that of its width.
+        An encoder for which that is not so has a method `code_shape_of_sides(height, width)`, too.
 
         Raises:
             UserError: images of this size cannot be encoded.
@@ -91,9 +99,31 @@ def whole_number(network: Any, kind: str, attribute: str, least: int = 1) -> int
     return value
 
 
-def code_shape_of(encoder: Any, image_size: int) -> tuple[int, ...]:
-    """Return what `Encoder.code_shape` says; raise `UserError` unless it is one or two whole numbers above 0."""
-    said = encoder.code_shape(image_size)
+def code_shape_of(encoder: Any, image_size: ImageSize) -> tuple[int, ...]:
+    """Return the shape of the codes of an image of this size, see `Encoder.code_shape`.
+
+    Raises:
+        UserError: the encoder does not give one or two whole numbers above 0, or takes no such images.
+    """
+    height, width = sides_of(image_size)
+    if hasattr(encoder, "code_shape_of_sides"):
+        return _checked_shape(encoder, encoder.code_shape_of_sides(height, width), image_size)
+    of_height = _checked_shape(encoder, encoder.code_shape(height), height)
+    if height == width:
+        return of_height
+    of_width = _checked_shape(encoder, encoder.code_shape(width), width)
+    if len(of_height) == 2:
+        return of_height[0], of_width[1]
+    if of_height != of_width:
+        raise UserError(
+            f"encoder {type(encoder).__name__} gives rows of {of_height[0]} and {of_width[0]} codes for sides of "
+            f"{height} and {width}, so nobody knows how many an image of {height} x {width} has; give it a method "
+            "code_shape_of_sides(height, width)"
+        )
+    return of_height
+
+
+def _checked_shape(encoder: Any, said: Any, image_size: ImageSize) -> tuple[int, ...]:
     good = isinstance(said, (tuple, list)) and len(said) in (1, 2)
     if not good or not all(isinstance(side, int) and side > 0 for side in said):
         raise UserError(
@@ -101,6 +131,21 @@ def code_shape_of(encoder: Any, image_size: int) -> tuple[int, ...]:
             "codes, (h, w) or (n,), in whole numbers above 0"
         )
     return tuple(said)
+
+
+def gives_rows(encoder: Any, sizes: Iterable[ImageSize]) -> bool:
+    """Return whether an encoder gives rows of codes and no maps, for the first of these sizes that it takes."""
+    for size in sizes:
+        with contextlib.suppress(UserError):
+            return len(code_shape_of(encoder, size)) == 1
+    return False
+
+
+def own_image_size(encoder: Any) -> ImageSize | None:
+    """Return the one size of images that an encoder takes, if it has such an attribute."""
+    with contextlib.suppress(UserError):
+        return image_size_of(getattr(encoder, "image_size", None))
+    return None
 
 
 def check_features(features: Any, image: Tensor, encoder: Any) -> None:
