@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_are_named(layers, tmp_path):
 
 
 def test_files_that_are_no_weights_are_named(tmp_path):
-    with pytest.raises(UserError, match="vgg19 is neither 'vgg16' nor 'none' nor a file"):
+    with pytest.raises(UserError, match="vgg19 is neither vgg16, lpips, .* nor a file"):
         PerceptualLoss.build("vgg19")
     for name in ("a.pth", "a.safetensors"):
         (tmp_path / name).write_bytes(b"not weights")

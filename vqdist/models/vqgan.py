@@ -37,7 +37,8 @@ from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from vqdist.models.tokenizer import check_images, check_pixels, check_scales
 from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
-from vqdist.objectives.perceptual import MIN_IMAGE_SIZE, too_small_for_vgg16
+from vqdist.objectives.named import check_image_size as check_perceptual_size
+from vqdist.objectives.named import perceptual_terms
 from vqdist.parts import PartSpec, Registry, Spec, UnavailablePart, recorded, unknown
 from vqdist.sizes import ImageSize
 
@@ -81,8 +82,9 @@ class VQGanVAE(
             of `multiscale_vq`, those of `vqdist.models.quantizers.MultiScaleVQ`: `v_patch_nums`, ...
         use_vgg_and_gan: false turns perceptual and adversarial loss off, whatever `perceptual` and `use_gan` say.
         use_gan: train against a discriminator.
-        perceptual: perceptual loss: `vgg16` (torchvision's weights), a file with VGG16 weights (.pth, .safetensors),
-            or `none`.
+        perceptual: perceptual loss: `lpips`, `lpips-alex`, `lpips-squeeze`, `convnext_s` (its logits), each with
+            `:FILE` for torchvision's weights from a file; `vgg16` (muse's, squared difference of features) or a file
+            with VGG16 weights (.pth, .safetensors); `lpips-convnext_s-A-B` for two with their weights; or `none`.
         vgg: a module to take features from instead: its output's mean squared error is the perceptual loss. Not saved.
         discr_layers: halvings of the resolution in the discriminator.
         encdec_layer_mults: width of each resolution as a multiple of `dim`; by default 1, 2, 4, ... (2 ** layer).
@@ -247,8 +249,8 @@ class VQGanVAE(
         smallest = 0 if critic is None else whole_number(critic, "discriminator", "min_image_size", least=0)
         if size < smallest:
             raise UserError(f"image_size {size} is too small for {self._discriminator_needs(size, smallest)}")
-        if not self._terms and not self._vgg and self.perceptual != "none" and size < MIN_IMAGE_SIZE:
-            raise too_small_for_vgg16(size)  # before anything is downloaded
+        if not self._terms and not self._vgg and isinstance(self.perceptual, str):
+            check_perceptual_size(self.perceptual, size)  # before anything is downloaded
         self.objective().check_image_size(size)
 
     def _discriminator_needs(self, size: int, smallest: int) -> str:
@@ -427,14 +429,12 @@ class VQGanVAE(
             self._missing["terms"] = error
 
     def _default_terms(self) -> list[Any]:
-        """What the ancestor minimises; the adaptive weight compares with the perceptual loss where there is one."""
+        """Pixels and the perceptual loss; where that is muse's, the adaptive weight compares with it alone."""
         kind: Literal["l1", "l2"] = "l2" if self.l2_recon_loss else "l1"
         if isinstance(self.perceptual, Mapping) and not self._vgg:  # of a model that was given a network as `vgg`
             Spec.of(self.perceptual, "vgg")  # says that it must be given again
         features = self._vgg[0] if self._vgg else self.perceptual
-        if features == "none":
-            return [Reconstruction(kind, reference=True)]
-        return [Reconstruction(kind), Perceptual(features, reference=True)]
+        return [Reconstruction(kind), *perceptual_terms(features)]
 
     def _record_parts(self, given: Mapping[str, Any]) -> None:
         """Let config.json say truly what the parts are, also of those that were given as objects."""

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from vqdist.objectives.base import TERMS, Term
+from vqdist.objectives.convnext import ConvNeXtLogits
+from vqdist.objectives.lpips import LPIPS
 from vqdist.objectives.objective import AtTheCut, Objective
 from vqdist.objectives.perceptual import Perceptual, PerceptualLoss
 from vqdist.objectives.reconstruction import Reconstruction
 
-__all__ = ["TERMS", "AtTheCut", "Objective", "Perceptual", "PerceptualLoss", "Reconstruction", "Term"]
+__all__ = [
+    "LPIPS",
+    "TERMS",
+    "AtTheCut",
+    "ConvNeXtLogits",
+    "Objective",
+    "Perceptual",
+    "PerceptualLoss",
+    "Reconstruction",
+    "Term",
+]

@@ -62,7 +62,7 @@ RESERVED = ("aux", "adversarial", "discr")
 TERMS: Registry[Any] = Registry(
     "term",
     contract="term (vqdist.Term): a callable (recon, image, out) -> loss with `name` and `weight`",
-    modules=("vqdist.objectives.reconstruction", "vqdist.objectives.perceptual"),
+    modules=tuple(f"vqdist.objectives.{name}" for name in ("reconstruction", "perceptual", "lpips", "convnext")),
 )
 
 

@@ -6,27 +6,33 @@ edges, texture and parts all count; the classifier behind them is not needed and
 
 from __future__ import annotations
 
-import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.objectives.base import TERMS, Term
-
-# What torchvision's weights were trained with, for images in [0, 1].
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from vqdist.objectives.frozen import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    HoldsFrozen,
+    Scaling,
+    check_pair,
+    download_weights,
+    read_weights,
+)
 
 # Where the five blocks end in `vgg16().features`: behind the last ReLU, before the pooling.
 _BLOCK_ENDS = (4, 9, 16, 23, 30)
 
 MIN_IMAGE_SIZE = 16  # pixels: four poolings come before the last block
+
+# of the option `perceptual`, behind which most take :FILE
+SPECS = ("vgg16", "lpips", "lpips-alex", "lpips-squeeze", "convnext_s", "lpips-convnext_s-A-B", "none")
 
 
 class VGG16Features(nn.Module):
@@ -54,12 +60,11 @@ class VGG16Features(nn.Module):
         return features
 
 
-class PerceptualLoss(nn.Module):
+class PerceptualLoss(HoldsFrozen):
     """Mean over feature maps of the mean squared error between those of a reconstruction and of its image.
 
-    The feature network is frozen, always in eval mode, and hidden from the module tree: it follows `.to(device)`, but
-    shows in no `parameters()`, `state_dict()`, optimizer, DDP bucket or checkpoint, wherever the loss is kept.
-    Convolutions run in the ambient precision (autocast), the loss is float32.
+    The feature network is frozen, always in eval mode, and hidden: see `HoldsFrozen`. Convolutions run in the ambient
+    precision (autocast), the loss is float32.
 
     Args:
         features: ImageNet-normalised images (b, 3, h, w) -> a tensor or a sequence of tensors. Frozen and put into
@@ -68,7 +73,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, features: nn.Module):
         super().__init__()
-        self._hidden = (_Normalised(features).eval().requires_grad_(False),)  # a tuple: nn.Module looks into none
+        self.hide(_Normalised(features))
 
     @classmethod
     def build(cls, spec: str | Path | nn.Module | None) -> PerceptualLoss | None:
@@ -87,7 +92,7 @@ class PerceptualLoss(nn.Module):
             return cls(spec)
         if not isinstance(spec, (str, Path)):
             raise UserError(f"perceptual {spec!r:.80} is not possible; give vgg16, a file with its weights, or none")
-        weights = _download_vgg16() if spec == "vgg16" else _read_weights(Path(spec).expanduser())
+        weights = _download_vgg16() if spec == "vgg16" else _read_vgg16(Path(spec).expanduser())
         return cls(VGG16Features(_vgg16_layers(weights, source=str(spec))))
 
     def forward(self, recon: Tensor, image: Tensor) -> Tensor:
@@ -97,20 +102,12 @@ class PerceptualLoss(nn.Module):
             recon: (b, c, h, w), nominally in [0, 1]; c is 1 (repeated to three), 3, or 4 (alpha is left out).
             image: the same shape, in [0, 1].
         """
-        if recon.shape != image.shape:
-            raise UserError(
-                f"the perceptual loss got a reconstruction of shape {tuple(recon.shape)} and an image of shape "
-                f"{tuple(image.shape)}; expected equal shapes"
-            )
+        check_pair(recon, image)
         features = self._hidden[0]
         with torch.no_grad():
             targets = features(image)
         pairs = list(zip(features(recon), targets))
         return torch.stack([F.mse_loss(feature.float(), target.float()) for feature, target in pairs]).mean()
-
-    def _apply(self, fn, recurse: bool = True) -> PerceptualLoss:
-        self._hidden[0]._apply(fn, recurse)
-        return super()._apply(fn, recurse)
 
 
 @TERMS.add("perceptual")
@@ -157,26 +154,14 @@ def too_small_for_vgg16(size: int) -> UserError:
 class _Normalised(nn.Module):
     """Images (b, 1 | 3 | 4, h, w) in [0, 1] -> list of the features of their ImageNet-normalised colours."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, features: nn.Module):
         super().__init__()
+        self.scaling = Scaling(IMAGENET_MEAN, IMAGENET_STD)
         self.features = features
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        colours = (_three_channels(image).to(self.mean.dtype) - self.mean) / self.std
-        features = self.features(colours)
+        features = self.features(self.scaling(image))
         return list(features) if isinstance(features, Sequence) else [features]
-
-
-def _three_channels(image: Tensor) -> Tensor:
-    channels = image.shape[1]
-    if channels not in (1, 3, 4):
-        raise UserError(f"the perceptual loss got images with {channels} channels; expected 1, 3 or 4")
-    return image.expand(-1, 3, -1, -1) if channels == 1 else image[:, :3]
 
 
 def _vgg16_layers(weights: dict[str, Tensor], source: str) -> nn.Sequential:
@@ -204,35 +189,13 @@ def _fits(found: Tensor | None, wanted: Tensor) -> bool:
 def _download_vgg16() -> dict[str, Tensor]:
     from torchvision.models import VGG16_Weights
 
-    weights = VGG16_Weights.IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu")
-    except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
-        raise UserError(
-            f"the weights of VGG16 could not be downloaded from {weights.url} ({error}); download them elsewhere and "
-            f"give the file with --model.perceptual /path/to/vgg16.pth, or train without: --model.perceptual none"
-        ) from error
+    return download_weights(VGG16_Weights.IMAGENET1K_V1, "VGG16", "--model.perceptual ")
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _read_vgg16(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(
-            f"--model.perceptual {path} is neither 'vgg16' nor 'none' nor a file; give one of them, or the path of "
+            f"--model.perceptual {path} is neither {', '.join(SPECS)} nor a file; give one of them, or the path of "
             f"VGG16's weights (.pth or .safetensors)"
         )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises almost anything
-        raise _unreadable(path, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
-    if not isinstance(weights, dict):
-        raise _unreadable(path, f"it holds a {type(weights).__name__}")
-    return weights
-
-
-def _unreadable(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path} cannot be read as weights ({reason}); expected a state dict, saved with "
-        f"torch.save(model.state_dict(), 'vgg16.pth') or as .safetensors"
-    )
+    return read_weights(path, f"--model.perceptual {path}", "VGG16")
