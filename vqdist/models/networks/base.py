@@ -67,12 +67,19 @@ class Discriminator(Protocol):
 
 
 MODULES = "vqdist.models.networks."
+AUTOENCODERS = ("conv", "magvit2", "maskgit", "vit")  # files with an encoder and a decoder
 # an encoder may ask for `channels`, a decoder for `channels` and `dim`, a discriminator for `channels`
 ENCODERS: Registry[Any] = Registry(
-    "encoder", Encoder, contract="encoder (vqdist.models.networks.Encoder)", modules=(f"{MODULES}conv",)
+    "encoder",
+    Encoder,
+    contract="encoder (vqdist.models.networks.Encoder)",
+    modules=tuple(f"{MODULES}{file}" for file in AUTOENCODERS),
 )
 DECODERS: Registry[Any] = Registry(
-    "decoder", Decoder, contract="decoder (vqdist.models.networks.Decoder)", modules=(f"{MODULES}conv",)
+    "decoder",
+    Decoder,
+    contract="decoder (vqdist.models.networks.Decoder)",
+    modules=tuple(f"{MODULES}{file}" for file in AUTOENCODERS),
 )
 DISCRIMINATORS: Registry[Any] = Registry(
     "discriminator",
