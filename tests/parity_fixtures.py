@@ -39,14 +39,11 @@ def fixture(name: str) -> Fixture:
     """Return the fixture of a name; nobody changes what is in it."""
     folder = FOLDER / name
     tensors = {key: _wide(value) for key, value in load_file(folder / "tensors.safetensors").items()}
-    parts = {
-        kind: {key[len(kind) + 1 :]: t for key, t in tensors.items() if key.startswith(kind)} for kind in ("in", "out")
-    }
     file = folder / "weights.safetensors"
     weights = {key: _wide(value) for key, value in load_file(file).items()} if file.is_file() else {}
     arguments = json.loads((folder / "config.json").read_text())["arguments"]
     values = json.loads((folder / "values.json").read_text())
-    return Fixture(weights, parts["in"], parts["out"], arguments, values)
+    return Fixture(weights, under(tensors, "in."), under(tensors, "out."), arguments, values)
 
 
 def under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Open-MAGVIT2, MaskGIT-VQGAN and TiTok: options, image range, checkpointing and mistakes; tests/parity has numbers."""
+"""Open-MAGVIT2, MaskGIT-VQGAN and TiTok: options, image range, checkpointing, mistakes; tests/parity has numbers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_checkpointing_changes_no_gradient(pair):
         calls = []
         for block in model.modules():
             if type(block).__name__.endswith("Block"):
-                block.register_forward_pre_hook(lambda *_: calls.append(1))
+                block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))).square().mean().backward()
         counts.append(len(calls))
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})

@@ -1,4 +1,4 @@
-"""What networks of several resolutions share: widths, strides, group norm, and activations that are computed anew."""
+"""Networks of several resolutions: their widths, strides and group norm, and activations that are computed anew."""
 
 from __future__ import annotations
 

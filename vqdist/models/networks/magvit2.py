@@ -22,7 +22,7 @@ VARIANCE_EPS = 1e-6
 
 
 class MagvitBlock(nn.Module):
-    """Twice group norm, swish and a 3x3 convolution without bias; the input is added, through a 1x1 if widths differ."""
+    """Twice group norm, swish and a 3x3 convolution without bias; the input is added, by a 1x1 if widths differ."""
 
     def __init__(self, dim_in: int, dim_out: int, groups: int):
         super().__init__()
@@ -87,6 +87,13 @@ class MagvitLevel(nn.Module):
         self.downsample: nn.Module | None = None
         self.upsample: nn.Module | None = None
 
+    def forward(self, x: Tensor, network: Checkpointed) -> Tensor:
+        """(b, dim_in, h, w) -> (b, dim_out, h, w) at the next resolution; the network calls the blocks."""
+        x = network.run_all(self.block, x)
+        for resample in (self.downsample, self.upsample):
+            x = x if resample is None else resample(x)
+        return x
+
 
 class ShiftedConv2d(nn.Conv2d):
     """A convolution whose output in [-1, 1] becomes an image in [0, 1]: weights stay those of published files."""
@@ -144,8 +151,7 @@ class MagvitEncoder(Checkpointed):
         check_sides(image, self.stride, "magvit2")
         x = self.conv_in(image * 2 - 1)
         for stage in self.down:
-            x = self.run_all(stage.block, x)
-            x = x if stage.downsample is None else stage.downsample(x)
+            x = stage(x, self)
         return self.conv_out(F.silu(self.norm_out(self.run_all(self.mid_block, x))))
 
     def code_shape(self, image_size: int) -> tuple[int, int]:
@@ -196,8 +202,7 @@ class MagvitDecoder(Checkpointed):
     def forward(self, features: Tensor) -> Tensor:
         x = self.run_all(self.mid_block, self.conv_in(features))
         for norm, stage in reversed(list(zip(self.adaptive, self.up))):
-            x = self.run_all(stage.block, norm(x, features))
-            x = x if stage.upsample is None else stage.upsample(x)
+            x = stage(norm(x, features), self)
         return F.silu(self.norm_out(x))
 
 

@@ -49,6 +49,13 @@ class MaskGITLevel(nn.Module):
         self.block = nn.ModuleList(MaskGITBlock(dim_in, dim_out, groups, dropout) for dim_in, dim_out in pairs)
         self.upsample_conv = nn.Conv2d(widths[-1], widths[-1], 3, padding=1) if upsample else None
 
+    def forward(self, x: Tensor, network: Checkpointed) -> Tensor:
+        """(b, dim_in, h, w) -> (b, dim_out, h, w), twice as large with `upsample`; the network calls the blocks."""
+        x = network.run_all(self.block, x)
+        if self.upsample_conv is None:
+            return x
+        return self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
 
 @ENCODERS.add("maskgit")
 class MaskGITEncoder(Checkpointed):
@@ -99,7 +106,7 @@ class MaskGITEncoder(Checkpointed):
         check_sides(image, self.stride, "maskgit")
         x = self.conv_in(image)
         for level, stage in enumerate(self.down):
-            x = self.run_all(stage.block, F.avg_pool2d(x, 2) if level else x)
+            x = stage(F.avg_pool2d(x, 2) if level else x, self)
         return self.conv_out(F.silu(self.norm_out(self.run_all(self.mid, x))))
 
     def code_shape(self, image_size: int) -> tuple[int, int]:
@@ -148,9 +155,7 @@ class MaskGITDecoder(Checkpointed):
     def forward(self, features: Tensor) -> Tensor:
         x = self.run_all(self.mid, self.conv_in(features))
         for stage in reversed(self.up):
-            x = self.run_all(stage.block, x)
-            if stage.upsample_conv is not None:
-                x = stage.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = stage(x, self)
         return F.silu(self.norm_out(x))
 
 

@@ -1,17 +1,17 @@
 """Vision transformers between images and a row of latent tokens: the networks of TiTok (arXiv 2406.07550).
 
 The encoder reads patches and a few latent tokens, and gives the latent tokens only; the decoder gives a mask token for
-each patch and reads the latent tokens beside them. Names of tensors are the 1d-tokenizer project's, but for the latent
-tokens, which the encoder owns, and for the decoder's last layer.
+each patch and reads the latent tokens beside them. Names of tensors are those of the 1d-tokenizer project, but for the
+latent tokens, which the encoder owns, and for the decoder's last layer.
 
-Shapes: `b` batch, `c` channel, `h w` image, `p` patches of it, `n` latent tokens, `m` width of a transformer, `d` width
-of the features, `v` codes of the tokenizer whose codes a decoder predicts.
+Shapes: `b` batch, `c` channel, `h w` image, `p` patches of it, `n` latent tokens, `m` width of a network, `d` width of
+the features, `v` codes of the tokenizer whose codes a decoder predicts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -349,7 +349,7 @@ def _initialize(module: nn.Module) -> None:
     """Start linear layers and convolutions from a truncated normal distribution."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        nn.init.zeros_(cast(Tensor, module.bias))
 
 
 def _grid_of(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
