@@ -14,6 +14,7 @@ from launching import ROOT, free_port, run, torchrun, vqdist
 from PIL import Image
 
 from vqdist.errors import UserError
+from vqdist.models.quantizers import QUANTIZERS
 
 README = (ROOT / "README.md").read_text()
 DIGITS = ROOT / "launch" / "recipes" / "digits_vqgan.yaml"
@@ -165,7 +166,8 @@ def test_help_explains_every_option():
     assert "Optimizer steps of the whole run; or give epochs. (type: int | null, default: null)" in text
     assert "Images of one micro-batch of one process. (required, type: int)" in text
     assert "channels of the first convolution of vqdist's own networks; a multiple of `encdec_resnet_groups`" in text
-    assert "Names: `vq`, `lfq`, `fsq`, `simvq`, `residual_vq`, `multiscale_vq`; --model.quantizer.help NAME" in text
+    names = ", ".join(f"`{name}`" for name in QUANTIZERS)
+    assert f"Names: {names}; --model.quantizer.help NAME" in text and "`multiscale_vq`, `gradient_vq`" in text
     without_help = re.findall(r"--((?:data|model|trainer)\.\w+) \S+ \(type", text)
     assert without_help == []
 

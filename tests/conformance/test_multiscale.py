@@ -6,6 +6,7 @@ Shapes: features (b, 8, 4, 4) unless said otherwise; scales 1, 2, 4, so 21 codes
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,12 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from launching import torchrun
-from scenarios import build_vae
+from scenarios import build_trainer, build_vae
 from torch import Tensor
 
 from vqdist import Tokenizer, UserError, VQGanVAE
 from vqdist.data.sources.digits import DigitsSource
-from vqdist.models.multiscale import hits_per_scale, nearest_code, split_scales
+from vqdist.models.multiscale import hits_per_scale, nearest_code, phi_of_scale, split_scales
 from vqdist.models.quantizers import MultiScaleQuantizer, MultiScaleVQ, build_quantizer
 
 SCALES = (1, 2, 4)
@@ -335,6 +336,77 @@ def option_phi_ratio():
     bare = build(phi_ratio=0, **NO_START).eval()
     torch.testing.assert_close(bare.decode_indices(code), large)
     assert not list(bare.parameters())
+
+
+@case
+def option_phi_rule():
+    sides = {"v_patch_nums": (1, 2, 3, 4, 5, 6, 8), "num_phis": 4, **NO_START}
+    ticks, before = (build(phi_rule=rule, **sides) for rule in ("ticks", "proportional"))
+    assert ticks.inner.phi_of == (0, 0, 1, 2, 2, 3, 3) and before.inner.phi_of == (0, 0, 1, 1, 2, 2, 3)
+    codes = torch.zeros(1, sum(side**2 for side in sides["v_patch_nums"]), dtype=torch.long)
+    assert not torch.allclose(ticks.eval().decode_indices(codes), before.eval().decode_indices(codes))
+
+
+VAR_SIDES = {
+    (1, 2, 3, 4, 5, 6, 8, 10, 13, 16): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3),
+    (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64): (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3),
+    (1, 2, 4): (0, 1, 2),
+    (4,): (0,),
+}
+
+
+@pytest.mark.parametrize("sides", VAR_SIDES)
+def test_convolutions_serve_the_scales_by_the_rule_of_var(sides):
+    assert phi_of_scale(len(sides), min(4, len(sides))) == VAR_SIDES[sides]
+    assert set(phi_of_scale(len(sides), 1)) == {0} and phi_of_scale(len(sides), len(sides)) == tuple(range(len(sides)))
+
+
+def test_a_convolution_that_serves_no_scale_has_no_gradient():
+    """Else DDP would wait for it."""
+    quantizer = build(v_patch_nums=range_of(7), num_phis=6, **NO_START)
+    assert [phi.weight.requires_grad for phi in quantizer.inner.phis] == [True, True, True, True, False, True]
+
+
+def range_of(number: int) -> list[int]:
+    return list(range(1, number + 1))
+
+
+def multiscale_of_seven() -> VQGanVAE:
+    options = {"v_patch_nums": range_of(7), "num_phis": 4, "kmeans_init": False}
+    model = build_vae(quantizer="multiscale_vq", quantizer_kwargs=options, codebook_size=16, use_vgg_and_gan=False)
+    model.image_size = 28
+    return model.eval()
+
+
+def test_an_export_of_before_keeps_its_rule(tmp_path):
+    model = multiscale_of_seven()
+    now = Tokenizer(model).fingerprint()
+    model.save_pretrained(tmp_path / "now")
+    assert Tokenizer.from_pretrained(tmp_path / "now").fingerprint() == now
+    config = json.loads((tmp_path / "now" / "config.json").read_text())
+    assert config["quantizer_kwargs"].pop("phi_rule") == "ticks"
+    (tmp_path / "now" / "config.json").write_text(json.dumps(config))
+    before = VQGanVAE.from_pretrained(tmp_path / "now")
+    assert before.quantizer.inner.phi_of == (0, 0, 1, 1, 2, 2, 3) and Tokenizer(before).fingerprint() != now
+    before.save_pretrained(tmp_path / "before")
+    assert "phi_rule" not in json.loads((tmp_path / "before" / "config.json").read_text())["quantizer_kwargs"]
+    assert VQGanVAE.from_pretrained(tmp_path / "before").quantizer.inner.phi_rule == "proportional"
+
+
+def test_a_run_of_before_goes_on_with_its_rule(tmp_path):
+    for steps in (1, 2):
+        options = {"quantizer_kwargs": {"v_patch_nums": range_of(7), "num_phis": 4, "kmeans_init": False}}
+        model = {"codebook_size": 16, "use_vgg_and_gan": False, **options}
+        trainer = build_trainer(
+            tmp_path, quantizer="multiscale_vq", model=model, num_train_steps=steps, image_size=28, save_model_every=1
+        )
+        trainer.train()
+        rule = trainer.model.quantizer.inner.phi_rule
+        trainer.close()
+        assert rule == ("ticks" if steps == 1 else "proportional")
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["model"]["quantizer_kwargs"].pop("phi_rule", None)
+        (tmp_path / "config.json").write_text(json.dumps(config))
 
 
 def test_every_option_has_a_case():

@@ -15,7 +15,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
 from vqdist.errors import UserError
-from vqdist.models.quantizers import DEFAULT_OPTIONS, QUANTIZERS, build_quantizer, float32_arithmetic
+from vqdist.models.quantizers import DEFAULT_OPTIONS, QUANTIZERS, LibraryQuantizer, build_quantizer, float32_arithmetic
 
 WORLD_SIZE = 2
 STEPS = 20
@@ -46,11 +46,25 @@ CASES = {
     "residual_vq dropout": ("residual_vq", 32, {**DEAD, "num_quantizers": 3, "quantize_dropout": True}, True),
     "residual_vq shared": ("residual_vq", 32, {**DEAD, "num_quantizers": 2, "shared_codebook": True}, True),
     "residual_vq implicit": ("residual_vq", 8, {"num_quantizers": 2, "implicit_neural_codebook": True}, False),
+    "gradient_vq": ("gradient_vq", 32, {"codebook_loss": "legacy"}, False),
+    "gradient_vq l2, entropy": ("gradient_vq", 32, {"l2_norm": True, "entropy_weight": 0.1}, False),
+    "ibq": ("ibq", 32, {}, False),
+    "gumbel": ("gumbel", 32, {}, False),
+    "gumbel soft": ("gumbel", 32, {"temperature": 0.5, "straight_through": False}, False),
     "residual_vq beam": ("residual_vq", 32, {**NO_START, "num_quantizers": 2, "beam_size": 2}, False),
 }
 # Nothing random in them: two ranks must do what one process does with both batches. Steps for which the comparison
 # holds to 1e-6: lfq's entropy, at an inverse temperature of 100, amplifies rounding from step to step.
-EXACT = {"vq no start": STEPS, "lfq": 2, "lfq two codebooks": 2, "fsq": STEPS, "simvq": STEPS}
+EXACT = {
+    "vq no start": STEPS,
+    "lfq": 2,
+    "lfq two codebooks": 2,
+    "fsq": STEPS,
+    "simvq": STEPS,
+    "gradient_vq": STEPS,
+    "gradient_vq l2, entropy": 2,
+    "ibq": 2,
+}
 
 
 def build_model(case):
@@ -245,7 +259,8 @@ def test_defaults_are_the_ancestors():
     assert build_quantizer("lfq", dim=8, codebook_size=16).inner.diversity_gamma == 4
     level = build_quantizer("residual_vq", dim=8, codebook_size=16).inner.layers[0]
     assert level.codebook_size == 16 and not level.use_cosine_sim and not level.rotation_trick
-    assert set(DEFAULT_OPTIONS) == set(QUANTIZERS)
+    of_library = {name for name, cls in QUANTIZERS.items() if issubclass(cls, LibraryQuantizer)}
+    assert set(DEFAULT_OPTIONS) == of_library < set(QUANTIZERS)
 
 
 def test_fsq_levels_by_table_and_by_hand():

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -22,6 +23,8 @@ from vqdist.errors import UserError
 
 V_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of VAR, for 256x256 pixels at a stride of 16
 MOST_PHIS = 4  # as VAR has for its ten scales
+PHI_RULES = ("ticks", "proportional")
+"""Which of fewer convolutions serves a scale: VAR's rule, and the one of vqdist before it had that."""
 
 
 class SharedCodebook(Protocol):
@@ -112,9 +115,11 @@ class MultiScaleResidual(nn.Module):
         beta: weight of the commitment loss.
         num_phis: convolutions, which neighbouring scales share; by default at most 4.
         phi_ratio: share of the convolution in what becomes of the codes; 0 leaves it out.
+        phi_rule: which convolution serves a scale, see `phi_of_scale`.
 
     Attributes:
         scales: `v_patch_nums`, as a tuple.
+        phi_of: number of the convolution that serves each scale.
     """
 
     def __init__(
@@ -126,6 +131,7 @@ class MultiScaleResidual(nn.Module):
         beta: float = 0.25,
         num_phis: int | None = None,
         phi_ratio: float = 0.5,
+        phi_rule: str = "ticks",
     ):
         super().__init__()
         self.scales = tuple(v_patch_nums)
@@ -135,6 +141,14 @@ class MultiScaleResidual(nn.Module):
         number = min(MOST_PHIS, len(self.scales)) if num_phis is None else num_phis
         # without a share they would have no gradient, which DDP takes for a mistake
         self.phis = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(number if phi_ratio else 0))
+        self.follow_rule(phi_rule)
+
+    def follow_rule(self, phi_rule: str) -> None:
+        """Let convolutions serve the scales by another rule; see `phi_of_scale`."""
+        self.phi_rule = phi_rule
+        self.phi_of = phi_of_scale(len(self.scales), len(self.phis), phi_rule)
+        for number, phi in enumerate(self.phis):  # by VAR's rule some numbers of them have one that serves no scale
+            phi.requires_grad_(number in self.phi_of)
 
     @property
     def codebook_size(self) -> int:
@@ -170,7 +184,7 @@ class MultiScaleResidual(nn.Module):
         enlarged = enlarge(vectors, self.scales[-1])
         if not self.phis:
             return enlarged
-        phi = self.phis[scale * len(self.phis) // len(self.scales)]
+        phi = self.phis[self.phi_of[scale]]
         return (1 - self.phi_ratio) * enlarged + self.phi_ratio * phi(enlarged)
 
     def totals(self, indices: Tensor) -> Iterator[Tensor]:
@@ -203,6 +217,21 @@ class MultiScaleResidual(nn.Module):
             rows.append(to_rows(left))
             total = total + enlarge(left, self.scales[-1])
         return torch.cat(rows, dim=1)
+
+
+def phi_of_scale(num_scales: int, num_phis: int, rule: str = "ticks") -> tuple[int, ...]:
+    """Return which of the convolutions serves each scale.
+
+    By `ticks`, VAR's rule, that is the one whose tick is nearest to the scale's place between 0 and 1; two ties of its
+    own ten scales are decided by the rounding of these very operations. `proportional` is the rule of vqdist before.
+    """
+    if rule not in PHI_RULES:
+        raise UserError(f"phi_rule {rule!r} is not known; choose {' or '.join(PHI_RULES)}")
+    if rule == "proportional" or num_phis == 0 or num_scales == 1:
+        return tuple(scale * num_phis // num_scales for scale in range(num_scales))
+    margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
+    ticks = np.linspace(margin, 1 - margin, num_phis)
+    return tuple(int(np.argmin(np.abs(ticks - scale / (num_scales - 1)))) for scale in range(num_scales))
 
 
 def codebook_loss(quantized: Tensor, features: Tensor, beta: float) -> Tensor:

@@ -88,6 +88,9 @@ class PretrainedModel(PyTorchModelHubMixin):
         """Return the arguments that the model was built with, as config.json holds them."""
         return dict(cast("dict[str, Any]", self._hub_mixin_config or {}))
 
+    def follow_before(self, written: Mapping[str, Any]) -> None:
+        """Behave as the model did whose configuration this is, where a default has another meaning since then."""
+
     def _save_pretrained(self, save_directory: Path) -> None:
         path = save_directory / "model.safetensors"
         save_module(self.saved_part(), path)
@@ -159,6 +162,7 @@ class PretrainedModel(PyTorchModelHubMixin):
             kwargs.pop(name, None)  # facts about the model, not arguments of it
         model = super()._from_pretrained(model_id=model_id, **kwargs)
         model.image_size = model.image_size if image_size is None else image_size_of(image_size)
+        model.follow_before({**written, **{name: value for name, value in kwargs.items() if name in written}})
         model.buffers_are_live = LIVE.items() <= written.items()
         return model
 

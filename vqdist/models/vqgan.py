@@ -34,12 +34,12 @@ from vqdist.models.networks.base import (
 from vqdist.models.networks.conv import ConvDecoder, ConvEncoder, check_widths, widths_of
 from vqdist.models.networks.patch import PatchDiscriminator
 from vqdist.models.pretrained import PretrainedModel
-from vqdist.models.quantizers import QUANTIZERS, Quantizer, build_quantizer
+from vqdist.models.quantizers import QUANTIZERS, MultiScaleQuantizer, Quantizer, build_quantizer
 from vqdist.models.tokenizer import check_images, check_pixels, check_scales
 from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
 from vqdist.objectives.named import check_image_size as check_perceptual_size
 from vqdist.objectives.named import perceptual_terms
-from vqdist.parts import PartSpec, Registry, Spec, UnavailablePart, recorded, unknown
+from vqdist.parts import GIVEN_BUILT, PartSpec, Registry, Spec, UnavailablePart, recorded, unknown
 from vqdist.sizes import ImageSize
 
 DEFAULT_CODEBOOK_SIZE = 65_536
@@ -69,10 +69,10 @@ class VQGanVAE(
         layers: halvings of the resolution; image sides must be multiples of 2 ** layers.
         l2_recon_loss: mean squared error for the reconstruction instead of the mean absolute error.
         use_hinge_loss: hinge adversarial losses; false takes binary cross-entropy.
-        quantizer: `vq` (EMA codebook), `lfq` (lookup-free), `fsq` (finite scalar), `simvq`, `residual_vq` or
-            `multiscale_vq` (VAR's, a map of codes for each scale), or one of your own, which is built with the
-            features' `dim`, and with `codebook_size` if it takes that; by default what `lookup_free_quantization`
-            says.
+        quantizer: `vq` (EMA codebook), `lfq` (lookup-free), `fsq` (finite scalar), `simvq`, `residual_vq`,
+            `multiscale_vq` (VAR's, a map of codes for each scale), `gradient_vq` (taming's and LlamaGen's), `ibq` or
+            `gumbel`, or one of your own, which is built with the features' `dim`, and with `codebook_size` if it takes
+            that; by default what `lookup_free_quantization` says.
         lookup_free_quantization: `lfq` if true, `vq` if false; only where `quantizer` is not given.
         codebook_size: number of codes (of each level, for `residual_vq`).
         vq_kwargs: options of `vq` and `residual_vq` in vector-quantize-pytorch, over the defaults codebook_dim 256,
@@ -450,7 +450,16 @@ class VQGanVAE(
     def configuration(self) -> dict[str, Any]:
         """Return what config.json holds; of a part that was replaced after the model was built, what it is now."""
         replaced = {name: part for name, part in self._parts().items() if _class_of(part) is not self._built[name]}
-        return {**super().configuration(), **{name: recorded(part) for name, part in replaced.items()}}
+        config = {**super().configuration(), **{name: recorded(part) for name, part in replaced.items()}}
+        quantizer = self.quantizer
+        if isinstance(quantizer, MultiScaleQuantizer) and quantizer.rule_matters:
+            config = _with_phi_rule(config, quantizer.inner.phi_rule)
+        return config
+
+    def follow_before(self, written: Mapping[str, Any]) -> None:
+        quantizer = self.quantizer
+        if isinstance(quantizer, MultiScaleQuantizer) and "phi_rule" not in _quantizer_options(written):
+            quantizer.inner.follow_rule("proportional")
 
     def current_name(self, name: str) -> str:
         prefix = "autoencoder."
@@ -471,6 +480,20 @@ def _class_of(part: nn.Module) -> type:
     bases = type(part).__bases__
     of_torch = any(base.__module__.startswith("torch.distributed.") for base in bases)
     return bases[-1] if of_torch else type(part)
+
+
+def _quantizer_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the quantizer that a configuration says, wherever it says them."""
+    given = config.get("quantizer")
+    return dict((given.get("init_args") if isinstance(given, Mapping) else config.get("quantizer_kwargs")) or {})
+
+
+def _with_phi_rule(config: dict[str, Any], rule: str) -> dict[str, Any]:
+    """Return a configuration that says the rule: one that says none is of a model of before there was a choice."""
+    options, given = {"phi_rule": rule, **_quantizer_options(config)}, config.get("quantizer")
+    if not isinstance(given, Mapping):
+        return {**config, "quantizer_kwargs": options}
+    return config if given.get(GIVEN_BUILT) else {**config, "quantizer": {**given, "init_args": options}}
 
 
 class _OnlyAutoencoder(nn.Module):

@@ -132,6 +132,8 @@ class Run:
                 f"{self.folder} holds a run of a model of type {before['model_type']!r} and this one is "
                 f"{self._model_type!r}; give another run folder"
             )
+        if isinstance(self.model, PretrainedModel):
+            self.model.follow_before(before["model"])
         if self.config.allow_config_change:
             return
         # an option that did not exist when the run began has had its default's meaning

@@ -67,7 +67,7 @@ class Discriminator(Protocol):
 
 
 MODULES = "vqdist.models.networks."
-AUTOENCODERS = ("conv", "magvit2", "maskgit", "vit")  # files with an encoder and a decoder
+AUTOENCODERS = ("conv", "taming", "magvit2", "maskgit", "vit")  # files with an encoder and a decoder
 # an encoder may ask for `channels`, a decoder for `channels` and `dim`, a discriminator for `channels`
 ENCODERS: Registry[Any] = Registry(
     "encoder",

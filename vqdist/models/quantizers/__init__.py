@@ -22,20 +22,26 @@ from vqdist.models.quantizers.fsq import FSQ_LEVELS, FSQQuantizer  # isort: skip
 from vqdist.models.quantizers.simvq import SimVQQuantizer  # isort: skip
 from vqdist.models.quantizers.residual_vq import ResidualVQQuantizer  # isort: skip
 from vqdist.models.quantizers.multiscale_vq import EMACodebook, MultiScaleQuantizer, MultiScaleVQ  # isort: skip
+from vqdist.models.quantizers.gradient_vq import GradientVQ  # isort: skip
+from vqdist.models.quantizers.ibq import IBQ  # isort: skip
+from vqdist.models.quantizers.gumbel import Gumbel  # isort: skip
 from vqdist.models.quantizers.rotation import rotated_onto  # isort: skip
 
 DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
     cls.name: dict(cls.defaults)
     for cls in (VQQuantizer, LFQQuantizer, FSQQuantizer, SimVQQuantizer, ResidualVQQuantizer, MultiScaleQuantizer)
 }
-"""Options that `build_quantizer` passes where the user says nothing; the library's defaults hold for all others."""
+"""Options that `build_quantizer` passes to the library's where the user says nothing; its own hold for all others."""
 
 __all__ = [
     "DEFAULT_OPTIONS",
     "FSQ_LEVELS",
+    "IBQ",
     "QUANTIZERS",
     "EMACodebook",
     "FSQQuantizer",
+    "GradientVQ",
+    "Gumbel",
     "LFQQuantizer",
     "LibraryQuantizer",
     "MultiScaleQuantizer",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -72,9 +72,12 @@ class Quantizer(nn.Module, ABC):
         num_levels: codes per position.
         scales: sides of the maps of codes, growing, where there are several; None for one map of the features' size.
             A quantizer that has them also has the method `next_scale_inputs` of `MultiScaleQuantizer`.
+        traits: what decides, besides the tensors, which codes an image gets and what they decode to; a part of the
+            tokenizer's fingerprint.
     """
 
     scales: tuple[int, ...] | None = None
+    traits: str = ""
 
     def __init__(self, dim: int, codebook_size: int, num_levels: int = 1):
         super().__init__()
@@ -102,6 +105,27 @@ class Quantizer(nn.Module, ABC):
             tensor: the live one.
         """
         return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+
+class Float32Quantizer(Quantizer):
+    """A quantizer whose weights stay float32 in a model that is turned into another precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Quantizer:
+        # `model.bfloat16()` leaves a quantizer alone: its codebook and projections stay as precise as trained.
+        return super()._apply(lambda tensor: _move_only(fn, tensor), recurse)
+
+    def check_features(self, features: Tensor, name: str) -> None:
+        """Raise `UserError` unless these are features (b, dim, h, w); the message calls the quantizer by the name."""
+        if features.ndim != 4 or features.shape[1] != self.dim:
+            raise UserError(
+                f"quantizer {name} got features of shape {tuple(features.shape)}; expected (batch, {self.dim}, "
+                f"height, width), or build it with another dim"
+            )
+
+
+def _move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    moved = fn(tensor)
+    return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
 
 
 def checked(given: Any, features: Tensor, quantizer: Quantizer) -> Quantized:

@@ -8,7 +8,7 @@ Shapes are those of `base`; `n` is h * w.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +23,10 @@ from vector_quantize_pytorch.vector_quantize_pytorch import (
 )
 
 from vqdist.errors import UserError
-from vqdist.models.quantizers.base import Quantized, Quantizer, float32_arithmetic, is_distributed
+from vqdist.models.quantizers.base import Float32Quantizer, Quantized, float32_arithmetic, is_distributed
 
 
-class LibraryQuantizer(Quantizer):
+class LibraryQuantizer(Float32Quantizer):
     """A quantizer of the library; a subclass says how it is called.
 
     Args:
@@ -99,11 +99,7 @@ class LibraryQuantizer(Quantizer):
         return self.inner.indices_to_codes(indices)
 
     def _check_features(self, features: Tensor) -> None:
-        if features.ndim != 4 or features.shape[1] != self.dim:
-            raise UserError(
-                f"quantizer {self.name} got features of shape {tuple(features.shape)}; expected (batch, {self.dim}, "
-                f"height, width), or build it with another dim"
-            )
+        self.check_features(features, self.name)
 
     def _codebooks(self) -> Iterator[Codebook]:
         return (module for module in self.modules() if isinstance(module, Codebook))
@@ -135,10 +131,6 @@ class LibraryQuantizer(Quantizer):
             sample = sample_vectors_distributed if distributed else batched_sample_vectors
             codebook.sample_fn = codebook.replace_sample_fn = sample
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LibraryQuantizer:
-        # `model.bfloat16()` leaves a quantizer alone: its codebook and projections stay as precise as trained.
-        return super()._apply(lambda tensor: _move_only(fn, tensor), recurse)
-
 
 def library_options(cls: type[LibraryQuantizer]) -> dict[str, Any]:
     """Options and defaults of the library's class(es), without what `build_quantizer` takes itself."""
@@ -148,8 +140,3 @@ def library_options(cls: type[LibraryQuantizer]) -> dict[str, Any]:
             if parameter.kind is not parameter.VAR_KEYWORD and key not in ("dim", "codebook_size"):
                 options.setdefault(key, parameter.default)
     return options
-
-
-def _move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    moved = fn(tensor)
-    return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved

@@ -16,6 +16,7 @@ from vqdist.models.multiscale import (
     SharedCodebook,
     VectorQuantizer,
     nearest_code,
+    phi_of_scale,
 )
 from vqdist.models.quantizers.base import QUANTIZERS, Quantized, float32_arithmetic
 from vqdist.models.quantizers.library import LibraryQuantizer
@@ -77,6 +78,7 @@ class MultiScaleVQ(MultiScaleResidual):
         threshold_ema_dead_code: replace codes whose average number of uses in a batch is below this; 0 replaces none.
         num_phis: convolutions that repair what enlarging lost; by default 4, or as many as there are scales.
         phi_ratio: share of the convolution in what becomes of the codes; 0 leaves it out.
+        phi_rule: which convolution serves a scale: `ticks`, as in VAR, or `proportional`, as in vqdist before.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class MultiScaleVQ(MultiScaleResidual):
         threshold_ema_dead_code: float = 2,
         num_phis: int | None = None,
         phi_ratio: float = 0.5,
+        phi_rule: str = "ticks",
     ):
         if learnable_codebook:
             codebook: SharedCodebook = VectorQuantizer(codebook_size, dim, beta, use_cosine_sim=use_cosine_sim)
@@ -107,7 +110,8 @@ class MultiScaleVQ(MultiScaleResidual):
                 threshold_ema_dead_code=threshold_ema_dead_code,
                 sync_kmeans=False,  # until `_follow_process_group` knows
             )
-        super().__init__(codebook, dim, v_patch_nums=v_patch_nums, beta=beta, num_phis=num_phis, phi_ratio=phi_ratio)
+        phis: dict[str, Any] = {"num_phis": num_phis, "phi_ratio": phi_ratio, "phi_rule": phi_rule}
+        super().__init__(codebook, dim, v_patch_nums=v_patch_nums, beta=beta, **phis)
 
 
 @QUANTIZERS.add("multiscale_vq")
@@ -147,6 +151,16 @@ class MultiScaleQuantizer(LibraryQuantizer):
         with float32_arithmetic(indices.device):
             return self.inner.next_scale_inputs(indices.long())
 
+    @property
+    def traits(self) -> str:  # type: ignore[override]  # it changes where an export of before is loaded
+        """See `Quantizer`: empty where the rule of vqdist before would serve the scales alike."""
+        return f"phi_of {self.inner.phi_of}" if self.rule_matters else ""
+
+    @property
+    def rule_matters(self) -> bool:
+        """Whether other convolutions serve the scales than by the rule of vqdist before."""
+        return self.inner.phi_of != phi_of_scale(len(self.scales), len(self.inner.phis), "proportional")
+
     def _check_features(self, features: Tensor) -> None:
         super()._check_features(features)
         side = self.scales[-1]
@@ -171,6 +185,7 @@ class MultiScaleQuantizer(LibraryQuantizer):
             cls.name,
             "num_phis is given but phi_ratio 0 leaves the convolutions out; leave one of the two out",
         )
+        phi_of_scale(scales, scales, options["phi_rule"])  # says which rules there are
         for option in ("decay", "kmeans_init", "kmeans_iters", "threshold_ema_dead_code"):
             require(
                 not (options["learnable_codebook"] and given.get(option)),
