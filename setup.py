@@ -45,8 +45,6 @@ CORE = [
     "safetensors>=0.4.3",
     # _from_pretrained, _load_as_safetensor and _load_as_pickle are overridden: unpickling must stay refused
     "huggingface_hub>=0.25,<3",
-    # the padding inside its SSIM, which decides how small an image may be (vqdist/metrics.py)
-    "torchmetrics>=1.9,<1.10",
     # its metric_* modules, which are not its interface; before 0.4 precision and recall were exchanged
     "torch-fidelity>=0.4,<0.5",
     # its messages, which vqdist/cli/parsing.py makes into one line, and the parser's _actions
@@ -82,6 +80,7 @@ EXTRAS = {
 # The tests use every extra. The tools of `make lint` are exact, because another version finds and formats differently.
 EXTRAS["dev"] = [
     *(requirement for extra in EXTRAS.values() for requirement in extra),
+    "torchmetrics>=1.9",  # the reference of PSNR and SSIM
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.7",

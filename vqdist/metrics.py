@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torch.nn.functional import conv2d, cross_entropy, pad
 
 from vqdist.backends.base import Backend
 from vqdist.models.multiscale import hits_per_scale
@@ -109,43 +106,68 @@ def code_histogram(ids: Tensor, *, codebook_size: int, num_levels: int = 1) -> T
 class ReconstructionMetrics:
     """L1, PSNR, SSIM, codebook usage and perplexity over a set of images that is spread over ranks.
 
+    PSNR and SSIM are those of torchmetrics, which is not imported for them: it would bring torchvision, matplotlib and
+    torch._dynamo, which take longer than to import torch.
+
     Args:
         network: whose codes are counted.
-        backend: adds the ranks' numbers; torchmetrics does its own part through the process group.
+        backend: adds the ranks' numbers.
         image_size: of the images; where a side is below 11 pixels, the window of SSIM shrinks to fit.
     """
 
     def __init__(self, network: TokenizerNetwork, backend: Backend, image_size: ImageSize):
         self.backend = backend
         smallest = min(sides_of(image_size))
-        side = max(1, (smallest - 1) // 2 * 2 - 1)  # odd, with room for the padding that torchmetrics reflects
-        window: dict[str, Any] = {} if smallest >= 11 else {"gaussian_kernel": False, "kernel_size": side}
-        metrics: dict[str, Metric] = {
-            "l1": MeanMetric(),
-            "psnr": PeakSignalNoiseRatio(data_range=1.0),
-            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0, **window),
-        }
-        self.metrics = {name: metric.to(backend.device) for name, metric in metrics.items()}
+        side = max(1, (smallest - 1) // 2 * 2 - 1)  # odd, with room for the reflection
+        self.window = (gaussian_window() if smallest >= 11 else torch.full((side,), 1 / side)).to(backend.device)
         self.codes = CodeHistogram(network, backend.device)
-        self.images = torch.zeros((), dtype=torch.int64, device=backend.device)
+        # sums over images of L1, squared error and SSIM, and their number
+        self.sums = torch.zeros(4, dtype=torch.float64, device=backend.device)
 
     def update(self, image: Tensor, recon: Tensor, indices: Tensor) -> None:
         """Count a batch: images and reconstructions (b, c, h, w), codes (b, ...)."""
         image, recon = image.to(torch.float32), recon.to(torch.float32).clamp(0, 1)
-        self.metrics["l1"].update((recon - image).abs().mean(dim=(1, 2, 3)))
-        self.metrics["psnr"].update(recon, image)
-        self.metrics["ssim"].update(recon, image)
+        by_image = [
+            (recon - image).abs().mean(dim=(1, 2, 3)),
+            (recon - image).square().mean(dim=(1, 2, 3)),
+            structural_similarity(recon, image, self.window),
+            torch.ones(len(image), device=image.device),
+        ]
+        self.sums += torch.stack(by_image).double().sum(dim=1)
         self.codes.add(indices)
-        self.images += len(image)
 
     def compute(self) -> dict[str, float]:
         """Return the numbers over all ranks' images; every rank calls this and gets the same."""
-        values = {name: float(metric.compute()) for name, metric in self.metrics.items()}
-        return {
-            **values,
-            **self.codes.usage(self.backend),
-            "images": int(self.backend.sum(self.images.clone())),
-        }
+        *totals, images = self.backend.sum(self.sums.clone()).tolist()
+        l1, squared, ssim = (total / images if images else math.nan for total in totals)
+        psnr = math.inf if squared == 0 else -10 * math.log10(squared)
+        return {"l1": l1, "psnr": psnr, "ssim": ssim, **self.codes.usage(self.backend), "images": int(images)}
+
+
+def gaussian_window(side: int = 11, sigma: float = 1.5) -> Tensor:
+    """Return the window of SSIM along one axis, (side,), which sums to 1."""
+    distance = torch.arange(side) - (side - 1) / 2
+    window = torch.exp(-((distance / sigma) ** 2) / 2)
+    return window / window.sum()
+
+
+def structural_similarity(recon: Tensor, image: Tensor, window: Tensor) -> Tensor:
+    """Return the SSIM (Wang et al. 2004) of each of b pairs of images with pixels in [0, 1], (b,) float32.
+
+    Args:
+        recon, image: (b, c, h, w) float32.
+        window: weights along one axis, (k,) with k odd; images are reflected at their edges, as torchmetrics does.
+    """
+    channels = image.shape[1]
+    recon, image = (pad(side, [len(window) // 2] * 4, mode="reflect") for side in (recon, image))
+    across, along = window.view(1, 1, 1, -1), window.view(1, 1, -1, 1)
+    moments = torch.cat([recon, image, recon * recon, image * image, recon * image]).flatten(0, 1)[:, None]
+    moments = conv2d(conv2d(moments, across), along)
+    x, y, xx, yy, xy = moments.unflatten(0, (5, -1, channels)).squeeze(3)
+    variances = (xx - x * x).clamp(min=0) + (yy - y * y).clamp(min=0)
+    luminance = (2 * x * y + 0.01**2) / (x * x + y * y + 0.01**2)
+    structure = (2 * (xy - x * y) + 0.03**2) / (variances + 0.03**2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
 
 
 class CodePredictionMetrics:

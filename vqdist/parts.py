@@ -128,19 +128,29 @@ class Registry(Generic[T]):
 
     Args:
         kind: what it is called in messages and in --help, in the singular: "quantizer".
-        base: what a part must be: a class or a runtime-checkable protocol; None for anything.
+        base: what a part must be: a class or a runtime-checkable protocol, or its import path; None for anything.
         contract: the methods and attributes that a part needs, for the message; by default the name of `base`.
-        modules: imported before the first look-up, since they register their parts when imported.
+        own: parts that are known by name before their modules are imported: import paths by name.
     """
 
     def __init__(
-        self, kind: str, base: type[T] | None = None, *, contract: str | None = None, modules: tuple[str, ...] = ()
+        self,
+        kind: str,
+        base: type[T] | str | None = None,
+        *,
+        contract: str | None = None,
+        own: Mapping[str, str] | None = None,
     ):
         self.kind = kind
-        self.base = base
-        self.contract = contract or (base.__name__ if base is not None else kind)
-        self._modules = modules
-        self._factories: dict[str, Callable[..., T]] = {}
+        self._base = base
+        name = base.rpartition(".")[2] if isinstance(base, str) else getattr(base, "__name__", kind)
+        self.contract = contract or name
+        self._factories: dict[str, Callable[..., T] | str] = dict(own or {})
+
+    @functools.cached_property
+    def base(self) -> type[T] | None:
+        """The class or protocol of the parts, or None for anything; imported when it is first asked for."""
+        return import_path(self._base, self.kind) if isinstance(self._base, str) else self._base
 
     def add(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
         """Register a class or function under a name: `@QUANTIZERS.add("bsq")`.
@@ -151,35 +161,39 @@ class Registry(Generic[T]):
 
         def register(factory: Callable[..., T]) -> Callable[..., T]:
             known = self._factories.get(name)
-            if known is not None and path_of(known) != path_of(factory):
-                raise UserError(f"there is a {self.kind} {name!r} already, {path_of(known)}; choose another name")
+            if known is not None and _place_of(known) != path_of(factory):
+                raise UserError(f"there is a {self.kind} {name!r} already, {_place_of(known)}; choose another name")
             self._factories[name] = factory
             return factory
 
         return register
 
     def names(self) -> list[str]:
-        """Return the registered names in the order of registration."""
-        self._import_modules()
+        """Return the registered names in the order of registration. Imports nothing."""
         return list(self._factories)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return name in self._factories
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names())
+        return iter(self._factories)
 
     def __len__(self) -> int:
-        return len(self.names())
+        return len(self._factories)
 
     def __getitem__(self, name: str) -> Callable[..., T]:
-        self._import_modules()
-        return self._factories[name]
+        factory = self._factories[name]
+        if isinstance(factory, str):
+            factory = self._factories[name] = import_path(factory, self.kind)
+        return cast("Callable[..., T]", factory)
 
     def items(self) -> list[tuple[str, Callable[..., T]]]:
         """Return names and factories."""
-        self._import_modules()
-        return list(self._factories.items())
+        return [(name, self[name]) for name in self]
+
+    def place(self, name: str) -> str:
+        """Return the import path of a registered part. Imports nothing."""
+        return _place_of(self._factories[name])
 
     def factory(self, target: str) -> Callable[..., T]:
         """Return the factory of a name, or the class or function of an import path.
@@ -188,12 +202,11 @@ class Registry(Generic[T]):
             UserError: there is none; the message names the nearest, the module that is missing, or the base class.
         """
         if target in self:
-            return self._factories[target]
-        if not PATH.fullmatch(target):
-            raise unknown(self.kind, target, self.names(), "; or give the import path of your own, my_module.MyClass")
-        for factory in self._factories.values():
-            if path_of(factory) == target:
-                return factory
+            return self[target]
+        self.refuse_unknown(target)
+        for name in self:
+            if self.place(name) == target:
+                return self[name]
         if _TRUSTED.get() is False:
             raise UnavailablePart(
                 f"{self.kind} {target} is code that does not come with vqdist; load it with trust_code=True (on the "
@@ -205,6 +218,11 @@ class Registry(Generic[T]):
         if inspect.isclass(found) and self.base is not None and not _may_be(found, self.base):
             raise UserError(f"{self.kind} {target} is no {self.contract}; derive it from {path_of(self.base)}")
         return found
+
+    def refuse_unknown(self, target: str) -> None:
+        """Raise `UserError` for what is neither a registered name nor an import path. Imports nothing."""
+        if target not in self and not PATH.fullmatch(target):
+            raise unknown(self.kind, target, self.names(), "; or give the import path of your own, my_module.MyClass")
 
     def build(self, given: PartSpec | T, /, *arguments: Any, **context: Any) -> T:
         """Build a part, or return the object that was given.
@@ -266,11 +284,6 @@ class Registry(Generic[T]):
     def help_line(self) -> str:
         """Return the words for --help that list what may be given."""
         return f"{self.kind}: {', '.join(f'`{name}`' for name in self.names())}, or class_path and init_args"
-
-    def _import_modules(self) -> None:
-        modules, self._modules = self._modules, ()
-        for module in modules:
-            importlib.import_module(module)
 
     def _check_arguments(
         self,
@@ -499,6 +512,10 @@ def _may_be(cls: type, base: type) -> bool:
 def path_of(thing: Any) -> str:
     """Return the import path of a class, a function, or of an object's class."""
     return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__name__)}"
+
+
+def _place_of(factory: Any) -> str:
+    return factory if isinstance(factory, str) else path_of(factory)
 
 
 def _name_of(thing: Any) -> str:

@@ -18,13 +18,18 @@ PATHS = {
 TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 
 # What each part may import of vqdist, besides itself; `cli -> trainers -> {...} -> leaves`.
-LEAVES = {"vqdist.errors", "vqdist.files", "vqdist.options", "vqdist.parts", "vqdist.storage", "vqdist.version"}
+LEAVES = {
+    *("vqdist.errors", "vqdist.files", "vqdist.options", "vqdist.parts", "vqdist.registries", "vqdist.storage"),
+    *("vqdist.sizes", "vqdist.version"),
+}
 PARTS = {
     "vqdist.errors": set(),
     "vqdist.files": {"vqdist.errors"},
     "vqdist.storage": set(),
     "vqdist.version": set(),
     "vqdist.parts": {"vqdist.errors"},
+    "vqdist.registries": {"vqdist.parts"},
+    "vqdist.sizes": {"vqdist.errors"},
     "vqdist.options": {"vqdist.errors"},
     "vqdist.seeding": LEAVES,
     "vqdist.allocator": set(),

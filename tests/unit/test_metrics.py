@@ -127,6 +127,22 @@ def test_ssim_is_the_published_formula(side, window):
     assert numbers["ssim"] == pytest.approx(ssim_by_hand(image, recon, window), abs=1e-4)
 
 
+@pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 12), (4, 8)])
+def test_psnr_and_ssim_are_those_of_torchmetrics(channels, side):
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+    image = torch.rand(5, channels, side, side, generator=torch.Generator().manual_seed(1))
+    recon = (0.8 * image + 0.2 * image.flip(2)).clamp(0, 1)
+    window: dict = {} if side >= 11 else {"gaussian_kernel": False, "kernel_size": 5}
+    psnr, ssim = PeakSignalNoiseRatio(data_range=1.0), StructuralSimilarityIndexMeasure(data_range=1.0, **window)
+    for part in (slice(0, 3), slice(3, 5)):
+        psnr.update(recon[part], image[part])
+        ssim.update(recon[part], image[part])
+    numbers = measure([(image[:3], recon[:3], codes(0)), (image[3:], recon[3:], codes(1))], image_size=side)
+    assert numbers["psnr"] == pytest.approx(float(psnr.compute()), abs=1e-4)
+    assert numbers["ssim"] == pytest.approx(float(ssim.compute()), abs=1e-5)
+
+
 @pytest.mark.parametrize("side", [2, 4, 6, 8, 10, 11, 12])
 def test_small_images_have_an_ssim(side):
     image = pictures(2, side)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
+import runpy
 import sys
 from typing import Protocol, runtime_checkable
 
 import pytest
 
+import vqdist
 from vqdist.cli.parts import joined
 from vqdist.errors import UserError
-from vqdist.parts import Registry, Spec, import_path, recorded, trusting, unknown
+from vqdist.parts import Registry, Spec, import_path, path_of, recorded, trusting, unknown
 from vqdist.stopping import Stopped
 
 
@@ -211,3 +215,19 @@ def test_an_unknown_name_is_told_with_the_nearest_and_with_all_where_they_are_fe
         f"there is no key 'zzz'; there are {', '.join(many)}; see the manual"  # nothing is near: all that can be said
     )
     assert str(unknown("key", "zzz", [*many, *map(str, range(100))])) == "there is no key 'zzz'"
+
+
+def test_every_part_of_vqdist_is_known_by_name_before_its_module_is_imported():
+    from vqdist import registries
+
+    for module in pkgutil.walk_packages(vqdist.__path__, "vqdist."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    fresh = runpy.run_path(str(registries.__file__))  # as it is before anything registers itself
+    kinds = [name for name, value in vars(registries).items() if isinstance(value, Registry)]
+    assert len(kinds) == 8
+    for kind in kinds:
+        known = getattr(registries, kind)
+        assert [name for name in known if known.place(name).startswith(("vqdist.", "torch."))] == fresh[kind].names()
+        for name, factory in fresh[kind].items():
+            assert fresh[kind].place(name) == path_of(factory), name

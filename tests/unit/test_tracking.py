@@ -724,6 +724,18 @@ def test_a_run_with_an_own_sink_records_it_and_resumes(tmp_path):
 # --------------------------------------------------------------------------------------------- sheets
 
 
+@pytest.mark.parametrize(("shape", "columns"), [((5, 2, 3, 6, 6), 2), ((3, 1, 1, 6, 4), 2), ((2, 3, 4, 6, 6), 8)])
+def test_a_sheet_is_laid_out_as_by_torchvision(shape, columns, tmp_path):
+    from torchvision.utils import make_grid, save_image
+
+    rows = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    grid = make_grid(rows.flatten(0, 1), nrow=shape[1] * columns, padding=2, pad_value=0.5)
+    assert torch.equal(make_sheet(rows, columns), grid)
+    save_sheet(rows, tmp_path / "sheet.png", columns)
+    save_image(grid, tmp_path / "grid.png")
+    assert (tmp_path / "sheet.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+
+
 @pytest.mark.parametrize("channels, stored", [(1, 3), (3, 3), (4, 4)])
 def test_a_sheet_has_each_image_where_it_belongs(channels, stored):
     shades = torch.arange(10).view(5, 2, 1, 1, 1) / 10  # 5 groups of original | reconstruction

@@ -27,7 +27,7 @@ LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
 ALSO = (
     *("accelerate.commands.accelerate_cli", "accelerate.commands.launch", "deepspeed", "deepspeed.launcher.launch"),
     *("deepspeed.launcher.runner", "torch.distributed.run", "torch._dynamo", "torch.utils.tensorboard", "scenarios"),
-    *("torch.distributed.fsdp", "torchmetrics.image.fid", "torchvision.models", "torch.profiler", "pytest"),
+    *("torch.distributed.fsdp", "torchvision.models", "torch.profiler", "pytest"),
 )
 
 

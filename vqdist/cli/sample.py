@@ -213,11 +213,11 @@ def _save_sheet(images, options) -> None:
 
 
 def _save_each(batches: Iterator, folder: Path) -> None:
-    from torchvision.utils import save_image
+    from vqdist.tracking.pictures import save_picture
 
     for numbers, images in batches:
         for number, image in zip(numbers, images, strict=True):
-            save_image(image, folder / f"{number:06d}.png")
+            save_picture(image, folder / f"{number:06d}.png")
 
 
 def _field_docs(cls: type) -> dict[str, str]:

@@ -16,7 +16,7 @@ CODES = "codes:"
 class DataConfig:
     """Which images, of which size, split and loaded how."""
 
-    folder: str | dict[str, Any] | None = option(None, free=True, own=True, part="vqdist.data.sources.SOURCES")
+    folder: str | dict[str, Any] | None = option(None, free=True, own=True, part="vqdist.registries.SOURCES")
     """Image folder, `digits`, `synthetic`, `torchvision:NAME`, `wds:URL-{000..099}.tar`, `hf:NAME`, `class_path`."""
     image_size: int = option(at_least=1)
     """Side of the square training images in pixels."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 
 from vqdist.errors import UserError
+from vqdist.models.einx_later import einx_later
 
-with warnings.catch_warnings():
+with warnings.catch_warnings(), einx_later():
     warnings.simplefilter("ignore", FutureWarning)
     from x_transformers.x_transformers import AttentionLayers, Decoder
 

@@ -20,10 +20,8 @@ from vqdist import losses
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels
 from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
+from vqdist.models.multiscale import MultiScaleResidual
 from vqdist.models.networks.base import (
-    DECODERS,
-    DISCRIMINATORS,
-    ENCODERS,
     gives_rows,
     halves,
     logits_of,
@@ -34,12 +32,13 @@ from vqdist.models.networks.base import (
 from vqdist.models.networks.conv import ConvDecoder, ConvEncoder, check_widths, widths_of
 from vqdist.models.networks.patch import PatchDiscriminator
 from vqdist.models.pretrained import PretrainedModel
-from vqdist.models.quantizers import QUANTIZERS, MultiScaleQuantizer, Quantizer, build_quantizer
+from vqdist.models.quantizers import Quantizer, build_quantizer
 from vqdist.models.tokenizer import check_images, check_pixels, check_scales
-from vqdist.objectives import TERMS, Objective, Perceptual, PerceptualLoss, Reconstruction
+from vqdist.objectives import Objective, Perceptual, PerceptualLoss, Reconstruction
 from vqdist.objectives.named import check_image_size as check_perceptual_size
 from vqdist.objectives.named import perceptual_terms
-from vqdist.parts import GIVEN_BUILT, PartSpec, Registry, Spec, UnavailablePart, recorded, unknown
+from vqdist.parts import GIVEN_BUILT, PartSpec, Registry, Spec, UnavailablePart, path_of, recorded, unknown
+from vqdist.registries import DECODERS, DISCRIMINATORS, ENCODERS, QUANTIZERS, TERMS
 from vqdist.sizes import ImageSize
 
 DEFAULT_CODEBOOK_SIZE = 65_536
@@ -451,15 +450,15 @@ class VQGanVAE(
         """Return what config.json holds; of a part that was replaced after the model was built, what it is now."""
         replaced = {name: part for name, part in self._parts().items() if _class_of(part) is not self._built[name]}
         config = {**super().configuration(), **{name: recorded(part) for name, part in replaced.items()}}
-        quantizer = self.quantizer
-        if isinstance(quantizer, MultiScaleQuantizer) and quantizer.rule_matters:
-            config = _with_phi_rule(config, quantizer.inner.phi_rule)
+        scales = _scales_of(self.quantizer)
+        if scales is not None and self.quantizer.traits:
+            config = _with_phi_rule(config, scales.phi_rule)
         return config
 
     def follow_before(self, written: Mapping[str, Any]) -> None:
-        quantizer = self.quantizer
-        if isinstance(quantizer, MultiScaleQuantizer) and "phi_rule" not in _quantizer_options(written):
-            quantizer.inner.follow_rule("proportional")
+        scales = _scales_of(self.quantizer)
+        if scales is not None and "phi_rule" not in _quantizer_options(written):
+            scales.follow_rule("proportional")
 
     def current_name(self, name: str) -> str:
         prefix = "autoencoder."
@@ -480,6 +479,12 @@ def _class_of(part: nn.Module) -> type:
     bases = type(part).__bases__
     of_torch = any(base.__module__.startswith("torch.distributed.") for base in bases)
     return bases[-1] if of_torch else type(part)
+
+
+def _scales_of(quantizer: Quantizer) -> MultiScaleResidual | None:
+    """Return the scales of `multiscale_vq`, or None of another quantizer; to name its class imports its library."""
+    inner = getattr(quantizer, "inner", None)
+    return inner if isinstance(inner, MultiScaleResidual) else None
 
 
 def _quantizer_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -592,7 +597,7 @@ def _build_quantizer(
             f"codebook_size {codebook_size} is given, and init_args of quantizer say {own_size}; leave one of them out"
         )
     for name in QUANTIZERS:
-        if QUANTIZERS[name] is factory:
+        if QUANTIZERS.place(name) == path_of(factory):
             size = {"codebook_size": codebook_size} if set_size or "levels" not in spec.init_args else {}
             return build_quantizer(name, **{"dim": dim, **size, **spec.init_args})
     built = build_quantizer(cast(PartSpec, given), dim=dim, codebook_size=codebook_size)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.parts import Registry
+from vqdist.registries import TERMS
 
 
 class Term(nn.Module):
@@ -58,12 +58,6 @@ class Term(nn.Module):
 
 RESERVED = ("aux", "adversarial", "discr")
 """Names that no term has: the trainer logs a loss of its own under each."""
-
-TERMS: Registry[Any] = Registry(
-    "term",
-    contract="term (vqdist.Term): a callable (recon, image, out) -> loss with `name` and `weight`",
-    modules=tuple(f"vqdist.objectives.{name}" for name in ("reconstruction", "perceptual", "lpips", "convnext")),
-)
 
 
 def default_name(cls: Any) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.objectives.base import TERMS, Term
+from vqdist.objectives.base import Term
 from vqdist.objectives.frozen import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,7 +24,6 @@ from vqdist.objectives.frozen import (
 SIDE = 224  # pixels, of the images that ConvNeXt-S sees
 
 
-@TERMS.add("convnext_s")
 class ConvNeXtLogits(HoldsFrozen, Term):
     """Mean squared error of ConvNeXt-S' 1,000 logits of a reconstruction and of its image.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.losses import at_least_float32
-from vqdist.objectives.base import TERMS, Term
+from vqdist.objectives.base import Term
 from vqdist.objectives.frozen import HoldsFrozen, Scaling, check_pair, download_weights, read_weights
 from vqdist.parts import unknown
 
@@ -53,7 +53,6 @@ NETS = {
 }
 
 
-@TERMS.add("lpips")
 class LPIPS(HoldsFrozen, Term):
     """The LPIPS distance as a term, and on its own: `LPIPS(weights="vgg16.pth")(recon, image)`.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.objectives.base import TERMS, Term
+from vqdist.objectives.base import Term
 from vqdist.objectives.frozen import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -110,7 +110,6 @@ class PerceptualLoss(HoldsFrozen):
         return torch.stack([F.mse_loss(feature.float(), target.float()) for feature, target in pairs]).mean()
 
 
-@TERMS.add("perceptual")
 class Perceptual(Term):
     """The perceptual loss as a term.
 

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from vqdist import losses
 from vqdist.errors import UserError
-from vqdist.objectives.base import TERMS, Term
+from vqdist.objectives.base import Term
 
 KINDS = ("l1", "l2", "smooth_l1")
 
 
-@TERMS.add("reconstruction")
 class Reconstruction(Term):
     """Mean difference of reconstruction and image; see `vqdist.losses.reconstruction_loss`.
 

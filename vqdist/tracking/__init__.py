@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.parts import PartSpec, Registry, Spec, called
+from vqdist.parts import PartSpec, Spec, called
+from vqdist.registries import SINKS
 from vqdist.tracking.base import Sink, one_line, warn
 from vqdist.tracking.jsonl import JsonlSink
 from vqdist.tracking.memory import memory_gb
@@ -35,10 +36,6 @@ __all__ = [
     "save_bars",
     "save_sheet",
 ]
-
-SINKS: Registry[Sink] = Registry("tracker", Sink)
-SINKS.add("tensorboard")(TensorBoardSink)
-SINKS.add("wandb")(WandbSink)
 
 
 def check_trackers(trackers: Sequence[PartSpec | Sink]) -> None:

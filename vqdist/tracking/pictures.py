@@ -5,23 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
-from torchvision.utils import save_image as save_picture
+from torch.nn.functional import pad
+
+BORDER = 2  # pixels around each image of a sheet
 
 
 def make_sheet(rows: Tensor, columns: int = 2) -> Tensor:
     """Return groups of images (n, k, c, h, w) in [0, 1] as one picture (c, H, W), `columns` groups in a row."""
-    group = rows.shape[1]
-    return make_grid(rows.flatten(0, 1).clamp(0, 1).cpu(), nrow=group * columns, padding=2, pad_value=0.5)
+    images = as_colour(rows.flatten(0, 1).clamp(0, 1).cpu())
+    if len(images) == 1:
+        return images[0]
+    across = min(rows.shape[1] * columns, len(images))
+    bordered = pad(images, (BORDER, 0, BORDER, 0), value=0.5)
+    empty = torch.full_like(bordered[:1], 0.5).expand(-len(images) % across, -1, -1, -1)
+    sheet = rearrange(torch.cat([bordered, empty]), "(y x) c h w -> c (y h) (x w)", x=across)
+    return pad(sheet, (0, BORDER, 0, BORDER), value=0.5)
+
+
+def as_colour(images: Tensor) -> Tensor:
+    """Return grey images (..., 1, h, w) with three equal channels; others as they are."""
+    return images.expand(*images.shape[:-3], 3, -1, -1) if images.shape[-3] == 1 else images
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Write a picture (c, h, w) in [0, 1] as a PNG file."""
+    pixels = (as_colour(picture) * 255 + 0.5).clamp(0, 255).to("cpu", torch.uint8)
+    Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy()).save(path, format="png")
 
 
 def save_sheet(rows: Tensor, path: Path, columns: int = 2) -> None:
     """Write `make_sheet` as a PNG file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_picture(make_sheet(rows, columns), partial, format="png")
+    save_picture(make_sheet(rows, columns), partial)
     partial.replace(path)
 
 

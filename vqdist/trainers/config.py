@@ -34,7 +34,7 @@ class TrainerConfig(DataConfig):
     """Images of one micro-batch of one process."""
     lr: float = option(3e-4, at_least=0)
     """Peak learning rate."""
-    optimizer: str | dict[str, Any] | None = option(None, part="vqdist.trainers.optimizers.OPTIMIZERS")
+    optimizer: str | dict[str, Any] | None = option(None, part="vqdist.registries.OPTIMIZERS")
     """Optimizer: a name, or class_path and init_args; null is `adam`, or `adamw` with weight_decay."""
     adam_betas: list[float] = option(default_factory=lambda: [0.9, 0.999])
     """Decays of the two moments of Adam and its kin."""
@@ -96,7 +96,7 @@ class TrainerConfig(DataConfig):
     """The run folder: checkpoints, export, pictures, metrics.jsonl. A run that is in it is resumed."""
     allow_config_change: bool = option(False, free=True)
     """Resume a run although options that shape the result differ from those it began with."""
-    trackers: list[Any] = option(default_factory=list, free=True, part="vqdist.tracking.SINKS")
+    trackers: list[Any] = option(default_factory=list, free=True, part="vqdist.registries.SINKS")
     """Also log to `tensorboard`, `wandb` or own sinks (class_path, init_args); metrics.jsonl is always written."""
     backend: str = option("auto", free=True)
     """`local`, `accelerate` or `deepspeed`; `auto` is accelerate under a launcher and local without one."""

@@ -21,18 +21,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from vqdist.errors import UserError
-from vqdist.parts import PartSpec, Registry, Spec
+from vqdist.parts import PartSpec, Spec
+from vqdist.registries import OPTIMIZERS
 
 Group = dict[str, Any]
 OptimizerFactory = Callable[..., Optimizer]
-
-OPTIMIZERS = Registry("optimizer", Optimizer)
-OPTIMIZERS.add("adam")(Adam)
-OPTIMIZERS.add("adamw")(AdamW)
-OPTIMIZERS.add("sgd")(SGD)
 
 DEFAULT_BETAS = (0.9, 0.999)
 NOT_HIDDEN = (
@@ -329,7 +325,6 @@ class MuonWithAdamW(Optimizer):
         return matrix
 
 
-@OPTIMIZERS.add("muon")
 def muon(
     groups: list[Group],
     *,
@@ -392,7 +387,6 @@ def muon(
     )
 
 
-@OPTIMIZERS.add("adamw_8bit")
 def adamw_8bit(
     groups: list[Group],
     *,

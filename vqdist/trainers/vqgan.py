@@ -32,7 +32,7 @@ class VQGanTrainerConfig(TrainerConfig):
 
     discr_lr: float | None = option(None, at_least=0)
     """Peak learning rate of the discriminator; by default the generator's."""
-    discr_optimizer: str | dict[str, Any] | None = option(None, part="vqdist.trainers.optimizers.OPTIMIZERS")
+    discr_optimizer: str | dict[str, Any] | None = option(None, part="vqdist.registries.OPTIMIZERS")
     """As optimizer, for the discriminator; by default the generator's."""
     discr_adam_betas: list[float] | None = option(None)
     """As adam_betas, for the discriminator; by default the generator's."""

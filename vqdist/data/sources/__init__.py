@@ -46,7 +46,8 @@ from vqdist.data.sources.tensors import TensorSource
 from vqdist.data.sources.torchvision_datasets import TorchvisionSource
 from vqdist.data.sources.webdataset_shards import WebDatasetSource
 from vqdist.errors import UserError
-from vqdist.parts import PATH, PartSpec, Registry, Spec, called, unknown
+from vqdist.parts import PATH, PartSpec, Spec, called, unknown
+from vqdist.registries import SOURCES
 
 __all__ = [
     "DigitsSource",
@@ -63,14 +64,6 @@ __all__ = [
     "not_empty",
     "open_source",
 ]
-
-SOURCES: Registry[Source] = Registry("data source", Source)
-"""A factory gets the whole of `name:rest` as `spec`, where it has that parameter, and `exts` likewise."""
-SOURCES.add("digits")(DigitsSource)
-SOURCES.add("synthetic")(SyntheticSource)
-SOURCES.add("torchvision")(TorchvisionSource)
-SOURCES.add("wds")(WebDatasetSource)
-SOURCES.add("hf")(HuggingFaceSource)
 
 
 def open_source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from vqdist.models.networks.base import DECODERS, DISCRIMINATORS, ENCODERS, Decoder, Discriminator, Encoder
+from vqdist.models.networks.base import Decoder, Discriminator, Encoder
+from vqdist.registries import DECODERS, DISCRIMINATORS, ENCODERS
 
 __all__ = ["DECODERS", "DISCRIMINATORS", "ENCODERS", "Decoder", "Discriminator", "Encoder"]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.parts import Registry
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
 
@@ -64,29 +63,6 @@ class Discriminator(Protocol):
     """
 
     min_image_size: int
-
-
-MODULES = "vqdist.models.networks."
-AUTOENCODERS = ("conv", "taming", "magvit2", "maskgit", "vit")  # files with an encoder and a decoder
-# an encoder may ask for `channels`, a decoder for `channels` and `dim`, a discriminator for `channels`
-ENCODERS: Registry[Any] = Registry(
-    "encoder",
-    Encoder,
-    contract="encoder (vqdist.models.networks.Encoder)",
-    modules=tuple(f"{MODULES}{file}" for file in AUTOENCODERS),
-)
-DECODERS: Registry[Any] = Registry(
-    "decoder",
-    Decoder,
-    contract="decoder (vqdist.models.networks.Decoder)",
-    modules=tuple(f"{MODULES}{file}" for file in AUTOENCODERS),
-)
-DISCRIMINATORS: Registry[Any] = Registry(
-    "discriminator",
-    Discriminator,
-    contract="discriminator (vqdist.models.networks.Discriminator)",
-    modules=(f"{MODULES}patch",),
-)
 
 
 def require_module(network: Any, kind: str) -> nn.Module:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels
-from vqdist.models.networks.base import DECODERS, ENCODERS
 from vqdist.models.tokenizer import check_image_size
 
 
@@ -51,7 +50,6 @@ class GatedResidualBlock(nn.Module):
         return x + self.net(x)
 
 
-@ENCODERS.add("conv")
 class ConvEncoder(nn.Sequential):
     """Images (b, c, h, w) -> features (b, d, h / 2**layers, w / 2**layers).
 
@@ -99,7 +97,6 @@ class ConvEncoder(nn.Sequential):
         return image_size >> self.layers, image_size >> self.layers
 
 
-@DECODERS.add("conv")
 class ConvDecoder(nn.Module):
     """Features (b, d, h', w') -> the input of the last layer, (b, width, h, w): the mirror image of `ConvEncoder`.
 

@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqdist.models.arguments import check_channels, check_whole_numbers
-from vqdist.models.networks.base import DECODERS, ENCODERS
 from vqdist.models.networks.levels import Checkpointed, check_sides, check_strided, group_norm, widths_of
 
 VARIANCE_EPS = 1e-6
@@ -103,7 +102,6 @@ class ShiftedConv2d(nn.Conv2d):
         return (super().forward(input) + 1) / 2
 
 
-@ENCODERS.add("magvit2")
 class MagvitEncoder(Checkpointed):
     """Images (b, c, h, w) in [0, 1] -> features (b, d, h / stride, w / stride).
 
@@ -160,7 +158,6 @@ class MagvitEncoder(Checkpointed):
         return side, side
 
 
-@DECODERS.add("magvit2")
 class MagvitDecoder(Checkpointed):
     """Quantized features (b, d, h', w') -> the input of the last layer (b, ch * ch_mult[0], h, w).
 

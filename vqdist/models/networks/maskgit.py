@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdist.models.arguments import check_channels, check_whole_numbers
-from vqdist.models.networks.base import DECODERS, ENCODERS
 from vqdist.models.networks.levels import Checkpointed, check_sides, check_strided, group_norm, widths_of
 
 
@@ -57,7 +56,6 @@ class MaskGITLevel(nn.Module):
         return self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-@ENCODERS.add("maskgit")
 class MaskGITEncoder(Checkpointed):
     """Images (b, c, h, w) in [0, 1] -> features (b, d, h / stride, w / stride).
 
@@ -115,7 +113,6 @@ class MaskGITEncoder(Checkpointed):
         return side, side
 
 
-@DECODERS.add("maskgit")
 class MaskGITDecoder(Checkpointed):
     """Features (b, d, h', w') -> the input of the last layer (b, hidden_channels * channel_mult[0], h, w).
 

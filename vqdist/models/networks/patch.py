@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.models.networks.base import DISCRIMINATORS
 
 
-@DISCRIMINATORS.add("patch")
 class PatchDiscriminator(nn.Module):
     """Strided 4x4 convolutions, group norm (equal on any number of ranks, unlike batch norm) and leaky ReLU 0.1.
 

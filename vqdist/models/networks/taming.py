@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels, check_whole_numbers
-from vqdist.models.networks.base import DECODERS, ENCODERS
 from vqdist.models.networks.levels import Checkpointed, check_sides, check_strided, group_norm
 
 
@@ -145,7 +144,6 @@ class _Half(Checkpointed):
         self.stride = 2 ** (len(self.widths) - 1)
 
 
-@ENCODERS.add("taming")
 class TamingEncoder(_Half):
     """Images (b, c, h, w) in [0, 1] -> features (b, d, h / stride, w / stride): taming's, LDM's, LlamaGen's, VAR's.
 
@@ -223,7 +221,6 @@ class TamingEncoder(_Half):
         return side, side
 
 
-@DECODERS.add("taming")
 class TamingDecoder(_Half):
     """Features (b, d, h', w') -> the input of the last layer, (b, ch * ch_mult[0], h, w); see `TamingEncoder`.
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels, check_whole_numbers
-from vqdist.models.networks.base import DECODERS, ENCODERS
 from vqdist.models.networks.levels import Checkpointed
 from vqdist.models.networks.maskgit import MaskGITDecoder
 from vqdist.sizes import ImageSize, image_size_of, sides_of
@@ -113,7 +112,6 @@ class _Transformer(Checkpointed):
         return self.run_all(self.transformer, self.ln_pre(torch.cat([patches, latents], dim=1)))
 
 
-@ENCODERS.add("titok")
 class TiTokEncoder(_Transformer):
     """Images (b, c, h, w) in [0, 1], of one size, -> features of the latent tokens (b, n, d).
 
@@ -210,7 +208,6 @@ class _TokenDecoder(_Transformer):
         return rearrange(self.ln_post(mixed[:, 1 : 1 + rows * columns]), "b (h w) m -> b m h w", h=rows)
 
 
-@DECODERS.add("titok")
 class TiTokDecoder(_TokenDecoder):
     """Features of latent tokens (b, n, d) -> the input of the last layer, images (b, c, h, w) that it smooths.
 
@@ -255,7 +252,6 @@ class TiTokDecoder(_TokenDecoder):
         return rearrange(pixels, "b (dy dx c) h w -> b c (h dy) (w dx)", dy=side, dx=side)
 
 
-@DECODERS.add("titok_proxy")
 class TiTokProxyDecoder(_TokenDecoder):
     """Features of latent tokens (b, n, d) -> probabilities of another tokenizer's codes, and these -> images.
 

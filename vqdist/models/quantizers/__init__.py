@@ -1,11 +1,14 @@
-"""Quantizers: features to codes and back. `base` has the contract, and each further file one kind of quantizer."""
+"""Quantizers: features to codes and back. `base` has the contract, and each further file one kind of quantizer.
+
+Those made of vector-quantize-pytorch are imported when they are first used, because the library takes a while.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from vqdist.models.quantizers.base import (
-    QUANTIZERS,
     Quantized,
     Quantizer,
     float32_arithmetic,
@@ -13,25 +16,39 @@ from vqdist.models.quantizers.base import (
     mean_over_ranks,
 )
 from vqdist.models.quantizers.build import build_quantizer
-from vqdist.models.quantizers.library import LibraryQuantizer
+from vqdist.models.quantizers.rotation import rotated_onto
+from vqdist.registries import QUANTIZERS
 
-# in the order in which messages and --help list them
-from vqdist.models.quantizers.vq import VQQuantizer  # isort: skip
-from vqdist.models.quantizers.lfq import LFQQuantizer  # isort: skip
-from vqdist.models.quantizers.fsq import FSQ_LEVELS, FSQQuantizer  # isort: skip
-from vqdist.models.quantizers.simvq import SimVQQuantizer  # isort: skip
-from vqdist.models.quantizers.residual_vq import ResidualVQQuantizer  # isort: skip
-from vqdist.models.quantizers.multiscale_vq import EMACodebook, MultiScaleQuantizer, MultiScaleVQ  # isort: skip
-from vqdist.models.quantizers.gradient_vq import GradientVQ  # isort: skip
-from vqdist.models.quantizers.ibq import IBQ  # isort: skip
-from vqdist.models.quantizers.gumbel import Gumbel  # isort: skip
-from vqdist.models.quantizers.rotation import rotated_onto  # isort: skip
+if TYPE_CHECKING:
+    from vqdist.models.quantizers.fsq import FSQ_LEVELS, FSQQuantizer
+    from vqdist.models.quantizers.gradient_vq import GradientVQ
+    from vqdist.models.quantizers.gumbel import Gumbel
+    from vqdist.models.quantizers.ibq import IBQ
+    from vqdist.models.quantizers.lfq import LFQQuantizer
+    from vqdist.models.quantizers.library import LibraryQuantizer
+    from vqdist.models.quantizers.multiscale_vq import EMACodebook, MultiScaleQuantizer, MultiScaleVQ
+    from vqdist.models.quantizers.residual_vq import ResidualVQQuantizer
+    from vqdist.models.quantizers.simvq import SimVQQuantizer
+    from vqdist.models.quantizers.vq import VQQuantizer
 
-DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
-    cls.name: dict(cls.defaults)
-    for cls in (VQQuantizer, LFQQuantizer, FSQQuantizer, SimVQQuantizer, ResidualVQQuantizer, MultiScaleQuantizer)
+    DEFAULT_OPTIONS: dict[str, dict[str, Any]]
+    """Options that `build_quantizer` passes to the library's where the user says nothing; its own hold for others."""
+
+_LATER = {
+    "EMACodebook": "multiscale_vq",
+    "FSQQuantizer": "fsq",
+    "FSQ_LEVELS": "fsq",
+    "GradientVQ": "gradient_vq",
+    "Gumbel": "gumbel",
+    "IBQ": "ibq",
+    "LFQQuantizer": "lfq",
+    "LibraryQuantizer": "library",
+    "MultiScaleQuantizer": "multiscale_vq",
+    "MultiScaleVQ": "multiscale_vq",
+    "ResidualVQQuantizer": "residual_vq",
+    "SimVQQuantizer": "simvq",
+    "VQQuantizer": "vq",
 }
-"""Options that `build_quantizer` passes to the library's where the user says nothing; its own hold for all others."""
 
 __all__ = [
     "DEFAULT_OPTIONS",
@@ -57,3 +74,12 @@ __all__ = [
     "mean_over_ranks",
     "rotated_onto",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DEFAULT_OPTIONS":
+        with_defaults = {name: factory for name, factory in QUANTIZERS.items() if hasattr(factory, "defaults")}
+        return {name: dict(factory.defaults) for name, factory in with_defaults.items()}
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.parts import Registry
 
 
 class Quantized(NamedTuple):
@@ -157,9 +156,6 @@ def checked(given: Any, features: Tensor, quantizer: Quantizer) -> Quantized:
             "number, a 0-d tensor of floats"
         )
     return Quantized(quantized, indices, aux_loss)
-
-
-QUANTIZERS: Registry[Quantizer] = Registry("quantizer", Quantizer)
 
 
 @contextlib.contextmanager

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from vqdist.errors import UserError
-from vqdist.models.quantizers.base import QUANTIZERS, Quantizer
-from vqdist.models.quantizers.library import LibraryQuantizer, library_options
-from vqdist.models.quantizers.options import (
-    check_names,
-    check_needs,
-    check_ranges,
-    check_sizes,
-    is_integer,
-    resolved,
-)
+from vqdist.models.quantizers.base import Quantizer
+from vqdist.models.quantizers.options import is_integer
 from vqdist.parts import PartSpec, Spec
+from vqdist.registries import QUANTIZERS
 
 
 def build_quantizer(
@@ -43,32 +34,12 @@ def build_quantizer(
         return _fitting(name, type(name).__name__, dim)
     spec = Spec.of(name, "quantizer")
     factory, arguments = QUANTIZERS.factory(spec.target), {**spec.init_args, **options}
-    if inspect.isclass(factory) and issubclass(factory, LibraryQuantizer):
-        return _of_library(factory, dim, arguments.pop("codebook_size", codebook_size), arguments)
+    of_options = getattr(factory, "of_options", None)
+    if of_options is not None:  # a `LibraryQuantizer`; to name the class would import the library
+        return of_options(dim, arguments.pop("codebook_size", codebook_size), arguments)
     context = {"dim": dim} if codebook_size is None else {"dim": dim, "codebook_size": codebook_size}
     built = QUANTIZERS.build({"class_path": spec.target, "init_args": arguments}, **context)
     return _fitting(built, spec.target, dim)
-
-
-def _of_library(
-    cls: type[LibraryQuantizer], dim: int, codebook_size: int | None, options: Mapping[str, Any]
-) -> LibraryQuantizer:
-    name, library_defaults = cls.name, library_options(cls)
-    options = {
-        key: tuple(value) if key == "levels" and isinstance(value, list) else value for key, value in options.items()
-    }
-    check_names(name, options, library_defaults)
-    check_sizes(name, dim, codebook_size, optional=options.get("levels") is not None)
-    chosen = {**cls.defaults, **options}
-    complete = resolved({**library_defaults, **chosen})
-    check_ranges(name, options)
-    cls.check_options(dim, codebook_size, options, complete)
-    check_needs(name, options, complete)
-    try:
-        return cls(dim, codebook_size, chosen)
-    except AssertionError as error:
-        set_to = ", ".join(f"{key}={value}" for key, value in chosen.items())
-        raise UserError(f"quantizer {name} does not work with {set_to}: {error or 'options contradict'}") from error
 
 
 def _fitting(quantizer: Quantizer, called: str, dim: int) -> Quantizer:

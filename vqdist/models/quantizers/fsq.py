@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ
 
-from vqdist.models.quantizers.base import QUANTIZERS
 from vqdist.models.quantizers.library import LibraryQuantizer
 from vqdist.models.quantizers.options import check_projection, is_integer, require
+from vqdist.models.quantizers.vector_quantize import FSQ
 
 # Levels by nominal codebook size: table 1 of arXiv 2309.15505.
 FSQ_LEVELS: dict[int, tuple[int, ...]] = {
@@ -23,7 +22,6 @@ FSQ_LEVELS: dict[int, tuple[int, ...]] = {
 }
 
 
-@QUANTIZERS.add("fsq")
 class FSQQuantizer(LibraryQuantizer):
     """Each of a few numbers is rounded to one of its levels: no codebook and no loss (arXiv 2309.15505)."""
 

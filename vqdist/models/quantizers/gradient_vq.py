@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqdist.models.multiscale import nearest_code, straight_through
-from vqdist.models.quantizers.base import QUANTIZERS, Float32Quantizer, Quantized, float32_arithmetic
+from vqdist.models.quantizers.base import Float32Quantizer, Quantized, float32_arithmetic
 from vqdist.models.quantizers.entropy import code_entropy
 from vqdist.models.quantizers.options import check_sizes, require
 
@@ -18,7 +18,6 @@ CODEBOOK_LOSSES = ("fixed", "legacy")
 NAME = "gradient_vq"
 
 
-@QUANTIZERS.add(NAME)
 class GradientVQ(Float32Quantizer):
     """The nearest of vectors that learn by gradient (VQ-VAE, arXiv 1711.00937), as in taming, LDM and LlamaGen.
 

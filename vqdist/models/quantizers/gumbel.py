@@ -8,14 +8,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqdist import sampling
-from vqdist.models.quantizers.base import QUANTIZERS, Float32Quantizer, Quantized, float32_arithmetic
+from vqdist.models.quantizers.base import Float32Quantizer, Quantized, float32_arithmetic
 from vqdist.models.quantizers.options import check_sizes, require
 
 NAME = "gumbel"
 LOG_EPS = 1e-10
 
 
-@QUANTIZERS.add(NAME)
 class Gumbel(Float32Quantizer):
     """A draw from a distribution over the codes that a 1x1 convolution gives each position (arXiv 1611.01144).
 

@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqdist.models.quantizers.base import QUANTIZERS, Float32Quantizer, Quantized, float32_arithmetic
+from vqdist.models.quantizers.base import Float32Quantizer, Quantized, float32_arithmetic
 from vqdist.models.quantizers.entropy import code_entropy, in_chunks
 from vqdist.models.quantizers.options import check_sizes, require
 
 NAME = "ibq"
 
 
-@QUANTIZERS.add(NAME)
 class IBQ(Float32Quantizer):
     """The code with the largest product with a feature, learnt through the softmax of all products (arXiv 2412.02692).
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from vector_quantize_pytorch import LFQ, lookup_free_quantization
-
 from vqdist.errors import UserError
-from vqdist.models.quantizers.base import QUANTIZERS, mean_over_ranks
+from vqdist.models.quantizers.base import mean_over_ranks
 from vqdist.models.quantizers.library import LibraryQuantizer
 from vqdist.models.quantizers.options import check_projection, require
+from vqdist.models.quantizers.vector_quantize import LFQ, lookup_free_quantization
 
 
-@QUANTIZERS.add("lfq")
 class LFQQuantizer(LibraryQuantizer):
     """The signs of log2(v) numbers are the code: no codebook to learn (MAGVIT-v2, arXiv 2310.05737)."""
 

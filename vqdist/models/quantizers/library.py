@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
-from vector_quantize_pytorch.vector_quantize_pytorch import (
+
+from vqdist.errors import UserError
+from vqdist.models.quantizers.base import Float32Quantizer, Quantized, float32_arithmetic, is_distributed
+from vqdist.models.quantizers.options import check_names, check_needs, check_ranges, check_sizes, resolved
+from vqdist.models.quantizers.vector_quantize import (
     Codebook,
     batched_sample_vectors,
     noop,
     sample_vectors_distributed,
 )
-
-from vqdist.errors import UserError
-from vqdist.models.quantizers.base import Float32Quantizer, Quantized, float32_arithmetic, is_distributed
 
 
 class LibraryQuantizer(Float32Quantizer):
@@ -51,6 +52,33 @@ class LibraryQuantizer(Float32Quantizer):
         self.inner = inner
         self.num_levels = self._count_levels()
         self._codebooks_need_init = bool(options.get("kmeans_init"))
+
+    @classmethod
+    def of_options(cls, dim: int, codebook_size: int | None, options: Mapping[str, Any]) -> LibraryQuantizer:
+        """Build the quantizer of a user's options over `defaults` over the library's own.
+
+        Raises:
+            UserError: an option is unknown or out of range, or options contradict each other or would be ignored.
+        """
+        name, library_defaults = cls.name, library_options(cls)
+        options = {
+            key: tuple(value) if key == "levels" and isinstance(value, list) else value
+            for key, value in options.items()
+        }
+        check_names(name, options, library_defaults)
+        check_sizes(name, dim, codebook_size, optional=options.get("levels") is not None)
+        chosen = {**cls.defaults, **options}
+        complete = resolved({**library_defaults, **chosen})
+        check_ranges(name, options)
+        cls.check_options(dim, codebook_size, options, complete)
+        check_needs(name, options, complete)
+        try:
+            return cls(dim, codebook_size, chosen)
+        except AssertionError as error:
+            set_to = ", ".join(f"{key}={value}" for key, value in chosen.items())
+            raise UserError(
+                f"quantizer {name} does not work with {set_to}: {error or 'options contradict'}"
+            ) from error
 
     @classmethod
     def check_options(cls, dim: int, codebook_size: int | None, given: Mapping[str, Any], options: Mapping[str, Any]):

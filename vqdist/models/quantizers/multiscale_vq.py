@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
 from vqdist.models.multiscale import (
     V_PATCH_NUMS,
@@ -18,9 +17,10 @@ from vqdist.models.multiscale import (
     nearest_code,
     phi_of_scale,
 )
-from vqdist.models.quantizers.base import QUANTIZERS, Quantized, float32_arithmetic
+from vqdist.models.quantizers.base import Quantized, float32_arithmetic
 from vqdist.models.quantizers.library import LibraryQuantizer
 from vqdist.models.quantizers.options import is_integer, require
+from vqdist.models.quantizers.vector_quantize import Codebook
 
 
 class EMACodebook(nn.Module):
@@ -114,7 +114,6 @@ class MultiScaleVQ(MultiScaleResidual):
         super().__init__(codebook, dim, v_patch_nums=v_patch_nums, beta=beta, **phis)
 
 
-@QUANTIZERS.add("multiscale_vq")
 class MultiScaleQuantizer(LibraryQuantizer):
     """A map of codes for each of several scales, each coding what the coarser left over (VAR, arXiv 2404.02905)."""
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vector_quantize_pytorch import ResidualVQ, VectorQuantize
-
-from vqdist.models.quantizers.base import QUANTIZERS
 from vqdist.models.quantizers.options import check_codebook_learning, check_gradient_estimator, require
+from vqdist.models.quantizers.vector_quantize import ResidualVQ, VectorQuantize
 from vqdist.models.quantizers.vq import VQ_DEFAULTS, VQQuantizer
 
 
-@QUANTIZERS.add("residual_vq")
 class ResidualVQQuantizer(VQQuantizer):
     """Each level codes what the levels before it left over (SoundStream, arXiv 2107.03312)."""
 

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from vector_quantize_pytorch import SimVQ
 
-from vqdist.models.quantizers.base import QUANTIZERS
 from vqdist.models.quantizers.library import LibraryQuantizer
+from vqdist.models.quantizers.vector_quantize import SimVQ
 
 
-@QUANTIZERS.add("simvq")
 class SimVQQuantizer(LibraryQuantizer):
     """A frozen random codebook seen through a learned linear layer (arXiv 2411.02038)."""
 

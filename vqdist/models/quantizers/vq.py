@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from vector_quantize_pytorch import VectorQuantize
 
-from vqdist.models.quantizers.base import QUANTIZERS
 from vqdist.models.quantizers.library import LibraryQuantizer
 from vqdist.models.quantizers.options import check_codebook_learning, check_gradient_estimator, require
+from vqdist.models.quantizers.vector_quantize import VectorQuantize
 
 VQ_DEFAULTS = {
     "codebook_dim": 256,
@@ -21,7 +20,6 @@ VQ_DEFAULTS = {
 }
 
 
-@QUANTIZERS.add("vq")
 class VQQuantizer(LibraryQuantizer):
     """Nearest code of an EMA or learnable codebook (VQ-VAE, arXiv 1711.00937)."""
 
