@@ -68,7 +68,10 @@ EXTRAS = {
     ],
     "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
     "data": ["webdataset>=0.2.100", "datasets>=3.0"],
-    "optimizers": ["bitsandbytes>=0.45"],  # adamw_8bit, on a CUDA device
+    "optimizers": [
+        "bitsandbytes>=0.50",  # adamw_8bit; a version before may have no update on a CPU
+        "schedulefree>=1.4",  # schedule_free
+    ],
     # Zensical follows MkDocs and its theme Material, by the same authors. Version 0.1 needs zensical-ui, which package
     # indexes may lack. Both tools are exact, because a version before 1.0 may change anything, and need Python 3.11.
     "docs": [

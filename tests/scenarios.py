@@ -182,6 +182,9 @@ OPTIMIZERS = {
     "sgd": {"optimizer": {"class_path": "sgd", "init_args": {"momentum": 0.9}}, "lr": 1e-2},
     "nadam": {"optimizer": "torch.optim.NAdam"},
     "muon": {"optimizer": "muon"},
+    "schedule_free": {"optimizer": "schedule_free", "lr_schedule": "constant", "use_ema": False},
+    # most of the small network's weights have moments of 8 bits
+    "adamw_8bit": {"optimizer": {"class_path": "adamw_8bit", "init_args": {"min_8bit_size": 512}}},
     "own": {"optimizer": {"class_path": "foreign.my_optimizer.Lion", "init_args": {"cautious_after": 3}}, "lr": 1e-5},
     "counting": {"optimizer": "foreign.my_optimizer.Counting", "lr": 1e-5},
 }
@@ -264,11 +267,23 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in trainer.named_tensors()}
 
 
+def evaluated_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """Every weight and buffer of the network that is validated and exported, copied; every rank calls this."""
+    with trainer.averaged_network() as network:
+        return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
 def train_steps(trainer: Trainer, steps: int) -> dict[str, Tensor]:
     """So many optimizer steps, and the weights after them."""
     for _ in range(steps):
         trainer.train_step()
     return weights_of(trainer)
+
+
+def trained_and_evaluated(trainer: Trainer, steps: int) -> dict[str, Tensor]:
+    """So many optimizer steps, and the weights after them; those of the evaluated network as `evaluated.NAME`."""
+    weights = train_steps(trainer, steps)
+    return {**weights, **{f"evaluated.{name}": tensor for name, tensor in evaluated_weights(trainer).items()}}
 
 
 def unfollowed_buffers(trainer: Trainer) -> list[str]:

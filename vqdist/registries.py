@@ -75,6 +75,7 @@ OPTIMIZERS: Registry[Any] = Registry(
         "adamw": "torch.optim.adamw.AdamW",
         "sgd": "torch.optim.sgd.SGD",
         "muon": "vqdist.trainers.optimizers.muon",
+        "schedule_free": "vqdist.trainers.optimizers.schedule_free",
         "adamw_8bit": "vqdist.trainers.optimizers.adamw_8bit",
     },
 )

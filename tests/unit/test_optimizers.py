@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from foreign.my_optimizer import Lion
-from scenarios import OPTIMIZERS, build_ar_trainer, build_trainer, optimizer_options, train_steps
+from scenarios import (
+    OPTIMIZERS,
+    build_ar_trainer,
+    build_trainer,
+    optimizer_options,
+    train_steps,
+    trained_and_evaluated,
+)
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
@@ -124,6 +132,28 @@ def test_muon_takes_hidden_matrices_and_kernels_and_adamw_the_rest(channels_last
     assert [name for name, p in names.items() if "momentum_buffer" in optimizer.state[p]] == hidden
 
 
+def test_8_bit_moments_train_as_whole_ones_do_but_for_their_rounding():
+    target = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    losses = {}
+    for given in ({"class_path": "adamw_8bit", "init_args": {"min_8bit_size": 64}}, "adamw"):
+        torch.manual_seed(0)
+        module = nn.Linear(48, 48)
+        optimizer = built(given, module, weight_decay=0.1)
+        for _ in range(60):
+            loss = (module(target) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[type(optimizer).__name__] = float(loss.detach())
+        if given != "adamw":
+            moments = {name: optimizer.state[weight] for name, weight in module.named_parameters()}
+            assert moments["weight"]["state1"].dtype == moments["weight"]["state2"].dtype == torch.uint8
+            assert moments["bias"]["state1"].dtype == torch.float32  # fewer than min_8bit_size
+            assert all(bool(moments["weight"][kind].any()) for kind in ("state1", "state2"))
+    assert losses["AdamW8bit"] < 1 and losses["AdamW8bit"] == pytest.approx(losses["AdamW"], rel=0.02)
+    assert losses["AdamW8bit"] != losses["AdamW"]
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 WRONG = [
@@ -171,7 +201,6 @@ def test_a_wrong_option_is_one_line_before_anything_begins(tmp_path, options, me
         (SGD([torch.zeros(1)]), r"^optimizer is a built SGD; give its class or a function"),
         (lambda groups: 3, r"is no Optimizer"),
         (lambda groups: SGD(groups[0]["params"][1:]), r"leaves out 1 weights, 0.weight is the first"),
-        ("schedulefree.AdamWScheduleFree", r"swaps weights in its methods train and eval|there is no module"),
     ],
 )
 def test_an_optimizer_that_cannot_be_built_is_one_line(given, message):
@@ -204,15 +233,37 @@ def test_where_weights_are_cut_only_elementwise_optimizers_are_possible():
     backend = InParts(device="cpu")
     for given in (None, "sgd", "torch.optim.NAdam", "torch.optim.RMSprop", "foreign.my_optimizer.Lion"):
         check_optimizer(built(given), backend)
-    for given in ("muon", "torch.optim.Adafactor"):
+    for given in ("muon", "adamw_8bit", "torch.optim.Adafactor"):
         with pytest.raises(
             UserError, match=r"cannot be used on local, where each process updates a part .*; use adamw"
         ):
             check_optimizer(built(given), backend)
+    with pytest.raises(UserError, match=r"AdamWScheduleFree cannot be used on local, .* evaluates other weights than"):
+        check_optimizer(built("schedule_free"), backend)
     with pytest.raises(UserError, match=r"Adagrad cannot be used on local, where .* makes its state when it is built"):
         check_optimizer(built("torch.optim.Adagrad"), backend)
     with pytest.raises(UserError, match=r"LBFGS cannot be used: its step needs closure"):
         check_optimizer(torch.optim.LBFGS([torch.zeros(1)]), LocalBackend(device="cpu"))
+
+
+@pytest.mark.parametrize("name, package", [("adamw_8bit", "bitsandbytes"), ("schedule_free", "schedulefree")])
+def test_a_package_that_is_missing_is_one_line(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, {"bitsandbytes": "bitsandbytes.optim"}.get(package, package), None)
+    with pytest.raises(
+        UserError, match=rf"^optimizer {name} needs {package} .*; install it with pip install 'vqdist\[optimizers\]'$"
+    ):
+        built(name)
+
+
+def test_8_bit_moments_where_there_is_no_update_for_the_device_are_one_line(monkeypatch):
+    def fail(*_arguments, **_keywords):
+        raise NotImplementedError("Could not run 'bitsandbytes::optimizer_update_8bit_blockwise'\nwith arguments")
+
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit.step", fail)
+    with pytest.raises(
+        UserError, match=r"^optimizer adamw_8bit cannot be used on cpu: .*NotImplementedError: .*or use adamw$"
+    ):
+        built("adamw_8bit")
 
 
 def test_a_subclass_or_a_function_says_itself_whether_it_is_elementwise():
@@ -235,7 +286,7 @@ def test_a_subclass_or_a_function_says_itself_whether_it_is_elementwise():
 )
 def test_a_run_is_resumed_to_the_bit(optimizer, tmp_path):
     options = optimizer_options(optimizer) if optimizer in OPTIMIZERS else {"optimizer": optimizer}
-    straight = train_steps(build_ar_trainer(tmp_path / "straight", **options), 4)
+    straight = trained_and_evaluated(build_ar_trainer(tmp_path / "straight", **options), 4)
     first = build_ar_trainer(tmp_path / "stopped", **options)
     train_steps(first, 2)
     first.save(first.run_folder / "checkpoints" / "step_00000002")
@@ -244,7 +295,7 @@ def test_a_run_is_resumed_to_the_bit(optimizer, tmp_path):
     assert {kind for state in second.engine.optimizer.state.values() for kind in state} == {
         kind for state in first.engine.optimizer.state.values() for kind in state
     }
-    for name, tensor in train_steps(second, 2).items():
+    for name, tensor in trained_and_evaluated(second, 2).items():
         assert torch.equal(tensor, straight[name]), name
 
 

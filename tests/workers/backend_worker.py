@@ -35,6 +35,7 @@ from scenarios import (
     largest_difference,
     optimizer_options,
     train_steps,
+    trained_and_evaluated,
     unfollowed_buffers,
     weights_of,
     whole_run,
@@ -157,18 +158,18 @@ def autoregressive(backend: dict, folder: Path, results: dict) -> None:
 
 
 def optimizers(backend: dict, folder: Path, results: dict) -> None:
-    """A prior by each optimizer: the weights after 4 steps, the same around a checkpoint, or the reason why not."""
+    """A prior by each optimizer: its weights after 4 steps, the same around a checkpoint, or the reason why not."""
     results["optimizers"] = {}
     for name in OPTIMIZERS:
         build = partial(build_ar_trainer, kind="prior", **optimizer_options(name), **backend)
         try:
-            straight = train_steps(build(folder / f"{name}_straight"), 4)
+            straight = trained_and_evaluated(build(folder / f"{name}_straight"), 4)
             first = build(folder / f"{name}_stopped")
             train_steps(first, 2)
             first.save(first.run_folder / "checkpoints" / "step_00000002")
             second = build(folder / f"{name}_stopped")
             assert second.step == 2
-            for key, tensor in train_steps(second, 2).items():
+            for key, tensor in trained_and_evaluated(second, 2).items():
                 assert torch.equal(tensor, straight[key]), f"{key} by {name} differs after resume"
             results["optimizers"][name] = straight
         except UserError as error:

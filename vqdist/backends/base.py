@@ -44,10 +44,12 @@ class Engine(ABC):
     Attributes:
         module: the bare network, for its methods and options. Training through it skips the exchange of gradients; use
             the engine itself. Its weights are whole unless the runtime shards them.
+        optimizer: of the network, as the runtime has prepared it.
         backend: the runtime that made the engine.
     """
 
     module: nn.Module
+    optimizer: Optimizer
     backend: Backend
 
     @property

@@ -54,7 +54,8 @@ class DeepSpeedEngine(Engine):
         self.precision = precision
         self.module = engine.module
         self.zero_stage = engine.zero_optimization_stage()
-        self.record = OptimizerRecord(engine.basic_optimizer, zero_stage=self.zero_stage)
+        self.optimizer = engine.basic_optimizer  # which DeepSpeed's own, from ZeRO 1 on, gives parts of the weights
+        self.record = OptimizerRecord(self.optimizer, zero_stage=self.zero_stage)
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)

@@ -32,6 +32,14 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "elementwise", type(optimizer) in ELEMENTWISE))
 
 
+def averages_itself(optimizer: Any) -> bool:
+    """Return whether an optimizer, or its class, evaluates other weights than it trains, as schedule-free ones do.
+
+    Its method `eval` puts them in place, and `train` takes them back.
+    """
+    return callable(getattr(optimizer, "eval", None))
+
+
 def check_optimizer(optimizer: Optimizer, backend: Backend) -> None:
     """Raise `UserError` for an optimizer that the engines of this backend cannot hold."""
     name = type(optimizer).__name__
@@ -48,6 +56,11 @@ def check_optimizer(optimizer: Optimizer, backend: Backend) -> None:
     if backend.capabilities.any_optimizer:
         return
     remedy = "use adamw or another elementwise one, or DDP (backend accelerate without FSDP) or ZeRO 0"
+    if averages_itself(optimizer):
+        raise UserError(
+            f"optimizer {name} cannot be used on {backend.title}, where each process updates a part of every weight: "
+            f"{name} evaluates other weights than it trains, and makes them of whole ones; {remedy}"
+        )
     if not is_elementwise(optimizer):
         said = getattr(optimizer, "elementwise", None) is not None
         why = "needs whole ones" if said else "does not say elementwise = True, that each number is treated by itself"

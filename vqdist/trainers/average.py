@@ -1,8 +1,10 @@
-"""The moving average of a network's weights, which is evaluated and exported."""
+"""The average of a network's weights, which is evaluated and exported: a moving one, or the optimizer's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any
 
 import torch
 from ema_pytorch import EMA
@@ -98,6 +100,46 @@ class MovingAverage:
     def _followed(self) -> Iterator[tuple[Tensor, Tensor]]:
         averages, lives = dict(_named(self.ema_model)), dict(_named(self.engine.local))
         return ((averages[name].data, lives[name].data) for name in self.followed_names)
+
+
+class OptimizersAverage:
+    """The weights that an optimizer evaluates in place of those that it trains, as a schedule-free one does.
+
+    The optimizer's `eval` puts them in place and `train` takes them back, but that rounds. So both are left as they
+    are: a copy of the network gets the weights, and a copy of the optimizer over these is told to evaluate. All of it
+    is a function of the live network and its optimizer, so a checkpoint holds nothing of it.
+
+    Args:
+        engine: of the network, whose weights are whole on this rank.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._copy = deepcopy(engine.local)  # now: a network that has run may hold what cannot be copied
+        averaged = averaged_tensors(engine.module).keys()
+        self._followed = [name for name, _ in _named(engine.local) if name not in averaged]
+
+    @torch.no_grad()
+    def network(self) -> nn.Module:
+        """Return the copy with the weights of this moment; tensors that learn by no gradient are the live ones."""
+        lives, copies = dict(_named(self.engine.local)), dict(_named(self._copy))
+        _copy_tensors(lives, copies, lives)
+        twin = self._twin({id(live): copies[name] for name, live in lives.items()})
+        twin.eval()
+        _copy_tensors(lives, copies, self._followed)
+        return self._copy
+
+    def _twin(self, copies: dict[int, Any]) -> Any:
+        """Return a copy of the optimizer over copies of the weights, given by the weights' ids."""
+        optimizer = self.engine.optimizer
+        twin = object.__new__(type(optimizer))  # `Optimizer.__getstate__` leaves a subclass's own attributes out
+        twin.__dict__ = deepcopy(vars(optimizer), copies)
+        return twin
+
+
+def _copy_tensors(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    for name in names:
+        targets[name].copy_(sources[name])
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

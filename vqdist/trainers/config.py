@@ -139,6 +139,9 @@ class TrainerConfig(DataConfig):
             self.weight_decay,
             self.fused_adam,
             said=frozenset(what for what, name in said.items() if self.is_set(name)),
+            schedule=("lr_schedule", self.lr_schedule),
+            warmup_steps=self.warmup_steps,
+            averaged=self.use_ema,
         )
 
     @property

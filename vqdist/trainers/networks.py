@@ -1,4 +1,4 @@
-"""The networks of a run: the engines that train them, and the moving average of the first."""
+"""The networks of a run: the engines that train them, and the average of the first."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from vqdist.backends import Backend, Engine
+from vqdist.backends.optimizer import averages_itself
 from vqdist.ranks import check_ranks_agree
-from vqdist.trainers.average import MovingAverage
+from vqdist.trainers.average import MovingAverage, OptimizersAverage
 from vqdist.trainers.finite import held_tensors
 
 
@@ -19,24 +20,32 @@ class Networks:
     Args:
         backend: made the engines.
         engines: by name; the network of the first is averaged, evaluated and exported.
-        average: its moving average, or None.
+        average: its moving average, or None. An optimizer that averages the weights itself has no other beside it.
     """
 
     def __init__(self, backend: Backend, engines: Mapping[str, Engine], average: MovingAverage | None):
         self.backend = backend
         self.engines = dict(engines)
         self.average = average
+        self._own = OptimizersAverage(self.main) if averages_itself(self.main.optimizer) else None
 
     @property
     def main(self) -> Engine:
         """The engine whose network is averaged, evaluated and exported."""
         return next(iter(self.engines.values()))
 
+    @property
+    def has_average(self) -> bool:
+        """Whether other weights are evaluated and exported than those that are trained."""
+        return self.average is not None or self._own is not None
+
     def averaged(self) -> AbstractContextManager[nn.Module]:
         """Return a context of the network to evaluate and export: the average if there is one, else the live one.
 
         Every rank enters it; within it the weights are whole, and no rank waits for another.
         """
+        if self._own is not None:
+            return self.main.whole(self._own.network())
         return self.main.whole(None if self.average is None else self.average.ema_model)
 
     def update_average(self) -> None:

@@ -8,11 +8,15 @@ may have one for its own weights. Weights that it leaves out are in the common g
 
 An optimizer that treats every number of a weight by itself says `elementwise = True`; only such are possible where
 each process updates a part of every weight (FSDP2, ZeRO 1, 2, 3).
+
+A schedule-free optimizer, which has methods `train` and `eval`, is its own moving average: a run by it has no other,
+and a constant rate after the warm-up.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -23,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
+from vqdist.backends.optimizer import averages_itself
 from vqdist.errors import UserError
-from vqdist.parts import PartSpec, Spec
+from vqdist.parts import PartSpec, Spec, called
 from vqdist.registries import OPTIMIZERS
 
 Group = dict[str, Any]
@@ -57,6 +62,9 @@ class OptimizerOptions:
         said: the options among `betas`, `weight_decay`, `fused` that were set for this network: not to read one of
             them is an error. Those that come from another network's are dropped where they are not taken.
         prefix: of the options' names, in messages.
+        schedule: the option that says the learning-rate schedule, and its value.
+        warmup_steps: of the run.
+        averaged: whether the run keeps a moving average of the network.
     """
 
     given: PartSpec | OptimizerFactory | None
@@ -66,6 +74,9 @@ class OptimizerOptions:
     fused: bool | None = None
     said: frozenset[str] = frozenset()
     prefix: str = ""
+    schedule: tuple[str, Any] = ("lr_schedule", "constant")
+    warmup_steps: int = 0
+    averaged: bool = False
 
     @property
     def option(self) -> str:
@@ -95,7 +106,33 @@ class OptimizerOptions:
                 f"{self.name_of('weight_decay')} {self.weight_decay:g} is decoupled from the gradient, and that of "
                 f"adam is not; give {self.option} adamw, or weight_decay in init_args for a penalty on the loss"
             )
+        if factory is schedule_free or averages_itself(factory):
+            self.check_own_average(_name(factory), arguments)
         return factory, arguments
+
+    def check_own_average(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Raise `UserError` for what a run has beside an optimizer that averages the weights itself.
+
+        Args:
+            name: of the optimizer.
+            arguments: of its own.
+        """
+        if self.averaged:
+            raise UserError(
+                f"{self.option} {name} averages the weights itself, so a moving average beside it would not be "
+                "evaluated; give --trainer.use_ema false"
+            )
+        option, schedule = self.schedule
+        if callable(schedule) or Spec.of(schedule, option).target != "constant":
+            raise UserError(
+                f"{option} {called(schedule)} is not possible with {self.option} {name}, whose average stands in for "
+                f"a schedule; give {option} constant, and warmup_steps for a warm-up"
+            )
+        if self.warmup_steps and arguments.get("warmup_steps"):
+            raise UserError(
+                f"warmup_steps and init_args of {self.option} both set a warm-up, and the rate would rise with the "
+                "square of the step; leave one of them out"
+            )
 
     def overridden_by(self, said: Set[str]) -> PartSpec | OptimizerFactory | None:
         """Return the optimizer for another network that says these arguments itself."""
@@ -145,12 +182,25 @@ def make_optimizer(module: nn.Module, options: OptimizerOptions, device: torch.d
     if options.weight_decay and "weight_decay" not in optimizer.defaults and "weight_decay" in options.said:
         options._refuse("weight_decay", factory)
     _check_all_there(groups, optimizer, options)
-    if callable(getattr(optimizer, "eval", None)):
-        raise UserError(
-            f"{options.option} {_name(factory)} swaps weights in its methods train and eval, which nobody calls here: "
-            "validation and export would see the wrong ones"
-        )
+    if averages_itself(optimizer):
+        _begin_training(optimizer, options)
     return optimizer
+
+
+def _begin_training(optimizer: Any, options: OptimizerOptions) -> None:
+    """Let an optimizer that averages the weights itself begin at the weights that are trained."""
+    name = type(optimizer).__name__
+    options.check_own_average(name, {})  # of a function nothing was known before
+    if any(group.get("betas", (1.0,))[0] == 0 for group in optimizer.param_groups):
+        raise UserError(
+            f"the first of the betas of {options.option} {name} is 0, and the evaluated weights are found by a "
+            "division by it; give one above 0, as 0.9"
+        )
+    if not callable(getattr(optimizer, "train", None)):
+        raise UserError(
+            f"{options.option} {name} has a method eval and none called train, which takes its weights back"
+        )
+    optimizer.train()
 
 
 def _build(
@@ -387,6 +437,51 @@ def muon(
     )
 
 
+def schedule_free(
+    groups: list[Group],
+    *,
+    lr: float,
+    betas: tuple[float, float] = DEFAULT_BETAS,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    warmup_steps: int = 0,
+    r: float = 0.0,
+    weight_lr_power: float = 2.0,
+    foreach: bool = True,
+) -> Optimizer:
+    """Return AdamW without a schedule (Defazio et al. 2024): it averages the weights itself, and that is evaluated.
+
+    Args:
+        groups: of weights.
+        lr: learning rate after the warm-up, larger than AdamW's by a few times.
+        betas: the weight of the average in what is trained, above 0, and the decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: of weights whose group does not say it; decoupled, at the weights that are trained.
+        warmup_steps: updates over which the rate rises, where the run's `warmup_steps` are 0.
+        r: power of the step, by which an update counts in the average.
+        weight_lr_power: power of the highest rate so far, likewise.
+        foreach: update all weights together, which takes more memory.
+    """
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError as error:
+        raise UserError(
+            f"optimizer schedule_free needs schedulefree ({' '.join(str(error).split())[:160]}); install it with pip "
+            "install 'vqdist[optimizers]'"
+        ) from error
+    return AdamWScheduleFree(
+        groups,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        warmup_steps=warmup_steps,
+        r=r,
+        weight_lr_power=weight_lr_power,
+        foreach=foreach,
+    )
+
+
 def adamw_8bit(
     groups: list[Group],
     *,
@@ -395,7 +490,7 @@ def adamw_8bit(
     eps: float = 1e-8,
     min_8bit_size: int = 4096,
 ) -> Optimizer:
-    """Return AdamW of bitsandbytes with moments of 8 bits a number (Dettmers et al. 2022), on a CUDA device.
+    """Return AdamW of bitsandbytes with moments of 8 bits a number (Dettmers et al. 2022).
 
     Args:
         groups: of weights.
@@ -404,8 +499,8 @@ def adamw_8bit(
         eps: added to the root of the second moment.
         min_8bit_size: weights with fewer numbers keep moments of 32 bits.
     """
-    if not torch.cuda.is_available():
-        raise UserError("optimizer adamw_8bit needs a CUDA device, and there is none; use adamw")
+    # at import it warns of 4-bit products on a CPU, which nothing here uses
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -413,6 +508,20 @@ def adamw_8bit(
             f"optimizer adamw_8bit needs bitsandbytes ({' '.join(str(error).split())[:160]}); install it with pip "
             "install 'vqdist[optimizers]'"
         ) from error
+    _try_8bit_update(AdamW8bit, groups[0]["params"][0].device)
     optimizer: Any = AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=0.0, min_8bit_size=min_8bit_size)
     optimizer.elementwise = False  # 256 neighbours share a scale
     return optimizer
+
+
+def _try_8bit_update(factory: Callable[..., Optimizer], device: torch.device) -> None:
+    """Raise `UserError` if bitsandbytes cannot update weights on this device: it says so at the first update only."""
+    weight = nn.Parameter(torch.zeros(256, device=device))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        factory([weight], min_8bit_size=1).step()
+    except Exception as error:  # a kernel that lacks, or a library of another CUDA version, in whatever words
+        raise UserError(
+            f"optimizer adamw_8bit cannot be used on {device.type}: bitsandbytes has no update for it "
+            f"({' '.join(f'{type(error).__name__}: {error}'.split())[:160]}); install a newer one, or use adamw"
+        ) from error

@@ -50,7 +50,7 @@ class TokenizerTrainer(Trainer):
         with self.main_engine.whole() as live, self.averaged_network() as averaged:
             if self.tracker is not None:  # on rank 0
                 with self.report.drawing():
-                    networks = [live] if self.ema is None else [live, averaged]
+                    networks = [live, averaged] if self.networks.has_average else [live]
                     views = torch.stack(self.views(self.picture_images(), networks), dim=1)
                     self.tracker.picture(self.step, self.picture_name, views, path)
         if self.tracker is not None and bool(chart.any()):

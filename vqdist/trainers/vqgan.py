@@ -85,7 +85,12 @@ class VQGanTrainerConfig(TrainerConfig):
         said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         optimizer = generator.overridden_by(said.keys()) if self.discr_optimizer is None else self.discr_optimizer
         lr = self.lr if self.discr_lr is None else self.discr_lr
-        return replace(generator, **said, given=optimizer, lr=lr, said=frozenset(said), prefix="discr_")
+        own: dict[str, Any] = {"averaged": False}  # it is not evaluated
+        if self.discr_lr_schedule is not None:
+            own["schedule"] = "discr_lr_schedule", self.discr_lr_schedule
+        if self.discr_lr_warmup_steps is not None:
+            own["warmup_steps"] = self.discr_lr_warmup_steps
+        return replace(generator, **said, **own, given=optimizer, lr=lr, said=frozenset(said), prefix="discr_")
 
 
 # all that the configuration adds to every trainer's is about the discriminator
