@@ -55,6 +55,8 @@ QUANTIZERS: Registry[Any] = Registry(
         "gradient_vq": "vqdist.models.quantizers.gradient_vq.GradientVQ",
         "ibq": "vqdist.models.quantizers.ibq.IBQ",
         "gumbel": "vqdist.models.quantizers.gumbel.Gumbel",
+        "magvit2_lfq": "vqdist.models.quantizers.magvit2_lfq.MagvitLFQ",
+        "cvq": "vqdist.models.quantizers.cvq.CVQ",
     },
 )
 TERMS: Registry[Any] = Registry(

@@ -49,6 +49,10 @@ CASES = {
     "gradient_vq": ("gradient_vq", 32, {"codebook_loss": "legacy"}, False),
     "gradient_vq l2, entropy": ("gradient_vq", 32, {"l2_norm": True, "entropy_weight": 0.1}, False),
     "ibq": ("ibq", 32, {}, False),
+    "magvit2_lfq": ("magvit2_lfq", 256, {}, False),
+    "magvit2_lfq factors": ("magvit2_lfq", None, {"factorized_bits": [3, 5]}, False),
+    "cvq": ("cvq", 32, {"decay": 0.9}, False),
+    "cvq l2": ("cvq", 100, {"l2_norm": True}, False),
     "gumbel": ("gumbel", 32, {}, False),
     "gumbel soft": ("gumbel", 32, {"temperature": 0.5, "straight_through": False}, False),
     "residual_vq beam": ("residual_vq", 32, {**NO_START, "num_quantizers": 2, "beam_size": 2}, False),
@@ -64,6 +68,10 @@ EXACT = {
     "gradient_vq": STEPS,
     "gradient_vq l2, entropy": 2,
     "ibq": 2,
+    "magvit2_lfq": 2,
+    "magvit2_lfq factors": 2,
+    "cvq": STEPS,
+    "cvq l2": STEPS,
 }
 
 

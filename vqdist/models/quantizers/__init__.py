@@ -20,12 +20,14 @@ from vqdist.models.quantizers.rotation import rotated_onto
 from vqdist.registries import QUANTIZERS
 
 if TYPE_CHECKING:
+    from vqdist.models.quantizers.cvq import CVQ
     from vqdist.models.quantizers.fsq import FSQ_LEVELS, FSQQuantizer
     from vqdist.models.quantizers.gradient_vq import GradientVQ
     from vqdist.models.quantizers.gumbel import Gumbel
     from vqdist.models.quantizers.ibq import IBQ
     from vqdist.models.quantizers.lfq import LFQQuantizer
     from vqdist.models.quantizers.library import LibraryQuantizer
+    from vqdist.models.quantizers.magvit2_lfq import MagvitLFQ
     from vqdist.models.quantizers.multiscale_vq import EMACodebook, MultiScaleQuantizer, MultiScaleVQ
     from vqdist.models.quantizers.residual_vq import ResidualVQQuantizer
     from vqdist.models.quantizers.simvq import SimVQQuantizer
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     """Options that `build_quantizer` passes to the library's where the user says nothing; its own hold for others."""
 
 _LATER = {
+    "CVQ": "cvq",
     "EMACodebook": "multiscale_vq",
     "FSQQuantizer": "fsq",
     "FSQ_LEVELS": "fsq",
@@ -43,6 +46,7 @@ _LATER = {
     "IBQ": "ibq",
     "LFQQuantizer": "lfq",
     "LibraryQuantizer": "library",
+    "MagvitLFQ": "magvit2_lfq",
     "MultiScaleQuantizer": "multiscale_vq",
     "MultiScaleVQ": "multiscale_vq",
     "ResidualVQQuantizer": "residual_vq",
@@ -51,6 +55,7 @@ _LATER = {
 }
 
 __all__ = [
+    "CVQ",
     "DEFAULT_OPTIONS",
     "FSQ_LEVELS",
     "IBQ",
@@ -61,6 +66,7 @@ __all__ = [
     "Gumbel",
     "LFQQuantizer",
     "LibraryQuantizer",
+    "MagvitLFQ",
     "MultiScaleQuantizer",
     "MultiScaleVQ",
     "Quantized",
