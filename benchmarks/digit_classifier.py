@@ -1,7 +1,7 @@
 """A classifier of the digits that come with the package, as a feature extractor: a minute's stand-in for Inception.
 
 usage: python -m benchmarks.digit_classifier --out digits.pt
-then:  vqdist evaluate RUN --data digits --features digits.pt
+then:  vqdist evaluate RUN --data digits --features digits.pt --trust_features true
 
 FID, KID, precision and recall with these features compare runs on digits; they have nothing to do with published ones.
 """

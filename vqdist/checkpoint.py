@@ -25,7 +25,7 @@ from vqdist.completion import (
     wait_for_completion,
 )
 from vqdist.errors import PeerLost, UserError
-from vqdist.files import WRITE_ERRORS, FolderLock, sha256_of
+from vqdist.files import WRITE_ERRORS, CannotWrite, FolderLock, sha256_of
 from vqdist.manifest import MANIFEST, read_manifest
 from vqdist.ranks import everywhere, on_main
 
@@ -121,11 +121,16 @@ class CheckpointStore:
     def outlasting_errors(self) -> Iterator[None]:
         """Within this context an error lets the newest checkpoint be completed first, in `PATIENCE` seconds: a process
         that knows of other ranks leaves without its usual end, and so without its threads. (`PeerLost` does not: who
-        raises it has asked what is complete, and waited for that.)"""
+        raises it has asked what is complete, and waited for that.) Of a file that cannot be written the error says
+        where the run goes on."""
         try:
             yield
         except PeerLost:
             raise
+        except CannotWrite as error:
+            newest = self.latest(PATIENCE)
+            how = "starts anew" if newest is None else f"goes on from {newest}"
+            raise CannotWrite(f"{error}; once it can be, the same command {how}") from error
         except Exception:
             wait_for_completion(self.folder, PATIENCE)
             raise

@@ -17,13 +17,15 @@ class RanksDiverged(RuntimeError):
 class PeerLost(RuntimeError):
     """An exchange with the other ranks failed, since some of them ended, or cannot be reached.
 
-    The command line prints the message alone and exits with 69 (EX_UNAVAILABLE). In a script the process had better
-    end: what is left of the process group is of no use.
+    The command line prints the message alone and exits with `code`. In a script the process had better end: what is
+    left of the process group is of no use.
 
     Attributes:
         ranks: the ranks that are gone; none if all still answer.
+        code: 69 (EX_UNAVAILABLE), or that of a rank that left on purpose and said so, as a signal asks for it.
     """
 
-    def __init__(self, ranks: tuple[int, ...], message: str):
+    def __init__(self, ranks: tuple[int, ...], message: str, code: int = EXIT_PEER_LOST):
         super().__init__(message)
         self.ranks = ranks
+        self.code = code

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import urllib.error
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vqdist.backends.base import Backend
 from vqdist.errors import UserError
+from vqdist.objectives.frozen import IMAGENET_MEAN, IMAGENET_STD, download_weights
 from vqdist.sizes import ImageSize, sides_of
 
-INCEPTION = "inception"
+INCEPTION, VGG16 = "inception", "vgg16"
+# networks that are known here, each with one of its weights by which a file is recognised
+KNOWN = {INCEPTION: "Conv2d_1a_3x3.conv.weight", VGG16: "features.0.weight"}
 NEIGHBOURS = 3  # of precision and recall, as their paper has it
 MIN_IMAGES = NEIGHBOURS + 1
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as the paper's authors have it; subsets are smaller where images are fewer
@@ -69,24 +74,69 @@ class FeatureExtractor(nn.Module):
         return features.to(torch.float32) if isinstance(features, Tensor) else features
 
 
-def load_extractor(spec: str, *, channels: int, image_size: ImageSize) -> FeatureExtractor:
+def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_code: bool = False) -> FeatureExtractor:
     """Return the extractor that a user asks for, on the CPU.
 
     Args:
-        spec: `inception`, the network of the published FIDs (its weights are downloaded once, into torch's folder); or
-            a TorchScript file: images (b, c, h, w) float32 in [0, 1] -> features (b, f).
+        spec: `inception`, the network of the published FIDs, or `vgg16`, that of the published precision and recall
+            (their weights are downloaded once, into torch's folder); a file with the weights of one of them (.pth);
+            or a TorchScript file: images (b, c, h, w) float32 in [0, 1] -> features (b, f).
         channels, image_size: of the images that it will see.
+        trust_code: whether it may be a TorchScript file. That is a program, and can write any file of the user's.
 
     Raises:
-        UserError: there is no such file, it is no TorchScript archive, or the extractor does not do that; or the
-            weights can neither be found nor downloaded.
+        UserError: there is no such file, it holds no weights of a known network and no program that may be run, or the
+            extractor does not do that; or the weights can neither be found nor downloaded.
     """
-    if spec == INCEPTION and channels not in (1, 3):
+    path = Path(spec).expanduser()
+    if spec not in KNOWN and not path.is_file():
+        raise UserError(f"--features {spec} is neither {' nor '.join(f'`{name}`' for name in KNOWN)} nor a file")
+    if spec not in KNOWN and _is_program(path):
+        network = _load_torchscript(path, trust_code)
+        return FeatureExtractor(network, spec, channels=channels, image_size=image_size)
+    if channels not in (1, 3):
+        raise UserError(f"the images have {channels} channels; {spec} sees 1 (repeated) or 3")
+    return FeatureExtractor(_known_network(spec, path), spec, channels=channels, image_size=image_size)
+
+
+def _known_network(spec: str, path: Path) -> nn.Module:
+    if spec == INCEPTION:
+        return _Inception(_inception_weights())
+    if spec == VGG16:
+        from torchvision.models import VGG16_Weights
+
+        return _VGG16(VGG16, download_weights(VGG16_Weights.IMAGENET1K_V1, "VGG16", "--features ", ""))
+    weights = _read_weights(path)
+    if KNOWN[VGG16] in weights:
+        return _VGG16(spec, weights)
+    if KNOWN[INCEPTION] in weights:
+        return _Inception(path)
+    raise UserError(
+        f"{path} holds weights of no network that is known here ({', '.join(KNOWN)}); give theirs, or a TorchScript "
+        "file with --trust_features true"
+    )
+
+
+def _is_program(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, which has code in it; of weights an archive has data only."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Return a state dict that unpickles nothing but tensors."""
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises almost anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:160]
         raise UserError(
-            f"the images have {channels} channels; {INCEPTION} sees 1 (repeated) or 3: give a TorchScript file"
-        )
-    network = _Inception(_inception_weights()) if spec == INCEPTION else _load_torchscript(Path(spec).expanduser())
-    return FeatureExtractor(network, spec, channels=channels, image_size=image_size)
+            f"{path} is neither a TorchScript file nor one of weights ({reason}); give the state dict of a known "
+            f"network ({', '.join(KNOWN)}) or torch.jit.script(network).save(...): pickled models are not read"
+        ) from error
+    return weights if isinstance(weights, dict) else {}
 
 
 def _check_features(features: Tensor, images: int, name: str) -> None:
@@ -101,10 +151,14 @@ def _check_features(features: Tensor, images: int, name: str) -> None:
     )
 
 
-def _load_torchscript(path: Path) -> nn.Module:
-    """Load a program of torch's own operators: that unpickles nothing, unlike `torch.load` of a whole model."""
-    if not path.is_file():
-        raise UserError(f"--features {path} is neither `{INCEPTION}` nor a file; give one of them")
+def _load_torchscript(path: Path, trusted: bool) -> nn.Module:
+    """Load a program of torch's own operators, some of which read and write files."""
+    if not trusted:
+        raise UserError(
+            f"{path} is a TorchScript program, which can read and write every file that you can; give "
+            "--trust_features true if you trust whoever made it, or the weights of a known network "
+            f"({', '.join(KNOWN)})"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch announces another format, which has no loader yet
@@ -112,8 +166,7 @@ def _load_torchscript(path: Path) -> nn.Module:
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise UserError(
-            f"{path} is no TorchScript file ({reason}); write one with torch.jit.script(network).save(...): pickled "
-            "models and state dicts are not read"
+            f"{path} is no whole TorchScript file ({reason}); write one with torch.jit.script(network).save(...)"
         ) from error
 
 
@@ -141,6 +194,38 @@ class _Inception(nn.Module):
         return self.network(pixels.expand(-1, 3, -1, -1))[0]
 
 
+class _VGG16(nn.Module):
+    """Images (b, 1 | 3, h, w) in [0, 1] -> (b, 4096) features of VGG16's second dense layer, from 8-bit pixels.
+
+    They are those of torch-fidelity's, which would unpickle whatever the file holds.
+    """
+
+    def __init__(self, name: str, weights: dict[str, Tensor]):
+        super().__init__()
+        from torchvision.models import vgg16
+
+        with torch.device("meta"):  # neither memory nor random numbers for layers that are filled
+            network = vgg16(weights=None)
+        network.classifier = network.classifier[:5]  # without the classes
+        wanted = network.state_dict()
+        missing = [key for key, tensor in wanted.items() if getattr(weights.get(key), "shape", None) != tensor.shape]
+        if missing:
+            raise UserError(
+                f"{name} does not hold the weights of VGG16 with its dense layers ({missing[0]} is missing or of "
+                "another shape); expected the state dict of torchvision.models.vgg16"
+            )
+        network.load_state_dict({key: weights[key].float() for key in wanted}, assign=True)
+        self.network = network.requires_grad_(False)
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
+
+        pixels = (images.clamp(0, 1) * 255).round().expand(-1, 3, -1, -1)
+        return self.network((resize(pixels, size=(224, 224), align_corners=False) - self.mean) / self.std)
+
+
 def _inception_weights() -> Path:
     """Return the file in torch's folder of downloads, fetched if it is not there."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
@@ -156,7 +241,7 @@ def _inception_weights() -> Path:
     except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
         raise UserError(
             f"the weights of {INCEPTION} could not be downloaded from {url} ({error}); put that file at {path}, or "
-            "give a feature extractor of your own, --features FILE (TorchScript)"
+            "give --features FILE with these weights"
         ) from error
     return path
 

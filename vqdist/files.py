@@ -11,6 +11,7 @@ import socket
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
 def reason_of(error: BaseException) -> str:
     """Return in a line why something could not be written or read."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+
+
+class CannotWrite(UserError):
+    """A file cannot be written: the message names it and says why."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within this context a failure to write raises `CannotWrite`, which names the file: the system does not."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CannotWrite(f"{path} cannot be written: {reason_of(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -43,8 +59,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object so that the file is whole or absent at every moment."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    partial.replace(path)
+    with writing(path):
+        partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        partial.replace(path)
 
 
 METRICS = "metrics.jsonl"

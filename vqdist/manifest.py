@@ -99,4 +99,5 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backend": (lambda value: isinstance(value, str), "the name of a backend"),
     "global_batch": (_is_batch, "the sizes of a step's batches"),
     "validation_broken_off": (lambda value: isinstance(value, bool), "true or false"),
+    "picture_broken_off": (lambda value: isinstance(value, bool), "true or false"),
 }

@@ -1,30 +1,32 @@
 """Ending a run early without losing it: signals are noted when they come and acted upon between two steps.
 
-Schedulers say with SIGTERM or SIGUSR1 that a job has to go; people say it with Ctrl-C (SIGINT). A validation is broken
-off between two batches, a picture at once; a checkpoint that is being written is finished. This file imports torch
-only where it is needed, so that the command line can listen before that.
+Schedulers say with SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU that a job has to go, a terminal that closes with SIGHUP;
+people say it with Ctrl-C (SIGINT). A validation is broken off between two batches, a picture at once; a checkpoint
+that is being written is finished. This file imports torch only where it is needed, so that the command line can listen
+before that.
 """
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vqdist.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-REQUEUE = (signal.SIGTERM, signal.SIGUSR1)
+REQUEUE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 NOTED = (*REQUEUE, signal.SIGINT)
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command may be started again
 EXIT_INTERRUPTED = 130  # what shells make of SIGINT
@@ -33,6 +35,12 @@ EXIT_INTERRUPTED = 130  # what shells make of SIGINT
 def exit_code(number: int) -> int:
     """Return the exit code of a run that a signal stopped: 75 if it should be started again, 130 after Ctrl-C."""
     return EXIT_REQUEUE if number in REQUEUE else EXIT_INTERRUPTED
+
+
+def heeded() -> tuple[signal.Signals, ...]:
+    """Return the signals of `NOTED`, but for a SIGHUP that is ignored, as `nohup` has it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in NOTED if number != signal.SIGHUP or not ignored)
 
 
 def record_stop(number: int, *, step: int | None = None, run: str | None = None) -> None:
@@ -78,8 +86,8 @@ class BrokenOff(BaseException):
 class Stopped(SystemExit):
     """Training ended early and completely saved, since a signal asked for it; `code` is the exit code.
 
-    A script that lets it pass ends with that code: 75 after SIGTERM and SIGUSR1, where a scheduler should start the
-    job again, 130 after SIGINT. It is raised on every rank, whichever got the signal.
+    A script that lets it pass ends with that code: 130 after SIGINT, and 75 after the others of `NOTED`, where the
+    job should be started again. It is raised on every rank, whichever got the signal.
     """
 
     def __init__(self, number: int, step: int, folder: str):
@@ -90,8 +98,66 @@ class Stopped(SystemExit):
         )
 
 
+class _InNoFinalizer:
+    """Within this context an exception of a signal that came while Python ran a finalizer is acted upon.
+
+    Python would print it as ignored, and go on.
+
+    Args:
+        kind: of the exception.
+        act: is called with it.
+    """
+
+    def __init__(self, kind: type[BaseException], act: Callable[[BaseException], None]):
+        self._kind, self._act = kind, act
+
+    def __enter__(self) -> None:
+        self._before = sys.unraisablehook
+        sys.unraisablehook = self._hook
+
+    def __exit__(self, *_exception) -> None:
+        sys.unraisablehook = self._before
+
+    def _hook(self, found: Any) -> None:
+        if isinstance(found.exc_value, self._kind):
+            self._act(found.exc_value)
+        else:
+            self._before(found)
+
+
+def _end_now(error: BaseException) -> None:
+    """End the process with the code of a SystemExit that was lost."""
+    os._exit(cast(SystemExit, error).code)  # type: ignore[arg-type]  # of ours, which have a number
+
+
+class UntilTheEnd:
+    """Within this context of a whole command the signals of `NOTED` that come between its parts are kept.
+
+    One that comes before the training is the training's first. One that comes after it changes nothing, since all is
+    saved; of a process that is the command, until its end.
+    """
+
+    kept: int = 0  # the signal that `StopSignals` is to begin with
+    of_process = False  # whether this process ends with the command
+
+    def __enter__(self) -> UntilTheEnd:
+        self._before: dict[signal.Signals, Any] = {}
+        type(self).kept = 0
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._keep) for number in heeded()}
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        type(self).kept = 0
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self.of_process and number in REQUEUE else handler)
+
+    def _keep(self, number: int, _frame: FrameType | None) -> None:
+        type(self).kept = number
+
+
 class StopSignals:
-    """Within this context SIGTERM, SIGUSR1 and SIGINT are only noted; a second SIGINT interrupts at once.
+    """Within this context the signals of `NOTED` are only noted; a second SIGINT interrupts at once.
 
     Outside of the main thread Python cannot change what signals do, and nothing is noted.
 
@@ -106,16 +172,20 @@ class StopSignals:
         self.received = 0
         self._interrupted_at: float | None = None
         self._breaks_off = False
+        self._finalizers = _InNoFinalizer(BrokenOff, lambda _: None)  # it is noted, and what was begun ends soon
 
     def __enter__(self) -> StopSignals:
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in NOTED}
+            self._before = {number: signal.signal(number, self._note) for number in heeded()}
+        self._finalizers.__enter__()
         training_flag().fill_(1)
+        self.received, UntilTheEnd.kept = UntilTheEnd.kept or self.received, 0
         return self
 
     def __exit__(self, *_exception) -> None:
         training_flag().fill_(0)
+        self._finalizers.__exit__()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -147,19 +217,26 @@ class StopSignals:
 
 
 class LeaveAtOnce:
-    """Within this context SIGTERM, SIGUSR1 and SIGINT end the process with their code and one line.
+    """Within this context the signals of `NOTED` end the process with their code and one line.
 
     It is for a start-up, when there is nothing to save.
 
     Python runs its handlers between two of its own instructions only. A process that waits in a library for a peer, or
     compiles, comes to none: then a thread ends it, `PATIENCE` seconds after the signal.
+
+    Among several ranks the thread tells the others first, so that they leave with the same code. It waits until this
+    process has imported what that takes; a second SIGINT ends it at once.
     """
 
     PATIENCE = 3.0
+    IMPORTS = 60.0
 
     def __enter__(self) -> LeaveAtOnce:
         self._before: dict[signal.Signals, Any] = {}
-        self._said, self._over = False, threading.Event()
+        self._said, self._over = 0.0, threading.Event()
+        self._in_company = _may_have_company()
+        self._finalizers = _InNoFinalizer(SystemExit, _end_now)
+        self._finalizers.__enter__()
         if threading.current_thread() is threading.main_thread():
             self._listen()
         return self
@@ -168,10 +245,12 @@ class LeaveAtOnce:
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write)
-        self._before = {number: signal.signal(number, self._leave) for number in NOTED}
+        self._before = {number: signal.signal(number, self._leave) for number in heeded()}
         threading.Thread(target=self._watch, args=(read,), daemon=True).start()
 
     def __exit__(self, *_exception) -> None:
+        hold_if_leaving()
+        self._finalizers.__exit__()
         self._over.set()
         if not self._before:
             return
@@ -181,22 +260,43 @@ class LeaveAtOnce:
         os.close(self._write)
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
+        again = self._said and time.monotonic() - self._said > StopSignals.SAME_INTERRUPT
         self._say(number)
-        raise SystemExit(exit_code(number))
+        if not self._in_company:
+            raise SystemExit(exit_code(number))
+        if again and number == signal.SIGINT:
+            os._exit(exit_code(number))
 
     def _watch(self, read: int) -> None:
         """In a thread: what the system itself writes into the pipe, a byte per signal, until it is closed."""
         with open(read, "rb", buffering=0) as signals:
-            while (told := signals.read(1)) and told[0] not in NOTED:
+            while (told := signals.read(1)) and (told[0] not in NOTED or self._ignored(told[0])):
                 pass
-        if told and not self._over.wait(self.PATIENCE):
+        if not told:
+            return
+        if self._in_company:
+            _leaving.set()
+            self._say(told[0])
+            self._tell_others(told[0])
+        if self._in_company or not self._over.wait(self.PATIENCE):
             self._say(told[0])
             os._exit(exit_code(told[0]))
+
+    def _ignored(self, number: int) -> bool:
+        return number not in self._before
+
+    def _tell_others(self, number: int) -> None:
+        """Say that this rank leaves, once the main thread has imported what it takes, which it does anyway."""
+        deadline = time.monotonic() + self.IMPORTS
+        while (peers := _whole_module("vqdist.backends.peers")) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if peers is not None:
+            peers.say_leaving(f"stopped by {signal.Signals(number).name} before training began", exit_code(number))
 
     def _say(self, number: int) -> None:
         if self._said:
             return
-        self._said = True
+        self._said = time.monotonic()
         record_stop(number)
         ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
         name = signal.Signals(number).name + ("" if ranks == "1" else f" (rank {rank})")
@@ -205,6 +305,45 @@ class LeaveAtOnce:
             file=sys.stderr,
             flush=True,
         )
+
+
+_leaving = threading.Event()  # this rank tells the others that it leaves, in a thread that then ends the process
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def _may_have_company() -> bool:
+    """Whether a launcher seems to have started several processes; `environment.py`, which knows, imports torch."""
+    return any(os.environ.get(name, "1") not in ("", "0", "1") for name in SIZES)
+
+
+def _whole_module(name: str) -> Any:
+    """Return a module that is imported, or None if it is not, or not yet to its end."""
+    module = sys.modules.get(name)
+    return None if module is None or getattr(module.__spec__, "_initializing", False) else module
+
+
+def hold_if_leaving() -> None:
+    """Wait for the end of this process, if a signal asked for it while it started: it meets no other rank now."""
+    while _leaving.is_set():
+        time.sleep(1.0)
+
+
+def end_with_launcher(every: float = 1.0) -> None:
+    """Send this process a SIGTERM soon after torchrun, which started it, has been killed.
+
+    Nobody would collect what it does. Of other launchers a process cannot know whether they are to outlive it.
+    """
+    launcher = os.getppid()
+    if "TORCHELASTIC_RUN_ID" not in os.environ or launcher == 1:
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(every)
+        print(f"vqdist: the launcher (process {launcher}) is gone", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def protect_worker(training: Tensor) -> None:
@@ -220,9 +359,15 @@ def protect_worker(training: Tensor) -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGTERM, end_unless_training)
-    for number in (signal.SIGUSR1, signal.SIGINT):
+    def pass_on_while_training(number: int, _frame: FrameType | None) -> None:
+        trainer = multiprocessing.parent_process()
+        if training.item() and trainer is not None and trainer.pid is not None:
+            os.kill(trainer.pid, number)  # time is counted for each process: the end of this one is soon
+
+    for number in NOTED:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_unless_training)
+    signal.signal(signal.SIGXCPU, pass_on_while_training)
 
 
 @functools.cache

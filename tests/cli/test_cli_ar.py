@@ -137,7 +137,7 @@ def test_one_and_two_ranks_draw_the_same_pictures(prior, tmp_path):
     torchrun([*worker, "--out", str(tmp_path / "two")])
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     names = [f"{number:06d}.png" for number in range(20)]
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [*names, "samples.json"]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -180,6 +180,69 @@ def test_the_command_draws_what_the_library_draws(prior, tmp_path):
         assert torch.equal(written.float(), expected)
 
 
+def test_a_folder_of_samples_is_gone_on_with_where_it_was_ended(prior, tmp_path, monkeypatch, capsys):
+    """A file that is missing, one that a kill cut off, one of which only the beginning of writing is there."""
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    command = ["sample", prior, "--num", 7, "--batch_size", 2, "--seed", 5]
+    for folder in (whole, ended):
+        assert call(*command, "--out", folder) == 0
+    (ended / "000002.png").unlink()
+    (ended / "000003.png").rename(ended / "000003.png.partial")
+    (ended / "000006.png").write_bytes((whole / "000006.png").read_bytes()[:-20])
+    drawn, draw_codes = [], Prior.draw_codes
+
+    def counted(model, uniform, *rest, **named):
+        drawn.append(len(uniform))
+        return draw_codes(model, uniform, *rest, **named)
+
+    monkeypatch.setattr(Prior, "draw_codes", counted)
+    assert call(*command, "--out", ended) == 0 and drawn == [2, 1]
+    names = [f"{number:06d}.png" for number in range(7)]
+    assert [(ended / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
+    assert call(*command, "--out", ended) == 0 and drawn == [2, 1]  # it is finished
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--seed", 6], "seed is 5 there and 6 here"),
+        (["--batch_size", 3], "batch_size is 16 there and 3 here"),
+        (["--cfg", 2], "cfg is 1.0 there and 2.0 here"),
+        (["--class", 1], "class is None there and 1 here"),
+    ],
+)
+def test_samples_of_another_command_are_not_mixed_with(options, said, prior, tmp_path, capsys):
+    command = ["sample", prior, "--num", 2, "--seed", 5, "--out", tmp_path / "folder"]
+    assert call(*command) == 0
+    capsys.readouterr()
+    assert call(*command, *options) == 2
+    assert f"holds samples of another command ({said}" in one_line(capsys)
+
+
+def test_samples_of_other_weights_are_not_mixed_with(prior, tmp_path, capsys):
+    other = Prior.from_pretrained(prior)
+    with torch.no_grad():
+        next(iter(other.parameters())).add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    assert call("sample", prior, "--num", 2, "--out", tmp_path / "folder") == 0
+    capsys.readouterr()
+    assert call("sample", tmp_path / "other", "--num", 2, "--out", tmp_path / "folder") == 2
+    assert "holds samples of another command (weights is" in one_line(capsys)
+
+
+def test_a_full_disk_names_the_sample_that_cannot_be_written(prior, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "samples.json.partial").touch()
+    command = ["sample", prior, "--num", 2, "--out", tmp_path / "folder"]
+    assert call(*command) == 0
+    (tmp_path / "folder" / "000001.png").unlink()
+    (tmp_path / "folder" / "000001.png.partial").symlink_to("/dev/full")
+    capsys.readouterr()
+    assert call(*command) == 2
+    *bar, said = capsys.readouterr().err.splitlines()
+    assert said == f"vqdist: error: {tmp_path}/folder/000001.png cannot be written: No space left on device"
+
+
 def test_mistakes_of_sampling_are_one_line(prior, tokenizer, tmp_path, capsys):
     vq_ar, other = tmp_path / "vq_ar", tmp_path / "other"
     build_vq_ar().save_pretrained(vq_ar)
@@ -188,7 +251,7 @@ def test_mistakes_of_sampling_are_one_line(prior, tokenizer, tmp_path, capsys):
     (tmp_path / "begun" / "metrics.jsonl").touch()
     (tmp_path / "old.png").touch()
     cases = {
-        "is not empty: samples would mix with what is there": [prior, "--out", tmp_path],
+        "is not empty and holds no samples.json: samples would mix with what is there": [prior, "--out", tmp_path],
         "old.png cannot be written": [prior, "--out", tmp_path / "old.png" / "a.png"],
         "takes 715 GiB of memory, over 2; give --out FOLDER": [prior, "--num", 250_000_000],
         "class 3 is asked for; the model knows 0 to 2": [prior, "--class", 3],

@@ -72,8 +72,13 @@ def images_and_labels() -> tuple[Tensor, Tensor]:
     return torch.stack(list(dataset)), torch.tensor([dataset.label(index) for index in range(IMAGES)])
 
 
+def features(runs: Path) -> list[str]:
+    """Return the options of the feature extractor."""
+    return ["--features", str(runs / "features.pt"), "--trust_features", "true"]
+
+
 def features_of(runs: Path, images: Tensor) -> Tensor:
-    return load_extractor(str(runs / "features.pt"), channels=3, image_size=16)(images)
+    return load_extractor(str(runs / "features.pt"), channels=3, image_size=16, trust_code=True)(images)
 
 
 # --------------------------------------------------------------------------------------------- predictions
@@ -141,7 +146,7 @@ def drawn_features(runs: Path, name: str, count: int, seed: int = 0, **options: 
 
 @pytest.mark.parametrize("name", ["prior", "classless", "var", "vq_ar"])
 def test_fidelity_of_the_samples(name, runs, evaluate):
-    numbers = evaluate(name, "--features", str(runs / "features.pt"), "--num_samples", "30", "--batch_size", "7")
+    numbers = evaluate(name, *features(runs), "--num_samples", "30", "--batch_size", "7")
     assert set(FIDELITY) <= numbers.keys() and numbers["samples"] == 30
     expected = fidelity(drawn_features(runs, name, 30), features_of(runs, images_and_labels()[0]))
     assert {key: numbers[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
@@ -149,7 +154,7 @@ def test_fidelity_of_the_samples(name, runs, evaluate):
 
 
 def test_draw_options_are_obeyed(runs, evaluate):
-    arguments = ["--features", str(runs / "features.pt"), "--num_samples", "24"]
+    arguments = [*features(runs), "--num_samples", "24"]
     real = features_of(runs, images_and_labels()[0])
     seen = {evaluate("prior", *arguments)["fid"]}
     given = [("temperature", 0.5), ("top_k", 3), ("top_p", 0.4), ("min_p", 0.8), ("cfg", 3.0), ("seed", 5)]
@@ -162,7 +167,7 @@ def test_draw_options_are_obeyed(runs, evaluate):
 
 
 def test_a_thousand_samples_unless_said(runs, evaluate):
-    assert evaluate("vq_ar", "--features", str(runs / "features.pt"))["samples"] == 1000
+    assert evaluate("vq_ar", *features(runs))["samples"] == 1000
 
 
 @pytest.mark.parametrize("count", [10, 100, 250])
@@ -191,7 +196,7 @@ class _Labelled:
 
 
 def test_fid_of_a_tokenizers_reconstructions(runs, evaluate):
-    numbers = evaluate("dvae", "--features", str(runs / "features.pt"))
+    numbers = evaluate("dvae", *features(runs))
     assert numbers.keys() == {*RECONSTRUCTION, "images", "rfid", "rkid"}
     images, _ = images_and_labels()
     tokenizer = Tokenizer.from_pretrained(runs / "dvae")
@@ -209,7 +214,7 @@ def test_broken_images_are_said_once_however_often_they_are_read(runs, tmp_path,
     for index in range(8):
         dataset.source.image(index).save(folder / f"{index}.png")
     (folder / "4.png").write_bytes(b"broken")
-    arguments = ["evaluate", str(runs / "dvae"), "--data", str(folder), "--features", str(runs / "features.pt")]
+    arguments = ["evaluate", str(runs / "dvae"), "--data", str(folder), *features(runs)]
     assert main([*arguments, "--on_bad_image", "skip"]) == 0
     out, err = capsys.readouterr()
     assert err.count("skipped an image that cannot be decoded") == 1 and "4.png" in err
@@ -223,7 +228,7 @@ def test_broken_images_are_said_once_however_often_they_are_read(runs, tmp_path,
 @pytest.mark.parametrize("name, samples", [("var", "37"), ("vq_ar", "6")])
 def test_two_ranks_give_the_numbers_of_one(name, samples, runs, evaluate):
     """Of an odd number of images, of an odd number of batches of samples, and of so few that one rank has none."""
-    options = ["--features", str(runs / "features.pt"), "--batch_size", "8", "--num_samples", samples]
+    options = [*features(runs), "--batch_size", "8", "--num_samples", samples]
     one = evaluate(name, *options, data="synthetic:33")
     arguments = ["evaluate", str(runs / name), "--data", "synthetic:33", *options]
     two = json.loads(torchrun(["-m", "vqdist", *arguments]).stdout)
@@ -236,7 +241,12 @@ def test_two_ranks_give_the_numbers_of_one(name, samples, runs, evaluate):
 MISTAKES = {
     "too few samples": ("prior FEATURES --num_samples 3", "there are 3 samples .*; give at least 4"),
     "too few images": ("prior FEATURES --data synthetic:3", "there are 3 images in --data .*; give at least 4"),
-    "no such extractor": ("prior --features absent", "--features absent is neither `inception` nor a file"),
+    "no such extractor": (
+        "prior --features absent",
+        "--features absent is neither `inception` nor `vgg16`",
+    ),
+    "a program": ("prior PROGRAM", "features.pt is a TorchScript program, which can .*; give --trust_features true"),
+    "trust in nothing": ("prior --trust_features true", "--trust_features true is given but --features is not"),
     "samples without features": ("prior --num_samples 9", "--num_samples 9 is given but samples are drawn for --feat"),
     "a seed without features": ("prior --seed 0", "--seed 0 is given but samples are drawn for --features only"),
     "top_k without features": ("vq_ar --top_k 4", "--top_k 4 is given but samples are drawn for --features only"),
@@ -261,7 +271,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_line(name, runs, tmp_path, capsys):
     line, expected = MISTAKES[name]
-    run, *options = line.replace("FEATURES", f"--features {runs / 'features.pt'}").split()
+    line = line.replace("PROGRAM", f"--features {runs / 'features.pt'}")
+    run, *options = line.replace("FEATURES", " ".join(features(runs))).split()
     if run == "few":
         build_prior(num_classes=2).save_pretrained(runs / "few")
     if "IMAGES" in options:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -17,6 +19,8 @@ import torch
 from launching import ROOT, end_of, environment, free_port, kill_all, last_step, torchrun
 from safetensors.torch import load_file
 from workers.stopping_worker import SCENARIOS
+
+from vqdist.stopping import REQUEUE
 
 TRAIN = [
     *"train dvae --data synthetic:64 --image_size 16 --num_tokens 16 --num_layers 2 --hidden_dim 8".split(),
@@ -64,9 +68,10 @@ def saved_steps(out: Path) -> list[int]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_ends_with_its_code(tmp_path, number, code):
+@pytest.mark.parametrize("number", [*REQUEUE, signal.SIGINT])
+def test_a_signal_saves_the_step_and_ends_with_its_code(tmp_path, number):
     """To the whole process group, as schedulers and Ctrl-C do: loader workers must not die of it first."""
+    code = 130 if number == signal.SIGINT else 75
     process = start(tmp_path, "--trainer.num_train_steps", "100000", "--data.num_workers", "1")
     os.killpg(process.pid, number)
     errors = finish(process)
@@ -75,6 +80,35 @@ def test_a_signal_saves_the_step_and_ends_with_its_code(tmp_path, number, code):
     assert f"stopped by {number.name} after step {step}, which is saved" in errors and "Traceback" not in errors
     assert lines_of(tmp_path)[-1]["step"] == step
     assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+    command = [sys.executable, "-m", "vqdist", *TRAIN, "--out", str(tmp_path), "--trainer.num_train_steps", "100000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(["nohup", *command], env=environment(), start_new_session=True, **pipes)
+    wait_until(lambda: last_step(tmp_path) >= 3, process)
+    os.killpg(process.pid, signal.SIGHUP)
+    reached = last_step(tmp_path)
+    wait_until(lambda: last_step(tmp_path) > reached + 10, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert "stopped by SIGTERM" in finish(process) and process.returncode == 75
+
+
+@pytest.mark.distributed
+def test_a_limit_of_processor_time_saves_the_run(tmp_path):
+    """The system sends SIGXCPU at the soft limit, and again every second until the hard one."""
+    process = start(tmp_path, "--trainer.num_train_steps", "10000000")
+    used = sum(os.sysconf("SC_CLK_TCK") ** -1 * int(part) for part in times_of(process.pid))
+    resource.prlimit(process.pid, resource.RLIMIT_CPU, (int(used) + 3, int(used) + 60))
+    errors = finish(process)
+    assert process.returncode == 75, errors
+    assert "stopped by SIGXCPU after step" in errors and "Traceback" not in errors
+
+
+def times_of(pid: int) -> list[str]:
+    """Return the processor time of a process, of itself and of the system for it, in ticks."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
 
 
 @pytest.mark.distributed
@@ -102,6 +136,22 @@ def pid_of_rank(torchrun: subprocess.Popen, rank: int) -> int:
         if b"RANK=%d" % rank in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return int(pid)
     raise AssertionError(f"no process has rank {rank}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGXCPU])
+def test_a_signal_at_the_very_end_changes_nothing(tmp_path, number):
+    """All is saved, exported and said when it comes, again and again until the process has ended."""
+    process = launch(tmp_path, "--trainer.num_train_steps", "9")
+    wait_until(lambda: (tmp_path / "export" / "model.safetensors").is_file(), process, every=0.002)
+    while process.poll() is None:
+        process.send_signal(number)
+        time.sleep(0.01)
+    out, errors = process.communicate()
+    done = process.returncode == 0 and "9 steps on local" in out
+    asked = process.returncode == 75 and f"stopped by {number.name} after step 9, which is saved" in errors
+    assert done or asked, (process.returncode, out, errors)
+    assert saved_steps(tmp_path) == [9] and "Traceback" not in errors
 
 
 @pytest.mark.distributed
@@ -184,3 +234,68 @@ def test_a_signal_ends_a_rank_that_waits_for_another(tmp_path):
     errors = finish(process)
     assert process.returncode == 75 and time.monotonic() - began < 20
     assert errors.count("vqdist: stopped by SIGUSR1 (rank 0) before training began") == 1 and "Traceback" not in errors
+
+
+def start_rank(out: Path, rank: int, port: int) -> subprocess.Popen:
+    """Start one of two ranks without a launcher, so that its own code and words are seen."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    return launch(out, "--trainer.num_train_steps", "9", **place, MASTER_PORT=str(port))
+
+
+def loaded(process: subprocess.Popen, library: str) -> bool:
+    """Whether a process has come so far that it has this library, of those that are loaded one after the other."""
+    return library in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("leaver", [0, 1])
+@pytest.mark.parametrize("moment", ["importing", "waiting", "late"])
+def test_a_signal_to_one_rank_of_a_start_gives_its_code_to_the_others(tmp_path, leaver, moment):
+    """While both import torch; while the other waits already; and before the other has come at all."""
+    port = free_port()
+    ranks: dict[int, subprocess.Popen] = {leaver: start_rank(tmp_path, leaver, port)}
+    if moment != "late":
+        ranks[1 - leaver] = start_rank(tmp_path, 1 - leaver, port)
+    if moment == "waiting":  # the leaver is late
+        ranks[leaver].send_signal(signal.SIGSTOP)
+        wait_until(lambda: loaded(ranks[1 - leaver], "libtorch_cpu"), ranks[1 - leaver])
+        time.sleep(20)
+        ranks[leaver].send_signal(signal.SIGCONT)
+    wait_until(lambda: loaded(ranks[leaver], "libtorch_cpu" if moment != "late" else "libtorch_python"), ranks[leaver])
+    ranks[leaver].send_signal(signal.SIGTERM)
+    if moment == "late":
+        time.sleep(1)
+        ranks[1 - leaver] = start_rank(tmp_path, 1 - leaver, port)
+    errors = {rank: finish(process) for rank, process in ranks.items()}
+    assert {rank: process.returncode for rank, process in ranks.items()} == {0: 75, 1: 75}, errors
+    assert f"stopped by SIGTERM (rank {leaver}) before training began" in errors[leaver]
+    assert f"rank {leaver}" in errors[1 - leaver] and "stopped by SIGTERM before training began" in errors[1 - leaver]
+    assert not any("Traceback" in text for text in errors.values()) and not (tmp_path / "checkpoints").exists()
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there and has not ended: nobody may wait for an orphan."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("moment", ["start", "training"])
+def test_the_ranks_of_a_killed_launcher_end_soon(tmp_path, moment):
+    process = launch(tmp_path / "run", "--trainer.num_train_steps", "10000000", ranks=2)
+    wait_until(lambda: moment == "start" or last_step(tmp_path / "run") >= 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) >= 2, process)
+    ranks = [int(pid) for pid in children.read_text().split()]
+    wait_until(lambda: all(b"vqdist" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in ranks), process)
+    if moment == "start":
+        wait_until(lambda: all("libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks), process)
+    began = time.monotonic()
+    process.kill()
+    errors = process.communicate(timeout=120)[1]  # its pipes are open until the ranks have ended
+    assert time.monotonic() - began < 60 and not any(map(lives, ranks))
+    assert f"vqdist: the launcher (process {process.pid}) is gone" in errors and "Traceback" not in errors
+    if moment == "training":
+        (step,) = saved_steps(tmp_path / "run")
+        assert f"stopped by SIGTERM after step {step}, which is saved" in errors

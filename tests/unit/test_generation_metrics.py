@@ -203,8 +203,8 @@ def script(network: nn.Module, path: Path) -> str:
     return str(path)
 
 
-def load(spec: str, *, channels: int = 3, image_size: int = 8) -> FeatureExtractor:
-    return load_extractor(spec, channels=channels, image_size=image_size)
+def load(spec: str, *, channels: int = 3, image_size: int = 8, trust_code: bool = True) -> FeatureExtractor:
+    return load_extractor(spec, channels=channels, image_size=image_size, trust_code=trust_code)
 
 
 class DroppingOut(nn.Module):
@@ -283,30 +283,100 @@ def test_a_pickle_is_refused_and_not_run(form, tmp_path):
     write_malicious(path, made, form)
     with pytest.raises(UserError) as error:
         load(str(path))
-    assert re.match(
-        r".*features\.pt is no TorchScript file \(.+\); write one with torch\.jit\.script", str(error.value)
-    )
+    assert re.match(r".*features\.pt is neither a TorchScript file nor one of weights \(.+\); give", str(error.value))
     assert "\n" not in str(error.value) and not made.exists()
     if form == "pickle":  # that it would have run
         pickle.loads(path.read_bytes())
         assert made.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a file of torch", None])
-def test_what_is_no_torchscript_file_is_refused(content, tmp_path):
-    path = tmp_path / "features.pt"
+@pytest.mark.parametrize("content", [b"", b"not a file of torch", b"half a program", None])
+def test_a_file_that_holds_neither_a_program_nor_known_weights_is_refused(content, tmp_path):
+    path, said = tmp_path / "features.pt", "is neither a TorchScript file nor one of weights"
     if content is None:
         torch.save(nn.Linear(2, 2).state_dict(), path)
+        said = r"holds weights of no network that is known here \(inception, vgg16\)"
+    elif content.startswith(b"half"):
+        whole = Path(script(nn.Flatten(), path)).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="is no TorchScript file"):
+    with pytest.raises(UserError, match=said) as error:
         load(str(path))
+    assert "\n" not in str(error.value)
+
+
+class Writes(nn.Module):
+    """Puts bytes into a file, by operators that TorchScript has."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: Tensor) -> Tensor:
+        mapped = torch.from_file(self.path, shared=True, size=8, dtype=torch.uint8)
+        mapped.fill_(65)
+        return images.flatten(1) + mapped.sum() * 0
+
+
+class Saves(nn.Module):
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: Tensor) -> Tensor:
+        torch.save(images, self.path)
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize("program", [Writes, Saves])
+@pytest.mark.parametrize("name", ["features.pt", "weights.pth", "inception"])
+def test_a_program_runs_only_where_its_flag_says_so(program, name, tmp_path):
+    """Whatever its file is called, it could write any file."""
+    proof = tmp_path / "proof"
+    path = script(program(str(proof)), tmp_path / name)
+    with pytest.raises(
+        UserError, match=r"is a TorchScript program, which can .*; give --trust_features true if"
+    ) as error:
+        load(path, trust_code=False)
+    assert not proof.exists() and "\n" not in str(error.value)
+    assert load(path).width == 192 and proof.is_file()
+
+
+def test_a_traced_program_is_one_too(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(nn.Flatten(), torch.rand(2, 3, 8, 8)).save(str(tmp_path / "traced.pt"))
+    with pytest.raises(UserError, match="is a TorchScript program"):
+        load(str(tmp_path / "traced.pt"), trust_code=False)
+
+
+@pytest.mark.nightly
+def test_vgg16_sees_what_torch_fidelity_shows_it(tmp_path):
+    """Weights of 530 MB, as they are drawn."""
+    from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
+    from torchvision.models import vgg16
+
+    torch.manual_seed(0)
+    torch.save(vgg16(weights=None).state_dict(), tmp_path / "vgg16.pth")
+    theirs = FeatureExtractorVGG16("vgg", ["fc2_relu"], feature_extractor_weights_path=str(tmp_path / "vgg16.pth"))
+    ours = load(str(tmp_path / "vgg16.pth"), image_size=32, trust_code=False)
+    images = torch.rand(2, 3, 32, 32)
+    expected = theirs((images * 255).round().to(torch.uint8))[0]
+    torch.testing.assert_close(ours(images), expected)
+    assert ours.width == 4096 and expected.std() > 0
+
+
+def test_vgg16_without_its_dense_layers_is_refused(tmp_path):
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg16.pth")
+    with pytest.raises(UserError, match=r"does not hold the weights of VGG16 .*features.0.bias is missing"):
+        load(str(tmp_path / "vgg16.pth"), trust_code=False)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--features \S+/absent.pt is neither `inception` nor a file"):
+    with pytest.raises(UserError, match=r"--features \S+/absent.pt is neither `inception` nor `vgg16` nor a file"):
         load(str(tmp_path / "absent.pt"))
-    with pytest.raises(UserError, match="neither `inception` nor a file"):
+    with pytest.raises(UserError, match="neither `inception` nor `vgg16` nor a file"):
         load(str(tmp_path))
 
 
@@ -353,12 +423,14 @@ def test_inception_sees_grey_as_colour_in_8_bits(hub, monkeypatch):
     torch.manual_seed(0)
     network = Bare("bare", ["2048"], feature_extractor_weights_path=str(hub))
     torch.save(network.state_dict(), hub)
-    extractor = load("inception", channels=1, image_size=16)
+    of_a_file = load(str(hub), channels=1, image_size=16, trust_code=False)
+    extractor = load("inception", channels=1, image_size=16, trust_code=False)
     assert extractor.width == 2048
     image = torch.rand(1, 1, 16, 16) * 1.2 - 0.1
     expected = network((image.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1))[0]
     assert torch.equal(extractor(image), expected) and expected.std() > 0
     assert torch.equal(extractor(image.expand(-1, 3, -1, -1)), expected)
+    assert torch.equal(of_a_file(image), expected)
 
 
 @every_form

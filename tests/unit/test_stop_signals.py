@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import sys
 import time
+from multiprocessing.connection import Connection
 
 import pytest
+import torch
+from launching import run
 from workers.stopping_worker import SCENARIOS
 
-from vqdist.stopping import BrokenOff, LeaveAtOnce, Stopped, StopSignals, record_stop
+from vqdist.stopping import (
+    BrokenOff,
+    LeaveAtOnce,
+    Stopped,
+    StopSignals,
+    UntilTheEnd,
+    protect_worker,
+    record_stop,
+    training_flag,
+)
+
+CODES = {
+    **dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP), 75),
+    signal.SIGINT: 130,
+}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -29,7 +48,7 @@ def test_what_one_process_does_alone_is_broken_off():
         assert signals.received == signal.SIGUSR1
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", CODES.items())
 def test_leaving_at_once(number, code, capfd, tmp_path, monkeypatch):
     monkeypatch.setenv("VQDIST_STOP_DIR", str(tmp_path / "records"))
     monkeypatch.setenv("RANK", "12")
@@ -58,14 +77,105 @@ def test_a_record_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, 
     assert capfd.readouterr().err == ""
 
 
+def test_a_signal_between_the_parts_of_a_command_is_the_trainings_first_and_one_after_it_changes_nothing():
+    before = {number: signal.getsignal(number) for number in CODES}
+    with UntilTheEnd():
+        with LeaveAtOnce():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignals() as signals:
+            assert signals.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGHUP)
+    with StopSignals() as signals:
+        assert signals.received == 0
+    assert {number: signal.getsignal(number) for number in CODES} == before
+
+
+class Finalized:
+    """An object at whose end a signal comes."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_within_a_finalizer_breaks_off_without_a_word(capfd):
+    with StopSignals() as signals:
+        with pytest.raises(BrokenOff), signals.breaking_off():
+            finalized = Finalized(signal.SIGTERM)
+            del finalized
+            assert signals.received == signal.SIGTERM  # Python goes on; what was begun ends by itself
+            raise BrokenOff
+    assert capfd.readouterr().err == ""
+
+
+def test_a_signal_within_a_finalizer_of_a_start_ends_it():
+    code = (
+        "import os, signal; from vqdist.stopping import LeaveAtOnce\n"
+        "class Finalized:\n    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with LeaveAtOnce():\n    finalized = Finalized()\n    del finalized\n    print('goes on')\n"
+    )
+    done = run([sys.executable, "-c", code], check=False, warm=False)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr == "vqdist: stopped by SIGTERM before training began; the same command starts again\n"
+
+
+def test_a_process_that_is_the_command_is_deaf_at_its_end(monkeypatch):
+    monkeypatch.setattr(UntilTheEnd, "of_process", True)
+    before = {number: signal.getsignal(number) for number in CODES}
+    try:
+        with UntilTheEnd():
+            pass
+        for number, code in CODES.items():
+            assert (signal.getsignal(number) is signal.SIG_IGN) == (code == 75)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_signals_are_noted_and_given_back():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in CODES}
     with StopSignals() as signals:
         assert signals.received == 0
         for number in before:
             os.kill(os.getpid(), number)
             assert signals.received == number
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("context", [StopSignals, LeaveAtOnce])
+def test_a_hangup_that_is_ignored_stays_so(context):
+    """As `nohup` has it; the others that a shell may ignore are heard, since a scheduler sends them on purpose."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGUSR2)}
+    try:
+        with context():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGUSR2) is not signal.SIG_IGN
+            time.sleep(0.2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def in_a_worker(training: torch.Tensor, pipe: Connection) -> None:
+    protect_worker(training)
+    for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    os.kill(os.getpid(), signal.SIGXCPU)
+    pipe.send("lives")
+
+
+def test_a_loader_lives_through_what_its_trainer_is_told_and_passes_its_own_time_limit_on():
+    with StopSignals() as signals:
+        ours, theirs = multiprocessing.Pipe()
+        worker = multiprocessing.get_context("fork").Process(target=in_a_worker, args=(training_flag(), theirs))
+        worker.start()
+        assert ours.poll(30) and ours.recv() == "lives"
+        worker.join(30)
+        assert worker.exitcode == 0 and signals.received == signal.SIGXCPU
 
 
 def test_a_second_interrupt_is_immediate_and_a_doubled_one_is_one(monkeypatch):
@@ -79,7 +189,7 @@ def test_a_second_interrupt_is_immediate_and_a_doubled_one_is_one(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", CODES.items())
 def test_a_script_that_lets_it_pass_ends_with_the_code(number, code):
     stopped = Stopped(number, 7, "runs/a")
     assert stopped.code == code and isinstance(stopped, SystemExit)

@@ -133,12 +133,70 @@ def during_a_picture(folder: Path, **backend) -> None:
     assert again.picture_path.is_file()
 
 
+def before_a_picture(folder: Path, **backend) -> None:
+    """It comes after the question whether to draw: what all ranks do for the picture is done, and nothing is drawn."""
+    options = {**VALIDATING, "validate_every": 0, "save_results_every": 2, **backend}
+    trainer = build_dvae_trainer(folder / "before", **options)
+    averaged, entered = trainer.averaged_network, signal_at(1, lambda: None, 0, trainer)
+
+    def averaged_network():
+        if trainer.step == 2:
+            entered()
+        return averaged()
+
+    trainer.averaged_network = averaged_network
+    assert "stopped by SIGTERM after step 2, which is saved" in stopped(trainer).message
+    trainer.backend.barrier()
+    assert newest_manifest(trainer)["picture_broken_off"] and not trainer.picture_path.exists()
+    drawn_by_the_next_run(folder / "before", folder / "as_ever", options, step=2)
+
+
+def during_a_picture_of_a_step(folder: Path, **backend) -> None:
+    """In the middle of training: every rank stops at its very step, and the resumed run draws it first."""
+    options = {**VALIDATING, "validate_every": 0, "save_results_every": 2, **backend}
+    trainer = build_dvae_trainer(folder / "half", **options)
+    trainer.views = lambda *_: os.kill(os.getpid(), signal.SIGHUP)
+    assert "stopped by SIGHUP after step 2, which is saved" in stopped(trainer).message
+    trainer.backend.barrier()
+    assert trainer.step == 2 and newest_manifest(trainer)["picture_broken_off"]
+    drawn_by_the_next_run(folder / "half", folder / "undisturbed_half", options, step=2)
+
+
+def instead_of_a_picture(folder: Path, **backend) -> None:
+    """All ranks know of the signal when they would draw: nothing is begun, and the resumed run draws it."""
+    options = {**VALIDATING, "validate_every": 2, "save_results_every": 2, **backend}
+    trainer = build_dvae_trainer(folder / "instead", **options)
+    trainer.take = signal_at(2 + 3, trainer.take, trainer.backend.world_size - 1, trainer, signal.SIGUSR2)
+    stopped(trainer)
+    trainer.backend.barrier()
+    manifest = newest_manifest(trainer)
+    assert manifest["validation_broken_off"] and manifest["picture_broken_off"]
+    drawn_by_the_next_run(folder / "instead", folder / "undisturbed_instead", options, step=2)
+
+
+def drawn_by_the_next_run(stopped_run: Path, undisturbed: Path, options: dict, step: int) -> None:
+    """The resumed run has the pictures of an undisturbed one, to the bit."""
+    for folder in (stopped_run, undisturbed):
+        trainer = build_dvae_trainer(folder, **options)
+        trainer.train()
+        trainer.backend.barrier()
+    assert not newest_manifest(trainer)["picture_broken_off"]
+    name = f"results/step_{step:08d}.png"
+    assert (stopped_run / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert {path.name for path in (stopped_run / "results").glob("*.png")} == {
+        path.name for path in (undisturbed / "results").glob("*.png")
+    }
+
+
 SCENARIOS = (
     during_a_validation,
     at_the_end_of_a_validation,
     during_the_last_validation,
     during_a_save,
     during_a_picture,
+    before_a_picture,
+    during_a_picture_of_a_step,
+    instead_of_a_picture,
 )
 
 

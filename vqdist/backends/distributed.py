@@ -122,9 +122,9 @@ class DistributedBackend(Backend):
 
 def require_address() -> None:
     """Several processes must know which they are and where to meet; launchers say it in torch's variables."""
-    port = os.environ.get("MASTER_PORT", "0")
-    if not port.isdecimal() or int(port) > 65_535:
-        raise UserError(f"the environment says MASTER_PORT={port}, which is no port; give a number up to 65535")
+    port = os.environ.get("MASTER_PORT") or "1"
+    if not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise UserError(f"the environment says MASTER_PORT={port}, which is no port; give a number from 1 to 65535")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size_of_launcher() > 1 and missing:
         raise UserError(

@@ -27,14 +27,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from vqdist.backends.environment import resolves, world_size_of_launcher
+from vqdist.backends.environment import export_launch, resolves, world_size_of_launcher
 from vqdist.errors import EXIT_PEER_LOST, PeerLost, UserError
+from vqdist.stopping import hold_if_leaving
 
 PULSE = 1.0  # seconds
 LEFT = "left"  # the pulse of a rank that is done
 LOOK = 6.0  # seconds after which a pulse that has not moved has stopped
 PROGRESS = 60.0  # seconds in which to say how far this process came: the disk may be gone too
 FIRST_EXCHANGE = timedelta(seconds=60)
+FAREWELL = 12.0  # seconds in which a rank that leaves before it has met the others tells them
 Progress = Callable[[], tuple[str, str]]
 
 # what gloo, NCCL and the store say when a peer is gone, beside the exceptions of torch.distributed
@@ -46,7 +48,7 @@ SIGNS = re.compile(
 )
 TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
-_number = itertools.count()  # of meetings in this process: each has names of its own in the store
+_meetings = 0  # of this process until now: each has names of its own in the store
 _current: Peers | None = None
 _fresh_store: dist.Store | None = None  # of `_renew_meeting_place`: it lasts as long as somebody holds it
 
@@ -62,6 +64,7 @@ class Peers:
 
     Attributes:
         heard: what others have said of ranks that are gone; it is remembered, since the store may go with them.
+        code: the exit code of a rank that left on purpose, which the others leave with, too.
         progress: gives how far this process came, as " after step 7", and what to do, for what is said of lost ranks;
             None where nobody guards this process.
     """
@@ -72,6 +75,7 @@ class Peers:
         self.hosts = hosts
         self.timeout = timeout
         self.heard: dict[int, str] = {}
+        self.code = EXIT_PEER_LOST
         self.progress: Progress | None = None
         self._ended_with_error = False
         self._neighbour = ""  # the pulse of the next rank
@@ -106,32 +110,38 @@ class Peers:
         before, silent = "", 0.0
         while not self._closed.wait(PULSE):
             still = self._neighbour == before != LEFT
-            silent = silent + PULSE if self.progress and (still or self.heard) else 0.0
+            on_purpose = self.code != EXIT_PEER_LOST
+            silent = silent + PULSE if on_purpose or self.progress and (still or self.heard) else 0.0
             before = self._neighbour
-            if silent > limit and not self._looking.is_set():
+            if silent > (LOOK if on_purpose else limit) and not self._looking.is_set():
                 lost = self.lost(TimeoutError())
                 print(f"vqdist: error: {lost}", file=sys.stderr)
-                leave(EXIT_PEER_LOST)
+                leave(lost.code)
 
     def _listen(self) -> None:
         news = self._read("news")
         if news:
             self.heard |= {int(rank): reason for rank, reason in json.loads(news).items()}
+            self._hear_code()
             self.store.set(f"heard/{self.rank}", "yes")
+
+    def _hear_code(self) -> None:
+        self.code = int(self._read("code") or EXIT_PEER_LOST)
 
     def close(self) -> None:
         """Stop the pulse; the others are told that this is no accident."""
         self._closed.set()
         self._pulse.join(PULSE)
 
-    def say_why(self, reason: str) -> None:
-        """Tell the others why this rank is about to end by itself."""
-        _within(LOOK, lambda: self._say_why(f"it ended with: {reason}"))
+    def say_why(self, reason: str, code: int = EXIT_PEER_LOST) -> None:
+        """Tell the others why this rank is about to end by itself, and the code that they leave with."""
+        _within(LOOK, lambda: self._say_why(f"it ended with: {reason}", code))
         if self.rank == 0:  # the store may end with this process
             _within(LOOK, self._wait_until_heard)
 
-    def _say_why(self, reason: str) -> None:
+    def _say_why(self, reason: str, code: int) -> None:
         self._ended_with_error = True
+        self.store.set("code", str(code))
         self._tell({self.rank: reason})
         self.store.set(f"heard/{self.rank}", "yes")  # who ends by itself listens no more
 
@@ -164,8 +174,9 @@ class Peers:
         if not gone:
             what = f"an exchange between the ranks failed{when}, though all of them are alive: {reason}"
             return PeerLost((), f"{what}; {remedy}")
+        _within(LOOK, self._hear_code)  # what was heard before stays where the store is gone
         reasons = " and ".join(dict.fromkeys(gone.values()))
-        return PeerLost(tuple(sorted(gone)), f"lost {self.name(gone)}{when}: {reasons}; {remedy}")
+        return PeerLost(tuple(sorted(gone)), f"lost {self.name(gone)}{when}: {reasons}; {remedy}", self.code)
 
     def _look(self, reason: str) -> dict[int, str]:
         """The ranks that said that they end, and those whose pulse stands still, for which this reason is given."""
@@ -250,9 +261,13 @@ def meet(timeout: timedelta) -> Peers | None:
     Raises:
         UserError: who did not come or cannot be reached, and what to look at.
     """
-    global _current
+    global _current, _meetings
+    hold_if_leaving()
     if _current is None and world_size_of_launcher() > 1:
-        store, rank, hosts = _gather_hosts(timeout)
+        try:
+            store, rank, hosts = _gather_hosts(timeout)
+        finally:
+            _meetings += 1
         _current = Peers(store, rank, hosts, timeout)
         atexit.register(part)
         _exchange(_current, min(FIRST_EXCHANGE, timeout))
@@ -278,15 +293,72 @@ def _gather_hosts(timeout: timedelta) -> tuple[dist.Store, int, list[str]]:
         )
     try:
         store, *_ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=timeout))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"vqdist/{attempt}/{next(_number)}", store)
+        store = _with_names(store)
         store.set(f"host/{rank}", host)
         keys = [f"host/{other}" for other in range(size)]
-        store.wait(keys, timeout)
+        _wait_for(keys, store, rank, timeout)
         _renew_meeting_place(store, rank, size, timeout)
         return store, rank, [store.get(key).decode() for key in keys]
+    except PeerLost:
+        raise
     except RuntimeError as error:
         raise UserError(_not_met(error, rank, host, size, timeout)) from error
+
+
+def _with_names(store: dist.Store) -> dist.PrefixStore:
+    """Return the store with the names of the coming meeting."""
+    return dist.PrefixStore(f"vqdist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meetings}", store)
+
+
+def _wait_for(keys: list[str], store: dist.Store, rank: int, timeout: timedelta) -> None:
+    """Wait for all ranks; raise `PeerLost` where one says instead that it leaves."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    missing = True
+    while missing:
+        left = deadline - time.monotonic()
+        try:
+            store.wait(keys, timedelta(seconds=max(0.01, min(PULSE, left))))
+            missing = False
+        except dist.DistStoreError:
+            if left <= 0:
+                raise
+        if store.check(["news"]):
+            hold_if_leaving()
+            gone = {int(other): reason for other, reason in json.loads(store.get("news")).items()}
+            code = int(store.get("code"))
+            store.set(f"heard/{rank}", "yes")
+            words = " and ".join(gone.values())
+            raise PeerLost(tuple(gone), f"lost {named(gone)}: {words}; start the same command again", code)
+
+
+def say_leaving(reason: str, code: int) -> None:
+    """Tell the others, also those that are yet to come, that this rank leaves, and the code that they leave with.
+
+    Rank 0, with which the store may end, waits a moment until they have heard it.
+    """
+    if _current is not None:
+        _current.say_why(reason, code)
+    else:
+        _within(FAREWELL, lambda: _say_before_meeting(reason, code))
+
+
+def _say_before_meeting(reason: str, code: int) -> None:
+    export_launch()
+    rank, size, limit = int(os.environ["RANK"]), world_size_of_launcher(), timedelta(seconds=FAREWELL)
+    hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if hosts_store:  # the same server, if this process has one already
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        options = {"is_master": True, "wait_for_workers": False, "multi_tenant": True}
+        place: dist.Store = dist.TCPStore(address, port, size, timeout=limit, **options)
+    else:
+        place, *_ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=limit))
+    store = _with_names(place)
+    store.set("code", str(code))
+    store.set(f"gone/{rank}", f"it ended with: {reason}")
+    store.set(f"heard/{rank}", "yes")
+    store.set("news", json.dumps({rank: f"it ended with: {reason}"}))
+    if hosts_store:
+        store.wait([f"heard/{other}" for other in range(size)], limit)
 
 
 def _renew_meeting_place(store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:

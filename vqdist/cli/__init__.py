@@ -13,27 +13,31 @@ from contextlib import contextmanager
 
 from vqdist.cli import encode, evaluate, report, sample, train
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
-from vqdist.errors import EXIT_PEER_LOST, PeerLost, RanksDiverged, UserError
+from vqdist.errors import PeerLost, RanksDiverged, UserError
 from vqdist.parts import unknown
+from vqdist.stopping import UntilTheEnd, end_with_launcher
 from vqdist.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    It is 0, 2 with one line on standard error for a user's mistake, or 69 with one for other ranks that are gone.
+    It is 0, 2 with one line on standard error for a user's mistake, or 69 with one for other ranks that are gone; a
+    rank that a signal ended gives the others its own code.
     With other ranks around, an error ends the process here.
     """
     # before torch is imported: of a rank that is gone its store writes pages of addresses, and peers.py one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # parts of the user's own; last, so that nothing there hides a package
+    end_with_launcher()
+    UntilTheEnd.of_process = arguments is None
     try:
         with _accounting_for_errors():
             return _run(without_local_rank(sys.argv[1:] if arguments is None else arguments))
     except PeerLost as error:
         print(f"vqdist: error: {error}", file=sys.stderr)
-        return _leave(EXIT_PEER_LOST)
+        return _leave(error.code)
     except (UserError, RanksDiverged) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

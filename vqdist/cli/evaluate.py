@@ -124,9 +124,15 @@ def _evaluate_parser():
         "--features",
         type=str | None,
         default=None,
-        help="Feature extractor of FID, KID, precision and recall: `inception`, or a TorchScript file that turns "
-        "images (b, c, h, w) float32 in [0, 1] into features (b, f). It is run as it is: take it from nobody whom you "
-        "do not trust.",
+        help="Feature extractor of FID, KID, precision and recall: `inception`, `vgg16`, a file with the weights of "
+        "one of them, or, with --trust_features, a TorchScript file: images (b, c, h, w) float32 in [0, 1] -> "
+        "features (b, f).",
+    )
+    parser.add_argument(
+        "--trust_features",
+        type=bool,
+        default=False,
+        help="Whether --features may be a TorchScript file. That is a program: it can read and write your files.",
     )
     parser.add_argument(
         "--num_samples",
@@ -146,6 +152,8 @@ def _check_options(options) -> None:
             "least 1 and 0"
         )
     if options.features is None:
+        if options.trust_features:
+            raise UserError("--trust_features true is given but --features is not; give a file or leave it out")
         _refuse_sampling(options, "samples are drawn for --features only; give a feature extractor or leave it out")
 
 
@@ -201,7 +209,8 @@ def _open_extractor(options, model: Tokenizer | AutoregressiveModel, images: int
     if options.features is None:
         return None
     check_count(images, "images in --data")
-    return load_extractor(options.features, channels=model.channels, image_size=model.image_size)
+    shape: dict[str, Any] = {"channels": model.channels, "image_size": model.image_size}
+    return load_extractor(options.features, trust_code=options.trust_features, **shape)
 
 
 def _open_tokenizer(model: TokenizerModel, run: Path, export: Path, options) -> _TokenizerRun:

@@ -6,7 +6,8 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def sample(arguments: list[str]) -> int:
     """Draw images: `vqdist sample RUN --num 64 --class 3 --cfg 2 --out samples.png`."""
     from vqdist.backends import create_backend
     from vqdist.backends.peers import naming_lost_peers
-    from vqdist.drawing import draw_batches, gather_images
+    from vqdist.drawing import SampleFolder, draw_batches, gather_images, weights_mark
     from vqdist.ranks import on_main
 
     parser = make_parser("vqdist sample", "Draw images from a run of a prior, VAR or VQ-AR model.")
@@ -45,7 +46,7 @@ def sample(arguments: list[str]) -> int:
         "--out",
         type=Path,
         default=Path("samples.png"),
-        help="PNG file of one sheet, or a folder for one PNG file an image.",
+        help="PNG file of one sheet, or a folder for one PNG file an image, which the same command goes on to fill.",
     )
     parser.add_argument(
         "--tokenizer",
@@ -65,20 +66,28 @@ def sample(arguments: list[str]) -> int:
     labels = _labels(model, options)
     backend = create_backend(options.backend)
     model.to(backend.device)
-    batches = draw_batches(model, labels, drawn, seed=options.seed, batch_size=options.batch_size, backend=backend)
-    batches = with_progress(batches, options, backend)
+    draw = partial(draw_batches, model, labels, drawn, seed=options.seed, batch_size=options.batch_size)
     with naming_lost_peers():
         if options.out.suffix.lower() == ".png":
+            batches = with_progress(draw(backend=backend), options, backend)
             shape = (options.num, model.channels, *sides_of(model.image_size))
             images = gather_images(batches, shape, backend)
             on_main(backend, lambda: _save_sheet(images, options), f"--out {options.out} cannot be written")
         else:
-            _save_each(batches, options.out)
+            folder = SampleFolder(options.out, _plan(options, drawn, weights_mark(model)))
+            folder.begin(backend)
+            folder.write(with_progress(draw(backend=backend, is_done=folder.has), options, backend))
             backend.barrier()
     if backend.is_main:
         print(options.out)
     backend.close()
     return 0
+
+
+def _plan(options, drawn, mark: str) -> dict[str, Any]:
+    """Return all that the images of a folder depend on."""
+    given = {name: getattr(options, name) for name in ("num", "class", "seed", "batch_size")}
+    return {**given, **asdict(drawn), "weights": mark}
 
 
 def add_draw_options(parser) -> None:
@@ -143,6 +152,7 @@ def with_progress(batches: Iterator, options, backend) -> Iterator:
 
 def _check(options) -> None:
     from vqdist.backends.environment import rank_of_launcher
+    from vqdist.drawing import SampleFolder
 
     for name in ("num", "batch_size", "columns"):
         value = getattr(options, name)
@@ -153,10 +163,8 @@ def _check(options) -> None:
             raise UserError(f"--out {options.out} is neither the name of a PNG file nor of a folder; give one of both")
         if options.columns is not None:
             raise UserError(f"--columns {options.columns} is of a sheet, but --out {options.out} is a folder")
-        if options.out.is_dir() and any(options.out.iterdir()) and rank_of_launcher() == 0:
-            raise UserError(
-                f"--out {options.out} is not empty: samples would mix with what is there; give another one"
-            )
+        if rank_of_launcher() == 0:
+            SampleFolder.check(options.out)
         _make_writable(options.out)
     else:
         _make_writable(options.out.parent)
@@ -210,14 +218,6 @@ def _save_sheet(images, options) -> None:
 
     columns = options.columns or max(1, round(options.num**0.5))
     save_sheet(images[:, None], options.out, columns=columns)
-
-
-def _save_each(batches: Iterator, folder: Path) -> None:
-    from vqdist.tracking.pictures import save_picture
-
-    for numbers, images in batches:
-        for number, image in zip(numbers, images, strict=True):
-            save_picture(image, folder / f"{number:06d}.png")
 
 
 def _field_docs(cls: type) -> dict[str, str]:

@@ -19,7 +19,7 @@ from vqdist.data.config import CODES
 from vqdist.errors import UserError
 from vqdist.files import read_json
 from vqdist.parts import Registry
-from vqdist.stopping import LeaveAtOnce, Stopped
+from vqdist.stopping import LeaveAtOnce, Stopped, UntilTheEnd
 
 # options of the trainer's configuration that stand at the top level, and their name there
 TOP_LEVEL = {
@@ -38,9 +38,10 @@ def train(arguments: list[str]) -> int:
         print(_overview())
         return 0
     name = arguments[0]
-    with LeaveAtOnce():
-        trainer = make_trainer(model_entry(name), train_options(name, arguments[1:]))
-    return _train(trainer)
+    with UntilTheEnd():
+        with LeaveAtOnce():
+            trainer = make_trainer(model_entry(name), train_options(name, arguments[1:]))
+        return _train(trainer)
 
 
 def _overview() -> str:

@@ -72,13 +72,16 @@ def check_pair(recon: Tensor, image: Tensor) -> None:
         )
 
 
-def download_weights(weights: Any, network: str, spec: str) -> dict[str, Tensor]:
+def download_weights(
+    weights: Any, network: str, spec: str, otherwise: str = ", or train without: --model.perceptual none"
+) -> dict[str, Tensor]:
     """Return a state dict of torchvision, downloaded once.
 
     Args:
         weights: a member of torchvision's enumeration of weights.
         network: its name, for the message.
         spec: the option that names a file in its place, but for the path.
+        otherwise: what else the message says to do.
 
     Raises:
         UserError: it cannot be downloaded; the message says how to give a file.
@@ -89,8 +92,7 @@ def download_weights(weights: Any, network: str, spec: str) -> dict[str, Tensor]
     except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
         raise UserError(
             f"the weights of {network} could not be downloaded from {weights.url} ({error}); download them elsewhere "
-            f"and give the file with {spec}/path/to/{Path(weights.url).name.partition('-')[0]}.pth, or train without: "
-            "--model.perceptual none"
+            f"and give the file with {spec}/path/to/{Path(weights.url).name.partition('-')[0]}.pth{otherwise}"
         ) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vqdist.errors import UserError
-from vqdist.files import METRICS, lines_of_metrics
+from vqdist.files import METRICS, lines_of_metrics, writing
 from vqdist.tracking.base import Sink
 
 
@@ -38,14 +38,11 @@ class JsonlSink(Sink):
         """Append one line. NaN and infinity become null: JSON has neither.
 
         Raises:
-            UserError: the file cannot be written.
+            CannotWrite: the file cannot be written.
         """
         line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
-        try:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be written: {error.strerror}; free space, then resume") from error
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _drop_later_steps(self) -> list[dict[str, Any]]:
         """Return the lines that are kept."""

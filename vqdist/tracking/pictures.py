@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vqdist.files import writing
+
 BORDER = 2  # pixels around each image of a sheet
 
 
@@ -39,20 +41,29 @@ def save_picture(picture: Tensor, path: Path) -> None:
 
 def save_sheet(rows: Tensor, path: Path, columns: int = 2) -> None:
     """Write `make_sheet` as a PNG file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = make_sheet(rows, columns)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(sheet, path)
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write an image (c, h, w) in [0, 1] as a PNG file that appears whole or not at all; its folder exists."""
     partial = path.with_name(path.name + ".partial")
-    save_picture(make_sheet(rows, columns), partial)
-    partial.replace(path)
+    with writing(path):
+        save_picture(image, partial)
+        partial.replace(path)
 
 
 def save_bars(bars: np.ndarray, path: Path, height: int = 128) -> None:
     """Write counts (n,) as a bar chart, two pixels a bar, that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     heights = np.ceil(height * bars / max(1, bars.max())).astype(int)
     picture = np.where(np.arange(height)[::-1, None] < heights[None, :], 40, 235).astype(np.uint8)
     partial = path.with_name(path.name + ".partial")
-    Image.fromarray(picture.repeat(2, axis=1)).save(partial, format="png")
-    partial.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.repeat(2, axis=1)).save(partial, format="png")
+        partial.replace(path)
 
 
 def group_bars(counts: Tensor, most: int = 512) -> tuple[np.ndarray, np.ndarray]:

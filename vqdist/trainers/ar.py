@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -224,11 +225,13 @@ class ARTrainer(Trainer):
         """Draw a sheet of samples, the classes in turn; of VQ-AR also one of originals beside reconstructions."""
         with self.averaged_model() as network:
             if self.tracker is not None:  # on rank 0
-                with self.report.drawing():
-                    self._draw_samples(self.tracker, network, path)
-                    if self._is_tokenizer:
-                        path = path.with_name(f"{path.stem}_reconstructions.png")
-                        self._draw_reconstructions(self.tracker, cast(TokenizerNetwork, network), path)
+                self.report.draw_alone(partial(self._draw_sheets, self.tracker, network, path))
+
+    def _draw_sheets(self, tracker: Tracker, network: AutoregressiveModel, path: Path) -> None:
+        self._draw_samples(tracker, network, path)
+        if self._is_tokenizer:
+            path = path.with_name(f"{path.stem}_reconstructions.png")
+            self._draw_reconstructions(tracker, cast(TokenizerNetwork, network), path)
 
     def _draw_samples(self, tracker: Tracker, network: AutoregressiveModel, path: Path) -> None:
         count = self.config.num_images_save

@@ -172,8 +172,8 @@ class Trainer(ABC):
 
         Raises:
             PeerLost: other ranks are gone; the message names them and the last complete checkpoint.
-            Stopped: a rank got SIGTERM, SIGUSR1 or SIGINT: every rank finished its step, and all of it is saved. A
-                validation is broken off; the resumed run makes it again.
+            Stopped: a rank got one of the signals of `stopping.NOTED`: every rank finished its step, and all of it is
+                saved. A validation or a picture is broken off; the resumed run makes it first.
         """
         for _ in self.steps(log_fn):
             pass
@@ -204,6 +204,9 @@ class Trainer(ABC):
             with self.report.progress_bar(self.num_train_steps):
                 if self.report.validation_broken_off:  # in the run that this one resumes
                     self.run_evaluation()
+                    self._stop_if_asked()
+                if self.report.picture_broken_off:
+                    self.report.draw(self.save_pictures)
                     self._stop_if_asked()
                 while self.step < self.num_train_steps:
                     numbers = self.train_step()
@@ -327,9 +330,8 @@ class Trainer(ABC):
             self._stop(self.stop.number)
         if self.report.pictured != self.step:
             self.report.draw(self.save_pictures)
-        undrawn = self.report.undrawn()
-        if undrawn:
-            self._stop(undrawn)
+        if self.report.picture_broken_off:
+            self._stop(self.stop.number)
         self.resume.settle()
         self.report.print_bad_images()
         if self.tracker is not None:
@@ -351,7 +353,8 @@ class Trainer(ABC):
         """Save and raise `Stopped` once all ranks know that one of them received a signal."""
         number = self.stop.asked()
         # what is left of a run after its last step is `finish`
-        if number and (self.step != self.num_train_steps or self.report.validation_broken_off):
+        broken_off = self.report.validation_broken_off or self.report.picture_broken_off
+        if number and (self.step != self.num_train_steps or broken_off):
             self._stop(number)
 
     def _stop(self, number: int) -> None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +39,7 @@ class Report:
         last_evaluation: step and numbers of the last validation.
         validation_broken_off: whether a signal broke it off; a checkpoint keeps it, and the resumed run validates.
         pictured: step of the last picture.
+        picture_broken_off: whether a signal kept it from being drawn; kept likewise, and the resumed run draws it.
         bad_images: names of those that could not be decoded.
     """
 
@@ -55,8 +55,9 @@ class Report:
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self.validation_broken_off = False
         self.pictured = -1
+        self.picture_broken_off = False
         self.bad_images: set[str] = set()
-        self._undrawn = 0  # the signal that kept this rank from a picture
+        self._undrawn = 0  # the signal that broke off the picture that this rank drew
         self.restart_clock()
 
     def open(self, trackers: list[Any], configuration: dict[str, Any]) -> None:
@@ -184,26 +185,23 @@ class Report:
         return numbers
 
     def draw(self, save_pictures: Callable[[Path], None]) -> None:
-        """Draw, unless a rank was asked to stop."""
+        """Draw, unless a rank was asked to stop; every rank calls this and learns whether a signal broke it off."""
         with self.paused():
-            self.pictured = self.progress.step
-            self._undrawn = self.stop.asked()
-            if not self._undrawn:
-                save_pictures(self.picture_path)
+            self.picture_broken_off, self._undrawn = True, 0
+            if self.stop.asked():
+                return
+            save_pictures(self.picture_path)
+            self.picture_broken_off = bool(self.stop.agree(self._undrawn))
+            if not self.picture_broken_off:
+                self.pictured = self.progress.step
 
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Within this context rank 0 draws and no other rank waits for it: a signal breaks that off at once."""
+    def draw_alone(self, draw: Callable[[], object]) -> None:
+        """Let rank 0 draw what no other rank waits for: a signal breaks it off at once, or keeps it from beginning."""
         try:
             with self.stop.breaking_off():
-                yield
+                draw()
         except BrokenOff:
             self._undrawn = self.stop.received
-
-    def undrawn(self) -> int:
-        """Return the signal that kept a rank from the last picture, or 0; every rank calls this."""
-        undrawn = torch.tensor([self._undrawn], device=self.backend.device)
-        return int(self.backend.gather(undrawn).max())
 
     @property
     def picture_path(self) -> Path:

@@ -54,7 +54,7 @@ class Resume:
         backend: every rank of it calls each method.
         networks: all weights.
         progress: step and position.
-        report: means and the validation that was broken off.
+        report: means, and the validation and the picture that were broken off.
         guard: keeps values that are not finite out.
         trained: the trainer.
 
@@ -177,6 +177,7 @@ class Resume:
             "backend": self.backend.name,
             "global_batch": dataclasses.asdict(self.run.told_batch),
             "validation_broken_off": self.report.validation_broken_off,
+            "picture_broken_off": self.report.picture_broken_off,
             "skipped": self.guard.state(),
         }
 
@@ -208,6 +209,7 @@ class Resume:
         self._load_average(path)
         self.progress.step, self.progress.position = info["step"], info["position"]
         self.report.validation_broken_off = info.get("validation_broken_off", False)
+        self.report.picture_broken_off = info.get("picture_broken_off", False)
         self.saved = self._resumed_at = self.progress.step
         self._exported = -1
         self._load_rank_state(path, info)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
+
 from vqdist.backends import Backend
 from vqdist.stopping import BrokenOff, StopSignals
 
@@ -43,6 +45,12 @@ class StopRequest:
         """Return the signal that a rank received lately, or 0: the same on every rank, which call this as often."""
         if self._signals is not None and not self.number:
             self.number = self.backend.largest_lately(self._signals.received)
+        return self.number
+
+    def agree(self, number: int) -> int:
+        """Return the largest of the ranks' numbers of signals, here and from `asked`; every rank waits for all."""
+        found = torch.tensor([number], device=self.backend.device)
+        self.number = self.number or int(self.backend.gather(found).max())
         return self.number
 
     def break_off_if_asked(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from vqdist.evaluation import evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram
 from vqdist.models.tokenizer import TokenizerNetwork
+from vqdist.tracking import Tracker
 from vqdist.trainers.base import Trainer
 
 
@@ -49,12 +51,14 @@ class TokenizerTrainer(Trainer):
         self._codes_before = -self.codes.counts  # the next line of numbers adds what is drawn now
         with self.main_engine.whole() as live, self.averaged_network() as averaged:
             if self.tracker is not None:  # on rank 0
-                with self.report.drawing():
-                    networks = [live, averaged] if self.networks.has_average else [live]
-                    views = torch.stack(self.views(self.picture_images(), networks), dim=1)
-                    self.tracker.picture(self.step, self.picture_name, views, path)
+                networks = [live, averaged] if self.networks.has_average else [live]
+                self.report.draw_alone(partial(self._draw_views, self.tracker, networks, path))
         if self.tracker is not None and bool(chart.any()):
             self.tracker.histogram(self.step, "codes", chart, path.with_name(f"{path.stem}_codes.png"))
+
+    def _draw_views(self, tracker: Tracker, networks: list[nn.Module], path: Path) -> None:
+        views = torch.stack(self.views(self.picture_images(), networks), dim=1)
+        tracker.picture(self.step, self.picture_name, views, path)
 
     def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
         """Return what a picture shows of images (n, c, h, w): the original and its reconstructions.
