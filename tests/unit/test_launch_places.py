@@ -1,4 +1,4 @@
-"""What a launcher's environment says of this process's place: numbers that no launcher gives are refused in a line."""
+"""The place that a launcher gives this process by its environment: numbers that no launcher gives are refused in a line."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_signals_are_noted_and_given_back():
 
 @pytest.mark.parametrize("context", [StopSignals, LeaveAtOnce])
 def test_a_hangup_that_is_ignored_stays_so(context):
-    """As `nohup` has it; the others that a shell may ignore are heard, since a scheduler sends them on purpose."""
+    """`nohup` does that; the others that a shell may ignore are heard, since a scheduler sends them on purpose."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGUSR2)}
     try:
         with context():
