@@ -135,8 +135,8 @@ class SampleFolder:
 
 
 def weights_mark(model: AutoregressiveModel) -> str:
-    """Return a number (hex) that depends on every weight and buffer of a model."""
-    digest = hashlib.sha256()
+    """Return a number (hex) that depends on every weight and buffer of a model, and of its tokenizer."""
+    digest = hashlib.sha256(b"" if model.tokenizer is None else model.tokenizer.fingerprint().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {int(checksum(tensor.cpu()))}".encode())
     return digest.hexdigest()[:16]

@@ -40,7 +40,7 @@ PARTS = {
     "vqdist.objectives": {*LEAVES, "vqdist.losses"},
     "vqdist.models": {*LEAVES, "vqdist.losses", "vqdist.objectives", "vqdist.sampling", "vqdist.schedules"},
     "vqdist.data": {*LEAVES, "vqdist.seeding", "vqdist.stopping"},
-    "vqdist.backends": LEAVES,
+    "vqdist.backends": {*LEAVES, "vqdist.stopping"},
     "vqdist.manifest": LEAVES,
     "vqdist.completion": {*LEAVES, "vqdist.manifest"},
     "vqdist.export": LEAVES,
@@ -54,8 +54,11 @@ PARTS["vqdist.encoding"] = {
     *(*LEAVES, "vqdist.backends", "vqdist.ranks"),
     *("vqdist.data", "vqdist.metrics", "vqdist.models"),
 }
-PARTS["vqdist.drawing"] = {*LEAVES, "vqdist.backends", "vqdist.models", "vqdist.sampling", "vqdist.seeding"}
-PARTS["vqdist.fidelity"] = {*LEAVES, "vqdist.backends"}
+PARTS["vqdist.drawing"] = {
+    *(*LEAVES, "vqdist.backends", "vqdist.models", "vqdist.ranks", "vqdist.sampling", "vqdist.seeding"),
+    "vqdist.tracking",
+}
+PARTS["vqdist.fidelity"] = {*LEAVES, "vqdist.backends", "vqdist.objectives"}
 PARTS["vqdist.trainers"] = PARTS.keys() - {"vqdist.version"}
 PARTS["vqdist.doctor"] = {*LEAVES, "vqdist", "vqdist.backends"}
 PARTS["vqdist.cli"] = set(PARTS)

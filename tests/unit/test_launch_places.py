@@ -1,4 +1,4 @@
-"""The place that a launcher gives this process by its environment: numbers that no launcher gives are refused in a line."""
+"""The place of a process, as its environment says it: numbers that no launcher gives are refused in a line."""
 
 from __future__ import annotations
 
