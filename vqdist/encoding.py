@@ -202,6 +202,7 @@ class CodeWriter:
         batches = listed_loader(
             self.dataset,
             (batch for shard in shards for batch in self._batches(shard)),
+            batch_size=min(self.plan["batch_size"], self.plan["shard_size"]),
             num_workers=num_workers,
             pin_memory=backend.device.type == "cuda",
         )

@@ -3,11 +3,32 @@
 EXIT_PEER_LOST = 69  # EX_UNAVAILABLE of sysexits.h: not 75, since the same may happen again if nobody looks
 
 
+def printable(text: str) -> str:
+    """Return a text as one line of visible characters.
+
+    A file may have any name. Escape sequences, line ends and marks that turn the direction of writing are shown as
+    `\\x1b`, `\\n` and `\\u202e`; bytes that are no UTF-8 as `\\xff`.
+    """
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
 class UserError(ValueError):
     """A mistake in what the user wrote or gave: one line with what was found, what was expected and what to do.
 
-    The command line prints the message alone and exits with 2; in Python it is a `ValueError`.
+    The command line prints the message alone and exits with 2; in Python it is a `ValueError`. What cannot be printed
+    of a file's name is escaped, see `printable`.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message)))
 
 
 class RanksDiverged(RuntimeError):

@@ -215,15 +215,13 @@ def test_image_size(exports, tmp_path, quiet):
 
 def test_num_workers_of_the_loader(exports, tmp_path, quiet, monkeypatch):
     asked = []
-    whole = loader.DataLoader
-    monkeypatch.setattr(
-        loader, "DataLoader", lambda *args, **kwargs: asked.append(kwargs["num_workers"]) or whole(*args, **kwargs)
-    )
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    whole = loader.Workers
+    monkeypatch.setattr(loader, "Workers", lambda *args, **kwargs: asked.append(kwargs["count"]) or whole(*args, **kwargs))
+    monkeypatch.setattr(cores, "cores_of_process", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of four cores, two are this rank's, and one of them computes
     for number, option in enumerate([(), ("--num_workers", 0), ("--num_workers", 2)]):
         quiet(exports / "dvae", "--data", "synthetic:9", "--out", tmp_path / f"{number}", *option)
-    assert asked == [1, 0, 2]
+    assert asked == [1, 2]
 
 
 def test_the_backend_is_the_one_that_is_asked_for(exports, tmp_path, capsys):

@@ -30,7 +30,6 @@ from scenarios import (
     train_steps,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from vqdist import DiscreteVAETrainer, UserError, VQGanVAE, VQGanVAETrainer
 from vqdist.cli.train import train_options
@@ -253,17 +252,32 @@ def on_bad_image(tmp_path, capsys):
     assert f"skipped an image that cannot be decoded: {images}/broken.png" in capsys.readouterr().err
 
 
+@case
+def max_bad_frac(tmp_path):
+    images = write_images(tmp_path / "images", ["a.png", "b.png", "broken.png", "broken_too.png"])
+    (Path(images) / "broken_too.png").write_bytes(b"no image")
+    options = {"folder": images, "batch_size": 4, "valid_frac": 0.0, "on_bad_image": "skip"}
+    with pytest.raises(UserError, match="2 of 4 images cannot be decoded"):
+        build_trainer(tmp_path / "few", **options).train_step()
+    build_trainer(tmp_path / "half", max_bad_frac=0.5, **options).train_step()
+
+
+@case
+def max_pixels(tmp_path):
+    images = write_images(tmp_path / "images", ["a.png", "b.png"])
+    options = {"folder": images, "batch_size": 2, "valid_frac": 0.0}
+    pixels = Image.open(Path(images) / "a.png").width ** 2
+    with pytest.raises(UserError, match=f"it has {pixels} pixels, and max_pixels is {pixels - 1}"):
+        build_trainer(tmp_path / "small", max_pixels=pixels - 1, **options).train_step()
+    build_trainer(tmp_path / "large", max_pixels=pixels, **options).train_step()
+
+
 @pytest.fixture
-def loaders(monkeypatch) -> list[DataLoader]:
-    """The loaders that are made from here on."""
+def loaders(monkeypatch) -> list[dict]:
+    """Options of the loader processes that are started from here on."""
     made = []
-
-    class Noted(DataLoader):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(loader, "DataLoader", Noted)
+    whole = loader.Workers
+    monkeypatch.setattr(loader, "Workers", lambda *args, **options: made.append(options) or whole(*args, **options))
     return made
 
 
@@ -280,10 +294,9 @@ def how_images_are_loaded(tmp_path, loaders):
         warnings.filterwarnings("ignore", message=".*no accelerator is found")
         images = [images_of(build_trainer(tmp_path / str(n), **options)) for n, options in enumerate(given)]
     assert all(torch.equal(images[0], others) for others in images)
-    assert [made.num_workers for made in loaders] == [0, 1, 1, 0]
-    assert [made.prefetch_factor for made in loaders[1:3]] == [1, 5]
-    cuda = torch.cuda.is_available()
-    assert [made.pin_memory for made in loaders] == [cuda, cuda, False, True]
+    assert [made["count"] for made in loaders] == [1, 1]
+    assert [made["prefetch"] for made in loaders] == [1, 5]
+    assert [made["pin_memory"] for made in loaders] == [torch.cuda.is_available(), False]
 
 
 @case

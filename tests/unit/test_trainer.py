@@ -528,9 +528,10 @@ def test_skipped_images_are_counted_and_named(tmp_path, capsys):
         Image.new("RGB", (16, 16), (40 * number,) * 3).save(images / f"{number}.png")
     for name in ("bad_1.png", "bad_2.jpg"):
         (images / name).write_bytes(b"no image")
-    options = {"folder": str(images), "valid_frac": 0.0, "batch_size": 8, "num_train_steps": 2}
+    options = {"folder": str(images), "valid_frac": 0.0, "batch_size": 8, "num_train_steps": 2, "max_bad_frac": 0.5}
     trainer = build_trainer(tmp_path / "run", on_bad_image="skip", **options)
     trainer.train()
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["skipped_images"] == 2
     said = capsys.readouterr().err
     for name in ("bad_1.png", "bad_2.jpg"):
         assert said.count(f"rank 0: skipped an image that cannot be decoded: {images}/{name}") == 1  # not every epoch

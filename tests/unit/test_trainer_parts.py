@@ -14,6 +14,7 @@ from torch import nn
 from vqdist import UserError
 from vqdist.backends.local import LocalBackend
 from vqdist.stopping import BrokenOff
+from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.config import TrainerConfig
 from vqdist.trainers.global_batch import GlobalBatch
 from vqdist.trainers.networks import Networks
@@ -114,7 +115,8 @@ def test_the_configuration_is_frozen(tmp_path):
 
 
 def report_at(folder) -> Report:
-    return Report(LocalBackend(), Progress(), StopRequest(LocalBackend()), folder)
+    bad_images = BadImages(LocalBackend(), 10, 0.01)
+    return Report(LocalBackend(), Progress(), StopRequest(LocalBackend()), folder, bad_images)
 
 
 def test_the_clock_leaves_out_pauses_and_counts_what_waits_for_data(tmp_path):

@@ -115,6 +115,15 @@ class CodeDataset(Dataset):
     def __len__(self) -> int:
         return self._manifest["count"]
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of the codes of an image, as `fetch` gives them."""
+        return self.num_codes * self.num_levels * torch.int64.itemsize
+
+    def name(self, index: int) -> str:
+        """Return where the codes at an index lie."""
+        return f"{self.folder}[{index}]"
+
     def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
         epoch, index = place if isinstance(place, tuple) else (0, place)
         return self.fetch(epoch, index)[0]

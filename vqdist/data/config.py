@@ -12,6 +12,12 @@ CODES = "codes:"
 """What the name of a folder of stored codes begins with, where images could be given, too."""
 
 
+MAX_PIXELS = 2 * 89_478_485
+"""Pixels of the largest image that is decoded: Pillow's own limit against decompression bombs."""
+
+MAX_BAD_FRAC = 0.01
+
+
 @dataclass(kw_only=True, frozen=True)
 class DataConfig:
     """Which images, of which size, split and loaded how."""
@@ -26,6 +32,10 @@ class DataConfig:
     """Random horizontal flips while training, where the source's images mean the same when mirrored."""
     on_bad_image: str = option("raise", one_of=("raise", "skip"), free=True)
     """What to do with a file that cannot be decoded: `raise`, or `skip` (counted and reported)."""
+    max_bad_frac: float = option(MAX_BAD_FRAC, at_least=0, at_most=1, free=True)
+    """Largest share of the images that `skip` may pass over, but at least one image: a run with more of them ends."""
+    max_pixels: int = option(MAX_PIXELS, at_least=1, at_most=MAX_PIXELS, free=True)
+    """Pixels of the largest image that is decoded; a larger one counts as one that cannot be."""
     valid_frac: float = 0.05
     """Share of the images to validate on; 0 turns validation off."""
     random_split_seed: int = 42

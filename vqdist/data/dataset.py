@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqdist.data.images import BadImageError, check_channels
+from vqdist.data.config import MAX_PIXELS
+from vqdist.data.images import BadImageError, check_channels, limited_to
 from vqdist.data.sources import Source, TensorSource, not_empty, open_source
 from vqdist.data.sources.base import checked_fingerprint, checked_index, checked_label
 from vqdist.errors import UserError
@@ -39,6 +40,8 @@ class ImageDataset(Dataset):
         seed: of the augmentation.
         on_bad_image: what to do with an image that cannot be decoded: `raise`, or `skip`, which puts the next good
             image in its place.
+        max_bad_frac: the largest share of the images that may be passed over for one, but at least one.
+        max_pixels: of an image; a larger one cannot be decoded.
 
     Raises:
         UserError: a wrong argument, or a source that cannot be opened or is empty.
@@ -56,6 +59,8 @@ class ImageDataset(Dataset):
         augment: bool = True,
         seed: int = 0,
         on_bad_image: str = "raise",
+        max_bad_frac: float = 1.0,
+        max_pixels: int = MAX_PIXELS,
     ):
         sides = image_size if isinstance(image_size, (list, tuple)) else (image_size,)
         if not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides):
@@ -75,9 +80,16 @@ class ImageDataset(Dataset):
         self.augment: bool = augment
         self.seed = seed
         self.on_bad_image = on_bad_image
+        self.max_bad_frac = max_bad_frac
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an image as `fetch` gives it."""
+        return self.channels * self.image_size**2 * torch.float32.itemsize
 
     def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
         epoch, index = place if isinstance(place, tuple) else (0, place)
@@ -132,7 +144,10 @@ class ImageDataset(Dataset):
                     raise
                 bad.append(self.source.name(candidate))
                 first = first or error
-        raise UserError(f"none of the {len(bad)} images could be decoded; first: {first}")
+                if len(bad) > most_bad(len(self), self.max_bad_frac):
+                    raise too_many_bad(len(bad), len(self), self.max_bad_frac, bad) from first
+        problem = first.problem if first is not None else "there are none"
+        raise UserError(f"none of the {len(bad)} images could be decoded; first: {problem}")
 
     def label(self, index: int) -> int | None:
         """Return the class of the image at an index (of this very index, also where a broken image is replaced)."""
@@ -158,7 +173,8 @@ class ImageDataset(Dataset):
         rng = None
         if self.augment and self.source.flip:
             rng = torch.Generator().manual_seed(derive_seed("augmentation", self.seed, epoch, index))
-        return self.source.tensor(candidate, image_size=self.image_size, channels=self.channels, rng=rng)
+        with limited_to(self.max_pixels):
+            return self.source.tensor(candidate, image_size=self.image_size, channels=self.channels, rng=rng)
 
     def _candidates(self, index: int, among: Sequence[int] | Tensor | None) -> Iterator[int]:
         yield index
@@ -168,6 +184,20 @@ class ImageDataset(Dataset):
             candidate = int(others[(start + offset) % len(others)])
             if candidate != index:
                 yield candidate
+
+
+def most_bad(total: int, max_bad_frac: float) -> int:
+    """Return how many of so many images may be skipped."""
+    return max(1, int(total * max_bad_frac))
+
+
+def too_many_bad(count: int, total: int, max_bad_frac: float, names: Sequence[str]) -> UserError:
+    """Return the one message for more images that cannot be decoded than may be skipped."""
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return UserError(
+        f"{count} of {total} images cannot be decoded ({some}), and max_bad_frac {max_bad_frac:g} allows "
+        f"{most_bad(total, max_bad_frac)} to be skipped; look whether the storage is whole, or raise max_bad_frac"
+    )
 
 
 def _as_source(

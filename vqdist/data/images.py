@@ -12,21 +12,32 @@ images until the last step. The meaning of "right" for each kind of file:
   alpha, the fourth channel is opaque.
 - Palette, CMYK, YCbCr, HSV, Lab and 1-bit images go through RGB (1-bit through grey).
 - Colour profiles are not applied: the numbers of the file are taken as sRGB.
+- Metadata that cannot be read do not spoil pixels that can.
 
 Legend: b batch, c channel, h w image.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import io
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from vqdist.data.config import MAX_PIXELS
+from vqdist.data.files import NotAnImage, is_storage_failure, read_file, storage_error
+from vqdist.data.metadata import num_scans, without_metadata
 from vqdist.errors import UserError
 from vqdist.sizes import ImageSize, sides_of
 
@@ -38,10 +49,80 @@ UNUSUAL_ALPHA = {"La": "LA", "RGBa": "RGBA"}
 
 WHITE_16_BIT = 65535
 WHITE_32_BIT = 2**31 - 1
+BAND = 2**20  # pixels of deep grey that are scaled at once
+
+EXTENSIONS = {
+    "AVIF": ("avif", "avifs"),
+    "BLP": ("blp",),
+    "BMP": ("bmp",),
+    "CUR": ("cur",),
+    "DCX": ("dcx",),
+    "DDS": ("dds",),
+    "DIB": ("dib",),
+    "FITS": ("fit", "fits"),
+    "FLI": ("flc", "fli"),
+    "FTEX": ("ftc", "ftu"),
+    "GBR": ("gbr",),
+    "GIF": ("gif",),
+    "ICNS": ("icns",),
+    "ICO": ("ico",),
+    "IM": ("im",),
+    "JPEG": ("jfif", "jpe", "jpeg", "jpg"),
+    "JPEG2000": ("j2c", "j2k", "jp2", "jpc", "jpf", "jpx"),
+    "MPO": ("mpo",),
+    "MSP": ("msp",),
+    "PCD": ("pcd",),
+    "PCX": ("pcx",),
+    "PIXAR": ("pxr",),
+    "PNG": ("apng", "png"),
+    "PPM": ("pbm", "pfm", "pgm", "pnm", "ppm"),
+    "PSD": ("psd",),
+    "QOI": ("qoi",),
+    "SGI": ("bw", "rgb", "rgba", "sgi"),
+    "SUN": ("ras",),
+    "TGA": ("icb", "tga", "vda", "vst"),
+    "TIFF": ("tif", "tiff"),
+    "WEBP": ("webp",),
+    "XBM": ("xbm",),
+    "XPM": ("xpm",),
+}
+"""The formats that are decoded, with the file name extensions of each: Pillow's, without those that start another
+program (EPS) or hold no picture of pixels (PDF, WMF, HDF5, GRIB, BUFR, MPEG)."""
+
+USUAL_SCANS = 12  # of a progressive JPEG file; ten are common
+
+_max_pixels: ContextVar[int] = ContextVar("_max_pixels", default=MAX_PIXELS)
 
 
 class BadImageError(UserError):
-    """One image that cannot be decoded: what `on_bad_image="skip"` passes over, in contrast to a wrong option."""
+    """One image that cannot be decoded: what `on_bad_image="skip"` passes over, in contrast to a wrong option.
+
+    Attributes:
+        problem: the message without the advice.
+    """
+
+    def __init__(self, problem: str):
+        super().__init__(
+            f"{problem}; replace or remove it, or pass over such images with on_bad_image=skip",
+        )
+        self.problem = problem
+
+    def __reduce__(self):
+        return type(self), (self.problem,)
+
+
+class TooLarge(ValueError):
+    """An image of more pixels than are allowed."""
+
+
+@contextmanager
+def limited_to(max_pixels: int) -> Iterator[None]:
+    """Refuse images of more pixels within this context."""
+    token = _max_pixels.set(max_pixels)
+    try:
+        yield
+    finally:
+        _max_pixels.reset(token)
 
 
 def open_image(file: str | os.PathLike | BinaryIO, *, name: str | None = None) -> Image.Image:
@@ -55,28 +136,36 @@ def open_image(file: str | os.PathLike | BinaryIO, *, name: str | None = None) -
         A loaded image in the file's own mode, which no longer needs the file.
 
     Raises:
-        BadImageError: the file is missing, truncated, not an image, or larger than PIL's limit against decompression
-            bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
+        BadImageError: the file is missing, truncated, not an image, a pipe or a device, or has more pixels than
+            `limited_to` allows or than PIL's limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
+        StorageError: the system could not read it.
     """
+    name = name or _name_of(file)
     try:
-        with Image.open(file) as image:
-            image.load()
-            return _upright(image)
+        content = read_file(file) if isinstance(file, str | os.PathLike) else file.read()
+    except (OSError, MemoryError) as error:
+        raise undecodable(name, error) from error
+    try:
+        return _decode(content)
     except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error
-        raise undecodable(name or _name_of(file), error) from error
+        raise undecodable(name, error) from error
 
 
-def undecodable(name: str, error: Exception | str) -> BadImageError:
-    """Return the one message for an image that cannot be decoded."""
+def undecodable(name: str, error: Exception | str) -> UserError:
+    """Return the one message for an image that cannot be decoded, or could not be read: `StorageError`."""
+    if isinstance(error, UserError):
+        return error
+    if not isinstance(error, str) and is_storage_failure(error):
+        return storage_error(name, error)
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     if isinstance(error, Image.DecompressionBombError):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         reason = f"it has more than {limit:,} pixels, PIL's limit against decompression bombs"
-    reason = " ".join(reason.split())
-    return BadImageError(
-        f"cannot decode the image {name} ({reason}); replace or remove it, or pass over such images with "
-        "on_bad_image=skip"
-    )
+    elif isinstance(error, UnidentifiedImageError):
+        reason = "UnidentifiedImageError: it is of no format that is read"
+    elif isinstance(error, TooLarge | NotAnImage):
+        reason = str(error)
+    return BadImageError(f"cannot decode the image {name} ({' '.join(reason.split())})")
 
 
 def convert_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -172,6 +261,52 @@ def _name_of(file: str | os.PathLike | BinaryIO) -> str:
     return str(getattr(file, "name", "given as a file object"))
 
 
+def _decode(content: bytes) -> Image.Image:
+    """Return the upright image; where a decoder fails, the pixels may be good without the metadata."""
+    try:
+        return _decode_all(content)
+    except (Image.DecompressionBombError, TooLarge, MemoryError):
+        raise
+    except Exception:
+        for stripped in without_metadata(content):
+            with suppress(Exception):
+                return _decode_all(stripped)
+        raise
+
+
+def _decode_all(content: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, and of sizes, which are looked at here
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            _check_size(image, num_scans(content))
+            image.load()
+            return _upright(image)
+
+
+def _check_size(image: Image.Image, scans: int) -> None:
+    pixels, limit = image.width * image.height, _max_pixels.get()
+    if pixels > limit:
+        raise TooLarge(f"it has {pixels:,} pixels, and max_pixels is {limit:,}")
+    if pixels * scans > limit * USUAL_SCANS:
+        raise TooLarge(f"it has {pixels:,} pixels in {scans:,} scans, too many for max_pixels {limit:,}")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return those of `EXTENSIONS` that this Pillow knows."""
+    Image.init()
+    _silence_libtiff()
+    return tuple(name for name in EXTENSIONS if name in Image.OPEN)
+
+
+def _silence_libtiff() -> None:
+    """Keep libtiff, which Pillow is linked with, from writing to the terminal by itself; Pillow raises all the same."""
+    with suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(Image.core.__file__)
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            getattr(library, name)(None)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -185,20 +320,41 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         return image.convert(UNUSUAL_ALPHA[image.mode])
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.asarray(image).astype(np.float64)
-    shares = np.nan_to_num(values / _white_of(image.mode, values), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
-    grey = Image.fromarray(np.rint(shares * 255).astype(np.uint8))
+    white = _white_of(image)
+    grey = _by_bands(image, lambda band: np.rint(_shares(band, white) * 255))
     transparent = image.info.get("transparency")
     if not isinstance(transparent, int):
         return grey
-    return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
+    return Image.merge("LA", (grey, _by_bands(image, lambda band: np.where(band == transparent, 0, 255))))
 
 
-def _white_of(mode: str, values: np.ndarray) -> int:
-    highest = np.max(values, initial=0, where=np.isfinite(values))
-    if mode == "F" and highest <= 1:
+def _bands(image: Image.Image) -> Iterator[np.ndarray]:
+    """Yield the pixels (h, w) some rows at a time: a copy of all of them may take gigabytes."""
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+
+
+def _by_bands(image: Image.Image, function: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
+    """Return a function of each pixel as an image of mode `L`."""
+    out, top = np.empty((image.height, image.width), dtype=np.uint8), 0
+    for band in _bands(image):
+        out[top : top + len(band)] = function(band)
+        top += len(band)
+    return Image.fromarray(out)
+
+
+def _shares(values: np.ndarray, white: int) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float64) / white, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+
+
+def _white_of(image: Image.Image) -> int:
+    if image.mode not in ("I", "F"):
+        return WHITE_16_BIT
+    highest = max(float(np.max(band, initial=0, where=np.isfinite(band))) for band in _bands(image))
+    if image.mode == "F" and highest <= 1:
         return 1
-    return WHITE_32_BIT if mode == "I" and highest > WHITE_16_BIT else WHITE_16_BIT
+    return WHITE_32_BIT if image.mode == "I" and highest > WHITE_16_BIT else WHITE_16_BIT
 
 
 def _has_alpha(image: Image.Image) -> bool:

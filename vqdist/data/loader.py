@@ -9,17 +9,19 @@ image is seen once per epoch by any number of ranks, and nothing depends on the 
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
+from vqdist.cores import cores_of_rank
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
+from vqdist.data.workers import Workers
 from vqdist.errors import UserError
 from vqdist.seeding import derive_seed
 from vqdist.stopping import protect_worker, training_flag
@@ -103,32 +105,30 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
 
 
-class _Fetcher(torch.utils.data.Dataset):
-    """Looks (epoch, index) up in one split of the dataset; what a worker process runs."""
+class _Fetcher:
+    """Loads a batch of (epoch, index) from one split of the dataset; what a loader process runs."""
 
     def __init__(self, dataset: ImageDataset | CodeDataset, indices: Tensor, labels: bool):
         self.dataset = dataset
         self.indices = indices
         self.labels = labels
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, tuple[str, ...]] | UserError:
-        try:
-            if not self.labels:
-                item, bad = self.dataset.fetch(*place, among=self.indices)
-                return item, -1, bad
-            item, label, bad = self.dataset.fetch_labelled(*place, among=self.indices)
-            return item, -1 if label is None else label, bad
-        except UserError as error:  # raised in a worker it would arrive wrapped in the worker's traceback
-            return error
+    def __call__(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, tuple[list[int], list[str]]]:
+        """Return the items (b, ...), their classes, and the names of the images that were replaced."""
+        items, labels, bad = zip(*(self._fetch(*place) for place in places), strict=True)
+        return torch.stack(items), (list(labels), [name for names in bad for name in names])
 
+    def _fetch(self, epoch: int, index: int) -> tuple[Tensor, int, tuple[str, ...]]:
+        if not self.labels:
+            item, bad = self.dataset.fetch(epoch, index, among=self.indices)
+            return item, -1, bad
+        item, label, bad = self.dataset.fetch_labelled(epoch, index, among=self.indices)
+        return item, -1 if label is None else label, bad
 
-def collate(samples: list[tuple[Tensor, int, tuple[str, ...]] | UserError]) -> Batch | UserError:
-    """Stack items and labels and join the names of the replaced ones; or pass the first error on."""
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-    items, labels, bad = zip(*samples, strict=True)
-    return Batch(torch.stack(items), torch.tensor(labels), [name for names in bad for name in names])
+    def names(self, places: Sequence[tuple[int, int]], most: int = 3) -> str:
+        """Return what a batch is made of, for messages."""
+        names = [self.dataset.name(index) for _, index in places[:most]]
+        return ", ".join(names) + (f" and {len(places) - most} more" if len(places) > most else "")
 
 
 def train_loader(
@@ -144,7 +144,7 @@ def train_loader(
     pin_memory: bool,
     prefetch_factor: int,
     labels: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Return an endless loader of this rank's micro-batches from a position of the stream on."""
     sampler = PositionSampler(
         indices, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, position=position
@@ -152,12 +152,14 @@ def train_loader(
     batches = _loader(
         _Fetcher(dataset, indices, labels),
         sampler,
+        batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
     )
-    for batch, places in zip(batches, sampler.places()):
-        yield batch._replace(places=places)
+    with closing(batches):
+        for batch, places in zip(batches, sampler.places()):
+            yield batch._replace(places=places)
 
 
 def valid_loader(
@@ -181,6 +183,7 @@ def valid_loader(
     return _loader(
         _Fetcher(dataset, indices, labels),
         batches,
+        batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
@@ -191,13 +194,23 @@ def listed_loader(
     dataset: ImageDataset,
     batches: Iterable[Iterable[int]],
     *,
+    batch_size: int,
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[Batch]:
-    """Exactly these batches of images, as they are in epoch 0, in this order, with labels."""
+    """Exactly these batches of images, as they are in epoch 0, in this order, with labels.
+
+    Args:
+        dataset: of the images.
+        batches: their indices.
+        batch_size: of the largest batch.
+        num_workers: processes that load.
+        pin_memory: whether the images come in page-locked memory.
+    """
     return _loader(
         _Fetcher(dataset, torch.arange(len(dataset)), labels=True),
         ([(0, index) for index in batch] for batch in batches),
+        batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=2,
@@ -205,31 +218,38 @@ def listed_loader(
 
 
 def default_workers() -> int:
-    """Loader processes of a rank where the user says nothing: up to 4, as this node's cores allow."""
-    per_rank = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(0, min(4, per_rank - 1))
+    """Loader processes of a rank where the user says nothing: up to 4, as its cores allow."""
+    return max(0, min(4, cores_of_rank() - 1))
 
 
 def _loader(
-    dataset: _Fetcher, batches, *, num_workers: int, pin_memory: bool, prefetch_factor: int
-) -> Iterator[Batch]:
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=num_workers,
+    fetcher: _Fetcher,
+    batches: Iterable[list[tuple[int, int]]],
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    prefetch_factor: int,
+) -> Generator[Batch, None, None]:
+    if not num_workers:
+        for items, (labels, bad) in map(fetcher, batches):
+            yield Batch(items.pin_memory() if pin_memory else items, torch.tensor(labels), bad)
+        return
+    workers = Workers(
+        fetcher,
+        batches,
+        count=num_workers,
+        prefetch=prefetch_factor,
+        nbytes=batch_size * fetcher.dataset.item_bytes,
+        set_up=partial(_set_up_worker, training=training_flag()),
+        describe=fetcher.names,
         pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        # workers are forked or spawned once; a generator of its own keeps the loader out of the run's random state
-        generator=torch.Generator().manual_seed(0),
-        worker_init_fn=partial(_set_up_worker, training=training_flag()) if num_workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    with closing(workers):
+        for items, (labels, bad) in workers:
+            yield Batch(items, torch.tensor(labels), bad)
 
 
-def _set_up_worker(_worker: int, training: Tensor) -> None:
+def _set_up_worker(training: Tensor) -> None:
     torch.set_num_threads(1)
     protect_worker(training)

@@ -33,7 +33,7 @@ from vqdist.trainers.base import Trainer, mark_last
 from vqdist.trainers.config import TrainerConfig
 
 MOST_SAMPLES = 4096  # of a picture: they are drawn at once
-IMAGE_OPTIONS = ("augment", "exts", "on_bad_image")
+IMAGE_OPTIONS = ("augment", "exts", "on_bad_image", "max_bad_frac", "max_pixels")
 
 
 @dataclass(kw_only=True, frozen=True)

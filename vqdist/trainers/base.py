@@ -31,7 +31,9 @@ from vqdist.schedules import learning_rate
 from vqdist.stopping import Stopped, record_stop
 from vqdist.tracking import Tracker, check_trackers
 from vqdist.trainers.average import MovingAverage
+from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
+from vqdist.trainers.feed import Feed
 from vqdist.trainers.finite import FiniteGuard
 from vqdist.trainers.networks import Networks
 from vqdist.trainers.optimizers import OptimizerOptions, make_optimizer
@@ -39,7 +41,7 @@ from vqdist.trainers.progress import Progress
 from vqdist.trainers.report import LogFunction, Report
 from vqdist.trainers.resume import Resume
 from vqdist.trainers.run import Run
-from vqdist.trainers.stop_request import StopRequest
+from vqdist.trainers.stop_request import FAULT, StopRequest
 
 T = TypeVar("T")
 
@@ -85,6 +87,7 @@ class Trainer(ABC):
         resume: checkpoints.
         guard: keeps values that are not finite out of checkpoints.
         stop: signals.
+        feed: training batches.
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
@@ -107,7 +110,7 @@ class Trainer(ABC):
     resume: Resume
     guard: FiniteGuard
     stop: StopRequest
-    _batches: Iterator[Batch] | None
+    feed: Feed
     _loop: Callable[[], Generator | None]
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -208,9 +211,14 @@ class Trainer(ABC):
                 if self.report.picture_broken_off:
                     self.report.draw(self.save_pictures)
                     self._stop_if_asked()
+                if self.step < self.num_train_steps:
+                    self._read_ahead()
+                    self.stop.asked_now()
+                    self._stop_if_asked()
                 while self.step < self.num_train_steps:
                     numbers = self.train_step()
                     yield self.step, numbers
+                    self._read_ahead()
                     self._stop_if_asked()
             self.finish()
 
@@ -236,15 +244,10 @@ class Trainer(ABC):
 
     def next_micro_batches(self) -> list[Any]:
         """Return the next `grad_accum_every` micro-batches of this rank, as `take` gives them."""
-        with self.report.waiting_for_data():
-            if self._batches is None:
-                self._batches = self._train_loader()
-            taken = []
-            for _ in range(self.config.grad_accum_every):
-                batch = next(self._batches)
-                self.report.note_bad(batch.bad)
-                taken.append(self.take(batch))
-        return taken
+        return [self.take(batch) for batch in self.feed.take(self.config.grad_accum_every, self.global_batch)]
+
+    def _read_ahead(self) -> None:
+        self.feed.read_ahead(self.num_train_steps - self.step, self.config.grad_accum_every, self.global_batch)
 
     def take(self, batch: Batch) -> Any:
         """Return what `update` and `evaluate` get of a batch: its images (b, c, h, w), on this rank's device."""
@@ -293,6 +296,8 @@ class Trainer(ABC):
         numbers = {**self.report.mean_numbers(), **self.numbers_over_ranks(), **self.report.speed(self.global_batch)}
         if self.guard.skip:
             numbers["skipped_steps"] = self.guard.skipped_steps
+        if self.config.on_bad_image == "skip":
+            numbers["skipped_images"] = self.report.bad_images.over_ranks()
         self.report.log(numbers)
         self.resume.end_if(self.guard.numbers())
 
@@ -352,10 +357,27 @@ class Trainer(ABC):
     def _stop_if_asked(self) -> None:
         """Save and raise `Stopped` once all ranks know that one of them received a signal."""
         number = self.stop.asked()
+        if number == FAULT:
+            self._end_without_data()
         # what is left of a run after its last step is `finish`
         broken_off = self.report.validation_broken_off or self.report.picture_broken_off
         if number and (self.step != self.num_train_steps or broken_off):
             self._stop(number)
+
+    def _end_without_data(self) -> None:
+        """Save, and raise what keeps a rank from the images of a coming step; every rank calls this."""
+        problem = self.feed.problem
+        self.feed.forget()
+        if self.step:
+            self.resume.checkpoint_unless_saved()
+            self.resume.settle()
+        self.report.close()
+        saved = f"; step {self.step} is saved in {self.run.folder}" if self.step else ""
+        if problem is None:
+            raise UserError(f"another rank has no images to train on, and says why{saved}")
+        if isinstance(problem, UserError) and saved:
+            raise UserError(f"{problem}{saved}") from problem
+        raise problem
 
     def _stop(self, number: int) -> None:
         self.resume.checkpoint_unless_saved()
@@ -426,10 +448,14 @@ class Trainer(ABC):
 
     def _go_on(self) -> None:
         """Go on from the newest checkpoint, if there is one; from then on the folder is this run's."""
-        self._batches = None
         self._loop = lambda: None  # of `steps`, as long as somebody holds it
         self.stop = StopRequest(self.backend)
-        self.report = Report(self.backend, self.progress, self.stop, self.run.folder)
+        bad_images = BadImages(self.backend, len(self.dataset), self.config.max_bad_frac)
+        self.report = Report(self.backend, self.progress, self.stop, self.run.folder, bad_images)
+        trainer = weakref.proxy(self)  # who has the feed: when it goes, both do
+        self.feed = Feed(
+            self.backend, self.progress, self.stop, self.report, bad_images, lambda at: trainer._train_loader(at)
+        )
         self.resume = Resume(
             self.run, self.backend, self.networks, self.progress, self.report, self.guard, trained=self
         )
@@ -462,7 +488,8 @@ class Trainer(ABC):
             given = "neither" if dataset is None else "both"
             raise UserError(f"folder or dataset must be given, and {given} was; see `vqdist train --help` for sources")
         shape = {"image_size": config.image_size, "channels": self.model.channels}
-        view: dict[str, Any] = {**shape, "seed": config.seed, "on_bad_image": config.on_bad_image}
+        skipping = {name: getattr(config, name) for name in ("on_bad_image", "max_bad_frac", "max_pixels")}
+        view: dict[str, Any] = {**shape, **skipping, "seed": config.seed}
         source: Any = config.folder if dataset is None else dataset
         train = ImageDataset(source, exts=config.exts, augment=config.augment, **view)
         return train, ImageDataset(train.source, augment=False, **view)
@@ -485,7 +512,7 @@ class Trainer(ABC):
             )
         return split
 
-    def _train_loader(self):
+    def _train_loader(self, position: int) -> Generator[Batch, None, None]:
         config = self.config
         return train_loader(
             self.dataset,
@@ -494,7 +521,7 @@ class Trainer(ABC):
             batch_size=config.batch_size,
             rank=self.backend.rank,
             world_size=self.backend.world_size,
-            position=self.position,
+            position=position,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             prefetch_factor=config.prefetch_factor,
@@ -551,7 +578,7 @@ class Trainer(ABC):
     def load(self, path: str | Path) -> None:
         """Restore all that `save` wrote: weights, optimizers, average, codebooks, step, random state, position."""
         self.resume.load(Path(path))
-        self._batches = None
+        self.feed.forget()
 
     def export(self, folder: Path) -> None:
         """Write the averaged model, see `Resume.export`."""
@@ -559,6 +586,7 @@ class Trainer(ABC):
 
     def close(self) -> None:
         """Leave the process group and the run folder, when every rank is done; call it at the end of a script."""
+        self.feed.forget()
         self.backend.close()
         self.checkpoints.latest()  # waits for what is being completed
         self.run.lock = self.checkpoints.lock = None

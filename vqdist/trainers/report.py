@@ -14,9 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqdist.backends import Backend
+from vqdist.errors import printable
 from vqdist.metrics import RunningMeans
 from vqdist.stopping import BrokenOff
 from vqdist.tracking import Tracker, memory_gb
+from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.stop_request import StopRequest
 
@@ -31,6 +33,7 @@ class Report:
         progress: of the run.
         stop: breaks off what takes long.
         folder: of the run.
+        bad_images: those that could not be decoded.
 
     Attributes:
         tracker: the sinks, on rank 0 once `open` was called, and until `close`.
@@ -40,14 +43,16 @@ class Report:
         validation_broken_off: whether a signal broke it off; a checkpoint keeps it, and the resumed run validates.
         pictured: step of the last picture.
         picture_broken_off: whether a signal kept it from being drawn; kept likewise, and the resumed run draws it.
-        bad_images: names of those that could not be decoded.
     """
 
-    def __init__(self, backend: Backend, progress: Progress, stop: StopRequest, folder: Path):
+    def __init__(
+        self, backend: Backend, progress: Progress, stop: StopRequest, folder: Path, bad_images: BadImages
+    ):
         self.backend = backend
         self.progress = progress
         self.stop = stop
         self.folder = folder
+        self.bad_images = bad_images
         self.tracker: Tracker | None = None
         self.means = RunningMeans()
         self.log_fn: LogFunction | None = None
@@ -56,7 +61,6 @@ class Report:
         self.validation_broken_off = False
         self.pictured = -1
         self.picture_broken_off = False
-        self.bad_images: set[str] = set()
         self._undrawn = 0  # the signal that broke off the picture that this rank drew
         self.restart_clock()
 
@@ -152,16 +156,14 @@ class Report:
 
     def note_bad(self, names: list[str]) -> None:
         """Name images that could not be decoded and were replaced, each once."""
-        for name in names:
-            if name not in self.bad_images:
-                self.bad_images.add(name)
-                rank = self.backend.rank
-                tqdm.write(f"rank {rank}: skipped an image that cannot be decoded: {name}", file=sys.stderr)
+        for name in self.bad_images.add(names):
+            said = f"rank {self.backend.rank}: skipped an image that cannot be decoded: {printable(name)}"
+            tqdm.write(said, file=sys.stderr)
 
     def print_bad_images(self, most: int = 5) -> None:
         """Say how many images could not be decoded."""
-        if self.bad_images:
-            listed = sorted(self.bad_images)
+        if self.bad_images.names:
+            listed = sorted(map(printable, self.bad_images.names))
             some = ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
             self.print(f"{len(listed)} images could not be decoded and were skipped: {some}")
 

@@ -188,7 +188,11 @@ class Resume:
 
     def _write_rank_state(self, folder: Path) -> None:
         torch.save(seeding.generator_states(), folder / f"random_rank_{self.backend.rank:05d}.pt")
-        numbers = {"means": self.report.means.state(), "counts": self.trained.counts_to_come()}
+        numbers = {
+            "means": self.report.means.state(),
+            "counts": self.trained.counts_to_come(),
+            "bad_images": sorted(self.report.bad_images.names),
+        }
         torch.save(numbers, folder / f"numbers_rank_{self.backend.rank:05d}.pt")
 
     def _write_average(self, folder: Path) -> None:
@@ -302,6 +306,7 @@ class Resume:
         if path is not None and path.is_file():
             loaded = torch.load(path, self.backend.device, weights_only=True)
         self.report.means.restore(loaded["means"])
+        self.report.bad_images.restore(loaded.get("bad_images", []))
         for name, counts in self.trained.counts_to_come().items():
             counts.copy_(loaded["counts"].get(name, torch.zeros_like(counts)))
 

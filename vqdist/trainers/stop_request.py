@@ -11,6 +11,9 @@ from vqdist.backends import Backend
 from vqdist.stopping import BrokenOff, StopSignals
 
 
+FAULT = 255  # above every signal: a rank that cannot go on, and has said why
+
+
 class StopRequest:
     """The signals of one call of `train`, and what all ranks know of them.
 
@@ -18,18 +21,20 @@ class StopRequest:
         backend: its ranks tell one another.
 
     Attributes:
-        number: the signal that all ranks know of, or 0.
+        number: the signal that all ranks know of, or 0; `FAULT` where a rank has no batch for a coming step.
+        fault: whether this rank has none.
     """
 
     def __init__(self, backend: Backend):
         self.backend = backend
         self.number = 0
+        self.fault = False
         self._signals: StopSignals | None = None  # within `listening`
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within this context signals are noted; what an earlier one received is forgotten."""
-        self.number = 0
+        self.number, self.fault = 0, False
         try:
             with StopSignals() as self._signals:
                 yield
@@ -44,7 +49,7 @@ class StopRequest:
     def asked(self) -> int:
         """Return the signal that a rank received lately, or 0: the same on every rank, which call this as often."""
         if self._signals is not None and not self.number:
-            self.number = self.backend.largest_lately(self._signals.received)
+            self.number = self.backend.largest_lately(FAULT if self.fault else self._signals.received)
         return self.number
 
     def agree(self, number: int) -> int:
@@ -52,6 +57,10 @@ class StopRequest:
         found = torch.tensor([number], device=self.backend.device)
         self.number = self.number or int(self.backend.gather(found).max())
         return self.number
+
+    def asked_now(self) -> int:
+        """Return what `asked` does, of this very moment: every rank waits for the others."""
+        return self.asked() or self.asked()
 
     def break_off_if_asked(self) -> None:
         """Raise `BrokenOff` on every rank alike once one of them received a signal."""

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vqdist.data.files import is_storage_failure, storage_error
 from vqdist.data.images import BadImageError, image_to_tensor
 from vqdist.errors import UserError
 from vqdist.sizes import ImageSize
@@ -215,8 +216,13 @@ def _digest_of_image(source: Source, index: int) -> str:
 
 
 def checked_image(source: Source, index: int) -> Image.Image:
-    """Return `source.image(index)`; raise `UserError` unless it is an image of Pillow."""
-    image = source.image(index)
+    """Return `source.image(index)`; raise `UserError` unless it is an image of Pillow, or where the system fails."""
+    try:
+        image = source.image(index)
+    except (OSError, MemoryError) as error:
+        if is_storage_failure(error):
+            raise storage_error(source.name(index), error) from error
+        raise
     if not isinstance(image, Image.Image):
         raise UserError(
             f"{source.name(index)} is a {type(image).__name__}; return a PIL image, as Image.fromarray(array), "
