@@ -46,7 +46,9 @@ def _quota() -> float:
             root = CGROUP / controllers if version_1 else CGROUP
             inner = root / path.lstrip("/")
             # within a container the path may be that of the host, and the container's own is the root
-            quotas += [_quota_of(folder, version_1) for folder in {root, inner, *inner.parents} if folder.is_relative_to(root)]
+            quotas += [
+                _quota_of(folder, version_1) for folder in {root, inner, *inner.parents} if folder.is_relative_to(root)
+            ]
     return min(quotas)
 
 

@@ -23,8 +23,8 @@ def _visible(character: str) -> str:
 class UserError(ValueError):
     """A mistake in what the user wrote or gave: one line with what was found, what was expected and what to do.
 
-    The command line prints the message alone and exits with 2; in Python it is a `ValueError`. What cannot be printed
-    of a file's name is escaped, see `printable`.
+    The command line prints the message alone and exits with 2; in Python it is a `ValueError`. Characters of a
+    file's name that cannot be printed are escaped, see `printable`.
     """
 
     def __init__(self, message: object = ""):

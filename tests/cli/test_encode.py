@@ -19,7 +19,7 @@ from source_files import message_of, save
 from test_tokenizer import build
 from workers import killed_while_encoding
 
-from vqdist import Tokenizer
+from vqdist import Tokenizer, cores
 from vqdist.backends import create_backend
 from vqdist.cli import main
 from vqdist.data import loader
@@ -216,7 +216,9 @@ def test_image_size(exports, tmp_path, quiet):
 def test_num_workers_of_the_loader(exports, tmp_path, quiet, monkeypatch):
     asked = []
     whole = loader.Workers
-    monkeypatch.setattr(loader, "Workers", lambda *args, **kwargs: asked.append(kwargs["count"]) or whole(*args, **kwargs))
+    monkeypatch.setattr(
+        loader, "Workers", lambda *args, **kwargs: asked.append(kwargs["count"]) or whole(*args, **kwargs)
+    )
     monkeypatch.setattr(cores, "cores_of_process", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of four cores, two are this rank's, and one of them computes
     for number, option in enumerate([(), ("--num_workers", 0), ("--num_workers", 2)]):

@@ -113,7 +113,7 @@ def documented_keys(model: str) -> set[str]:
 
 @pytest.mark.parametrize("model", BUILDERS)
 def test_the_page_has_every_key_that_a_trainer_logs(model, tmp_path):
-    trainer = BUILDERS[model](tmp_path, num_train_steps=2, on_nonfinite="skip")
+    trainer = BUILDERS[model](tmp_path, num_train_steps=2, on_nonfinite="skip", on_bad_image="skip")
     trainer.train()
     trainer.close()
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Training that gets no images: a failing storage, too many broken files, a hang. All is saved, and said in one line."""
+"""Training that gets no images: a failing storage, too many broken files, a hang. It is saved, and said in a line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def raising(error):
 SYSTEM = [OSError(number, os.strerror(number)) for number in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE)]
 
 
-@pytest.mark.parametrize("error", [*SYSTEM, MemoryError("no memory"), OSError(errno.ENOMEM, "Cannot allocate")], ids=str)
+@pytest.mark.parametrize(
+    "error", [*SYSTEM, MemoryError("no memory"), OSError(errno.ENOMEM, "Cannot allocate")], ids=str
+)
 @pytest.mark.parametrize("on_bad_image", ["raise", "skip"])
 def test_a_failure_of_the_system_is_no_bad_image(tmp_path, error, on_bad_image):
     """Two steps are trained, of four images each, and saved."""
@@ -108,7 +110,9 @@ def test_a_signal_breaks_off_the_wait_for_images(tmp_path, num_workers, number):
 
 
 def test_nothing_is_read_beyond_the_last_step(tmp_path):
-    trainer = trainer_of(tmp_path, raising(SYSTEM[0]), after=12, num_train_steps=3, num_images_save=1, save_results_every=0)
+    trainer = trainer_of(
+        tmp_path, raising(SYSTEM[0]), after=12, num_train_steps=3, num_images_save=1, save_results_every=0
+    )
     trainer.save_pictures = lambda path: None
     trainer.train()
     assert trainer.step == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -89,7 +90,8 @@ class ImageDataset(Dataset):
     @property
     def item_bytes(self) -> int:
         """Bytes of an image as `fetch` gives it."""
-        return self.channels * self.image_size**2 * torch.float32.itemsize
+        sides = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return self.channels * math.prod(sides) * torch.float32.itemsize
 
     def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
         epoch, index = place if isinstance(place, tuple) else (0, place)

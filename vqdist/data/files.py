@@ -67,6 +67,6 @@ def storage_error(name: str, error: BaseException) -> StorageError:
     """Return the one message for an image that could not be read, whatever it holds."""
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return StorageError(
-        f"cannot read the image {name} ({' '.join(reason.split())}); this is a failure of the storage or of the system, "
-        "so no image is passed over for it: mend it, and start the same command again"
+        f"cannot read the image {name} ({' '.join(reason.split())}): a failure of the storage or of the system, so "
+        "no image is passed over for it; mend it, and start the same command again"
     )

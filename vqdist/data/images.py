@@ -300,7 +300,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _silence_libtiff() -> None:
-    """Keep libtiff, which Pillow is linked with, from writing to the terminal by itself; Pillow raises all the same."""
+    """Keep libtiff, which Pillow is linked with, from writing to the terminal by itself; Pillow raises the errors."""
     with suppress(AttributeError, OSError, TypeError):
         library = ctypes.CDLL(Image.core.__file__)
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):

@@ -231,6 +231,7 @@ def _loader(
     pin_memory: bool,
     prefetch_factor: int,
 ) -> Generator[Batch, None, None]:
+    pin_memory = pin_memory and torch.cuda.is_available()
     if not num_workers:
         for items, (labels, bad) in map(fetcher, batches):
             yield Batch(items.pin_memory() if pin_memory else items, torch.tensor(labels), bad)

@@ -1,6 +1,6 @@
 """Image files without their metadata, for pixels that are good where a text, a profile or a date is not.
 
-Decoders refuse a whole file for a chunk that no pixel depends on. What is left here decodes to the same pixels.
+Decoders refuse a whole file for a chunk that no pixel depends on. The rest of the file decodes to the same pixels.
 """
 
 from __future__ import annotations

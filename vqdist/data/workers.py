@@ -1,9 +1,9 @@
 """Processes that load batches, in place of torch's loader.
 
 Torch's loader waits for ever for a batch that a process could not hand over (a full /dev/shm, a long TMPDIR, no file
-descriptors left), raises for a dead process from a signal handler in the midst of anything, and prints tracebacks. Here
-a batch lies in memory that a process has shared with its child since it forked it. That needs no file, no socket and no
-descriptor. Where processes are not forked, a batch goes through the pipe.
+descriptors left), raises for a dead process from a signal handler in the midst of anything, and prints tracebacks.
+Here a batch lies in memory that a process has shared with its child since it forked it. That needs no file, no socket
+and no descriptor. Where processes are not forked, a batch goes through the pipe.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from vqdist.trainers.stop_request import StopRequest
 class Feed:
     """Reads the batches of the coming steps before these begin.
 
-    A rank that cannot read must not leave the others alone in a step: they would wait in an exchange, and nothing could
-    be saved. They hear of a problem one step late (`StopRequest`). So a rank begins a step only when it has its batches
-    and those of the step after it, where there are other ranks. A signal breaks the wait for images off.
+    A rank that cannot read must not leave the others alone in a step: they would wait in an exchange, and nothing
+    could be saved. They hear of a problem one step late (`StopRequest`). So a rank begins a step only when it has its
+    batches and those of the step after it, where there are other ranks. A signal breaks the wait for images off.
 
     Args:
         backend: its ranks train together.

@@ -45,9 +45,7 @@ class Report:
         picture_broken_off: whether a signal kept it from being drawn; kept likewise, and the resumed run draws it.
     """
 
-    def __init__(
-        self, backend: Backend, progress: Progress, stop: StopRequest, folder: Path, bad_images: BadImages
-    ):
+    def __init__(self, backend: Backend, progress: Progress, stop: StopRequest, folder: Path, bad_images: BadImages):
         self.backend = backend
         self.progress = progress
         self.stop = stop

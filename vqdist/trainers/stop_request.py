@@ -10,7 +10,6 @@ import torch
 from vqdist.backends import Backend
 from vqdist.stopping import BrokenOff, StopSignals
 
-
 FAULT = 255  # above every signal: a rank that cannot go on, and has said why
 
 
