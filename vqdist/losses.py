@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 
-def reconstruction_loss(recon: Tensor, image: Tensor, kind: Literal["l1", "l2", "smooth_l1"] = "l1") -> Tensor:
-    """Mean absolute (`l1`) or mean squared (`l2`) difference of two (b, c, h, w).
+def reconstruction_loss(recon: Tensor, image: Tensor, kind: Literal["l1", "l2", "smooth_l1", "both"] = "l1") -> Tensor:
+    """Mean absolute (`l1`) or mean squared (`l2`) difference of two (b, c, h, w), or the sum of these (`both`).
 
     `smooth_l1` (arXiv 1504.08083) is half the square below a difference of 1, and linear above.
     """
     losses = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
-    if kind not in losses:
-        raise ValueError(f"reconstruction loss {kind!r} is not known; expected 'l1', 'l2' or 'smooth_l1'")
+    if kind not in losses and kind != "both":
+        raise ValueError(f"reconstruction loss {kind!r} is not known; expected 'l1', 'l2', 'smooth_l1' or 'both'")
     recon, image = at_least_float32(recon, image)
+    if kind == "both":
+        return F.l1_loss(recon, image) + F.mse_loss(recon, image)
     return losses[kind](recon, image)
 
 
@@ -69,8 +71,40 @@ def bce_generator_loss(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
+def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Mean softplus(- m real) + mean softplus(m fake), where m is the mean logit of each image, as in SEED-Voken."""
+    real, fake = at_least_float32(real_logits, fake_logits)
+    return F.softplus(-real.flatten(1).mean(dim=1)).mean() + F.softplus(fake.flatten(1).mean(dim=1)).mean()
+
+
+def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
+    """Mean softplus(- m fake), where m is the mean logit of each image; patches are averaged first."""
+    (fake,) = at_least_float32(fake_logits)
+    return F.softplus(-fake.flatten(1).mean(dim=1)).mean()
+
+
+def lecam_per_logit(real_logits: Tensor, fake_logits: Tensor, averages: Tensor) -> Tensor:
+    """Mean relu(real - average fake)^2 + mean relu(average real - fake)^2 (arXiv 2104.03310), as in SEED-Voken.
+
+    Args:
+        real_logits, fake_logits: (b, ...).
+        averages: (2,), moving averages of the mean logits of real images and of reconstructions.
+    """
+    real, fake = at_least_float32(real_logits, fake_logits)
+    return F.relu(real - averages[1]).square().mean() + F.relu(averages[0] - fake).square().mean()
+
+
+def lecam_of_means(real_mean: Tensor, fake_mean: Tensor, averages: Tensor) -> Tensor:
+    """Return the same of the two mean logits of a batch (0-d), as in 1d-tokenizer."""
+    real, fake = at_least_float32(real_mean, fake_mean)
+    return F.relu(real - averages[1]).square() + F.relu(averages[0] - fake).square()
+
+
 def gradient_penalty(
-    discriminator: nn.Module | Callable[[Tensor], Tensor], image: Tensor, weight: float = 10.0
+    discriminator: nn.Module | Callable[[Tensor], Tensor],
+    image: Tensor,
+    weight: float = 10.0,
+    kind: Literal["unit_norm", "r1"] = "unit_norm",
 ) -> Tensor:
     """weight * mean over images of (|d D(image) / d image| - 1)^2, with D summed over patches.
 
@@ -80,31 +114,43 @@ def gradient_penalty(
         discriminator: images (b, c, h, w) -> logits (b, ...); the bare network, whose weights get the gradient.
         image: (b, c, h, w), real images; gets no gradient.
         weight: of the penalty.
+        kind: `unit_norm`, or `r1`: weight / 2 * mean of |d D(image) / d image|^2 (arXiv 1801.04406).
     """
     (image,) = at_least_float32(image)
     with torch.enable_grad(), _no_autocast(image):
         image = image.detach().requires_grad_()
-        return gradient_penalty_of_logits(discriminator(image), image, weight)
+        return gradient_penalty_of_logits(discriminator(image), image, weight, kind)
 
 
-def gradient_penalty_of_logits(logits: Tensor | list[Tensor], image: Tensor, weight: float = 10.0) -> Tensor:
+def gradient_penalty_of_logits(
+    logits: Tensor | list[Tensor],
+    image: Tensor,
+    weight: float = 10.0,
+    kind: Literal["unit_norm", "r1"] = "unit_norm",
+) -> Tensor:
     """Return `gradient_penalty` of logits that were computed already: saves a forward where they are needed anyway.
 
     Args:
         logits: (b, ...), the discriminator's for `image`, or a list of such.
         image: (b, c, h, w), which the logits were computed from with `requires_grad`.
-        weight: of the penalty.
+        weight, kind: of the penalty.
     """
     logits = [logits] if isinstance(logits, Tensor) else list(logits)
     ones = [torch.ones_like(output) for output in logits]
     (gradient,) = torch.autograd.grad(logits, image, ones, create_graph=True)
+    if kind == "r1":
+        return weight / 2 * gradient.flatten(1).square().sum(dim=1).mean()
     norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return weight * (norm - 1).square().mean()
 
 
 @torch.no_grad()
 def adaptive_weight(
-    reference_grad: Tensor, adversarial_grad: Tensor, max_weight: float = 1e4, eps: float = 1e-8
+    reference_grad: Tensor,
+    adversarial_grad: Tensor,
+    max_weight: float = 1e4,
+    eps: float = 1e-8,
+    form: Literal["muse", "taming"] = "muse",
 ) -> Tensor:
     """Return the weight that gives the adversarial loss as much gradient as the reference (arXiv 2012.09841, eq. 7).
 
@@ -113,13 +159,16 @@ def adaptive_weight(
         adversarial_grad: of the generator's adversarial loss, the same shape. Both averaged over ranks
             already: the norm of an average is not the average of norms.
         max_weight: upper bound of the result.
-        eps: lower bound of the denominator.
+        eps: lower bound of the denominator, for muse's form.
+        form: `muse`, or `taming`, which adds 1e-4 to the denominator.
 
     Returns:
-        |reference| / max(|adversarial|, eps), at most `max_weight`; 0-d on the device, without a gradient.
+        |reference| / max(|adversarial|, eps) or |reference| / (|adversarial| + 1e-4), at most `max_weight`; 0-d on
+        the device, without a gradient.
     """
     reference, adversarial = at_least_float32(reference_grad, adversarial_grad)
-    return (reference.norm() / adversarial.norm().clamp_min(eps)).clamp(0, max_weight)
+    denominator = adversarial.norm() + 1e-4 if form == "taming" else adversarial.norm().clamp_min(eps)
+    return (reference.norm() / denominator).clamp(0, max_weight)
 
 
 @torch.no_grad()

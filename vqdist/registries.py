@@ -40,7 +40,11 @@ DISCRIMINATORS: Registry[Any] = Registry(
     "discriminator",
     "vqdist.models.networks.base.Discriminator",
     contract="discriminator (vqdist.models.networks.Discriminator)",
-    own={"patch": "vqdist.models.networks.patch.PatchDiscriminator"},
+    own={
+        "patch": "vqdist.models.networks.patch.PatchDiscriminator",
+        "patchgan": "vqdist.models.networks.patchgan.PatchGAN",
+        "blur": "vqdist.models.networks.blur.BlurDiscriminator",
+    },
 )
 QUANTIZERS: Registry[Any] = Registry(
     "quantizer",

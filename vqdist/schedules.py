@@ -13,11 +13,12 @@ the finished passes over the images too. Its other parameters are its `init_args
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vqdist.errors import UserError
-from vqdist.parts import PartSpec, Registry, arguments_of
+from vqdist.parts import PartSpec, Registry, arguments_of, unknown
 
 Schedule = Callable[..., float]
 SCHEDULES: Registry[Any] = Registry("lr_schedule")
@@ -128,6 +129,113 @@ def factor_of(schedule: PartSpec | Schedule, step: int, total_steps: int, epoch:
             "factor of the peak rate, a finite number of at least 0"
         )
     return factor
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A weight as a function of the step: 0 until it starts, then a ramp, then its value, then a decay.
+
+    Attributes:
+        value: after the ramp and before the decay.
+        start: the first step at which it is not 0.
+        initial: at `start`, where there is a ramp.
+        ramp_steps: steps over which it goes from `initial` to `value` in a line.
+        decay_start: step at which the decay begins; None for none.
+        decay_steps: steps over which it goes to `final`; 0 does so at once.
+        decay: `linear`, or `cosine` (half of one).
+        final: after the decay.
+    """
+
+    value: float
+    start: int = 0
+    initial: float = 0.0
+    ramp_steps: int = 0
+    decay_start: int | None = None
+    decay_steps: int = 0
+    decay: str = "linear"
+    final: float = 0.0
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], what: str) -> WeightSchedule:
+        """Read a weight from a configuration; `what` it is called in messages.
+
+        Raises:
+            UserError: a key is unknown or missing, or a value is not possible.
+        """
+        names = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in names:
+                raise unknown("key", str(key), names, of=what)
+        if "value" not in given:
+            raise UserError(f"{what} {dict(given)} has no value; give one, as {{value: 0.1, start: 1000}}")
+        schedule = cls(**given)
+        schedule._check(what)
+        return schedule
+
+    def _check(self, what: str) -> None:
+        for name in ("value", "initial", "final"):
+            check_weight(getattr(self, name), f"{name} of {what}")
+        for name in ("start", "ramp_steps", "decay_steps"):
+            steps = getattr(self, name)
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+                raise UserError(f"{name} of {what} is {steps!r}; give a whole number of at least 0")
+        if self.decay not in ("linear", "cosine"):
+            raise UserError(f"decay of {what} is {self.decay!r}; choose one of linear, cosine")
+        after_ramp = self.start + self.ramp_steps
+        if self.decay_start is None:
+            if self.decay_steps or self.final or self.decay != "linear":
+                raise UserError(f"{what} says how it decays but not when; give decay_start, or leave the rest out")
+        elif (
+            isinstance(self.decay_start, bool)
+            or not isinstance(self.decay_start, int)
+            or self.decay_start < after_ramp
+        ):
+            raise UserError(
+                f"decay_start of {what} is {self.decay_start!r}; give a step of at least {after_ramp}, where its ramp "
+                "ends"
+            )
+        if self.initial and not self.ramp_steps:
+            raise UserError(f"initial {self.initial:g} of {what} does nothing without ramp_steps; give these")
+
+    def at(self, step: int) -> float:
+        """Return the weight of the update that follows `step` finished ones."""
+        if step < self.start:
+            return 0.0
+        if step < self.start + self.ramp_steps:
+            return self.initial + (self.value - self.initial) * (step - self.start) / self.ramp_steps
+        if self.decay_start is None or step < self.decay_start:
+            return self.value
+        share = min(1.0, (step - self.decay_start) / self.decay_steps) if self.decay_steps else 1.0
+        left = 0.5 * (1 + math.cos(math.pi * share)) if self.decay == "cosine" else 1 - share
+        return self.final + (self.value - self.final) * left
+
+
+Weight = float | Mapping[str, Any]
+"""A number, or the fields of `WeightSchedule` by name."""
+
+
+def check_weight(given: Any, what: str = "weight") -> None:
+    """Raise `UserError` unless this is a finite number of at least 0, or the fields of a `WeightSchedule`."""
+    if isinstance(given, Mapping):
+        WeightSchedule.of(given, what)
+        return
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
+        raise UserError(f"the {what} is {given!r}; give a finite number, or a schedule as {{value: 0.1, start: 1000}}")
+    if given < 0:
+        raise UserError(f"the {what} is {given}; it must be at least 0")
+
+
+def weight_at(given: Weight, step: int, what: str = "weight") -> float:
+    """Return a weight at a step."""
+    return WeightSchedule.of(given, what).at(step) if isinstance(given, Mapping) else given
+
+
+def ever_positive(given: Weight) -> bool:
+    """Return whether a weight is above 0 at some step."""
+    if not isinstance(given, Mapping):
+        return given > 0
+    schedule = WeightSchedule.of(given, "weight")
+    return max(schedule.value, schedule.initial, schedule.final) > 0
 
 
 def linear_ramp(step: int, *, start: int, length: int) -> float:

@@ -27,7 +27,7 @@ def test_reconstruction_loss_is_the_mean_difference(kind, power):
 
 
 def test_reconstruction_loss_names_an_unknown_kind():
-    with pytest.raises(ValueError, match="'huber' is not known; expected 'l1', 'l2' or 'smooth_l1'"):
+    with pytest.raises(ValueError, match="'huber' is not known; expected 'l1', 'l2', 'smooth_l1' or 'both'"):
         losses.reconstruction_loss(torch.zeros(1), torch.zeros(1), "huber")
 
 

@@ -23,8 +23,8 @@ from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
 from vqdist.models.multiscale import MultiScaleResidual
 from vqdist.models.networks.base import (
     gives_rows,
-    halves,
     logits_of,
+    logits_of_both,
     own_image_size,
     require_module,
     whole_number,
@@ -35,6 +35,7 @@ from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import Quantizer, build_quantizer
 from vqdist.models.tokenizer import check_images, check_pixels, check_scales
 from vqdist.objectives import Objective, Perceptual, PerceptualLoss, Reconstruction
+from vqdist.objectives.adversarial import DISCR_LOSSES, GEN_LOSSES, names_of_losses
 from vqdist.objectives.named import check_image_size as check_perceptual_size
 from vqdist.objectives.named import perceptual_terms
 from vqdist.parts import GIVEN_BUILT, PartSpec, Registry, Spec, UnavailablePart, path_of, recorded, unknown
@@ -67,7 +68,11 @@ class VQGanVAE(
         channels: channels of the images: 1 grey, 3 colour, 4 colour and alpha.
         layers: halvings of the resolution; image sides must be multiples of 2 ** layers.
         l2_recon_loss: mean squared error for the reconstruction instead of the mean absolute error.
-        use_hinge_loss: hinge adversarial losses; false takes binary cross-entropy.
+        use_hinge_loss: muse's hinge losses of the two players; false takes its binary cross-entropy.
+        discr_loss: loss of the discriminator: `hinge`, `vanilla` (each with a factor of one half, as most have it),
+            `non_saturating` (logits averaged per image first), `hinge_sum` or `vanilla_sum` (muse's, without the
+            half); by default what `use_hinge_loss` says.
+        gen_loss: loss of the generator against it: `hinge`, `vanilla` or `non_saturating`; likewise.
         quantizer: `vq` (EMA codebook), `lfq` (lookup-free), `fsq` (finite scalar), `simvq`, `residual_vq`,
             `multiscale_vq` (VAR's, a map of codes for each scale), `gradient_vq` (taming's and LlamaGen's), `ibq` or
             `gumbel`, or one of your own, which is built with the features' `dim`, and with `codebook_size` if it takes
@@ -119,6 +124,8 @@ class VQGanVAE(
         layers: int = 4,
         l2_recon_loss: bool = False,
         use_hinge_loss: bool = True,
+        discr_loss: str | None = None,
+        gen_loss: str | None = None,
         quantizer: str | dict[str, Any] | None = None,
         lookup_free_quantization: bool = True,
         codebook_size: int = DEFAULT_CODEBOOK_SIZE,
@@ -158,6 +165,9 @@ class VQGanVAE(
         self.channels = channels
         self.l2_recon_loss = l2_recon_loss
         self.use_hinge_loss = use_hinge_loss
+        if not with_gan and (discr_loss or gen_loss):
+            raise UserError("discr_loss or gen_loss is given but there is no discriminator; leave it out")
+        self._discr_loss, self._gen_loss = names_of_losses(discr_loss, gen_loss, use_hinge_loss)
         self.perceptual = perceptual if use_vgg_and_gan else "none"
         width = cast(int, dim)  # where vqdist's own networks read it, it is given
         own: dict[str, Any] = {"layers": layers, "layer_mults": encdec_layer_mults}
@@ -331,6 +341,7 @@ class VQGanVAE(
         return_discr_loss: bool = False,
         return_recons: bool = False,
         add_gradient_penalty: bool = True,
+        step: int = 0,
     ):
         """The reconstruction, or one player's loss, for a training loop of one's own on one process.
 
@@ -340,6 +351,7 @@ class VQGanVAE(
             return_discr_loss: give the discriminator's loss (0-d).
             return_recons: give `(loss, reconstruction)`.
             add_gradient_penalty: to the discriminator's loss.
+            step: finished updates, for terms whose weight has a schedule.
         """
         self._check_image(img)
         if return_loss and return_discr_loss:
@@ -348,12 +360,14 @@ class VQGanVAE(
         if not return_loss and not return_discr_loss:
             return out.recon
         loss = (
-            self._generator_loss(img, out) if return_loss else self._discriminator_loss(img, out, add_gradient_penalty)
+            self._generator_loss(img, out, step)
+            if return_loss
+            else self._discriminator_loss(img, out, add_gradient_penalty)
         )
         return (loss, out.recon) if return_recons else loss
 
-    def _generator_loss(self, image: Tensor, out: ForwardPass) -> Tensor:
-        terms = self.objective().whole(out.recon, image, out)
+    def _generator_loss(self, image: Tensor, out: ForwardPass, step: int) -> Tensor:
+        terms = self.objective().whole(out.recon, image, out, step)
         total = terms.loss + out.aux_loss
         if self.discriminator is None:
             return total
@@ -371,7 +385,9 @@ class VQGanVAE(
     def _discriminator_loss(self, image: Tensor, out: ForwardPass, add_gradient_penalty: bool) -> Tensor:
         if self.discriminator is None:
             raise UserError("return_discr_loss is set but this model has no discriminator; build it with use_gan=True")
-        loss = self.discriminator_loss(*halves(self.discriminator(torch.cat([image, out.recon.detach()]))))
+        loss = self.discriminator_loss(
+            *logits_of_both(self.discriminator, self.discriminator, image, out.recon.detach())
+        )
         return loss + losses.gradient_penalty(self.discriminator, image) if add_gradient_penalty else loss
 
     def reconstruction_loss(self, recon: Tensor, image: Tensor) -> Tensor:
@@ -380,13 +396,11 @@ class VQGanVAE(
 
     def adversarial_loss(self, fake_logits: Tensor | list[Tensor]) -> Tensor:
         """What the generator minimises of the discriminator's logits for reconstructions; 0-d."""
-        loss = losses.hinge_generator_loss if self.use_hinge_loss else losses.bce_generator_loss
-        return losses.over_outputs(loss, logits_of(fake_logits))
+        return losses.over_outputs(GEN_LOSSES[self._gen_loss], logits_of(fake_logits))
 
     def discriminator_loss(self, real_logits: Tensor | list[Tensor], fake_logits: Tensor | list[Tensor]) -> Tensor:
         """What the discriminator minimises, without the gradient penalty; 0-d."""
-        loss = losses.hinge_discriminator_loss if self.use_hinge_loss else losses.bce_discriminator_loss
-        return losses.over_outputs(loss, logits_of(real_logits), logits_of(fake_logits))
+        return losses.over_outputs(DISCR_LOSSES[self._discr_loss], logits_of(real_logits), logits_of(fake_logits))
 
     def _check_image(self, image: Tensor) -> None:
         if self.layers is not None:

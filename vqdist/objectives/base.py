@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.registries import TERMS
+from vqdist.schedules import Weight, check_weight
 
 
 class Term(nn.Module):
@@ -32,7 +32,8 @@ class Term(nn.Module):
                 return edges.abs().mean()
 
     Args:
-        weight: factor of the loss; 0 measures it only.
+        weight: factor of the loss, a number or a schedule as `{value: 0.1, start: 1000, ramp_steps: 500}` (see
+            `vqdist.schedules.WeightSchedule`); 0 measures it only.
         reference: whether the adaptive weight of the adversarial loss compares with this term. Where no term says so,
             all terms on pixels are the reference.
         name: what the loss is logged as, with `_loss` behind; by default the name of the class in lower case.
@@ -43,7 +44,7 @@ class Term(nn.Module):
 
     acts_on: ClassVar[Literal["pixels", "features"]] = "pixels"
 
-    def __init__(self, weight: float = 1.0, *, reference: bool = False, name: str | None = None):
+    def __init__(self, weight: Weight = 1.0, *, reference: bool = False, name: str | None = None):
         super().__init__()
         self.weight = weight
         self.reference = reference
@@ -56,8 +57,8 @@ class Term(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no forward(recon, image, out)")
 
 
-RESERVED = ("aux", "adversarial", "discr")
-"""Names that no term has: the trainer logs a loss of its own under each."""
+RESERVED = ("aux", "adversarial", "discr", "lecam", "adaptive", "quantizer")
+"""Names that no term has: the trainer logs a loss or a weight of its own under each."""
 
 
 def default_name(cls: Any) -> str:
@@ -81,13 +82,10 @@ def checked(term: Any) -> Any:
     for attribute, value in defaults.items():
         if not hasattr(term, attribute):
             setattr(term, attribute, value)
-    if isinstance(term.weight, bool) or not isinstance(term.weight, (int, float)) or not math.isfinite(term.weight):
-        raise UserError(f"the weight of term {term.name} is {term.weight!r}; give a finite number")
-    if term.weight < 0:
-        raise UserError(f"the weight of term {term.name} is {term.weight}; it must be at least 0")
+    check_weight(term.weight, f"weight of term {term.name}")
     if term.name in RESERVED:
         raise UserError(
-            f"a term is called {term.name!r}, and {term.name}_loss is logged already; give it another name"
+            f"a term is called {term.name!r}, and the trainer logs a loss or weight of that name; give it another"
         )
     if term.acts_on not in ("pixels", "features"):
         raise UserError(f"term {term.name} acts on {term.acts_on!r}; it must be pixels or features")

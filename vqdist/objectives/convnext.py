@@ -20,6 +20,7 @@ from vqdist.objectives.frozen import (
     download_weights,
     read_weights,
 )
+from vqdist.schedules import Weight
 
 SIDE = 224  # pixels, of the images that ConvNeXt-S sees
 
@@ -39,7 +40,7 @@ class ConvNeXtLogits(HoldsFrozen, Term):
         self,
         weights: str | Path | nn.Module | None = None,
         *,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         reference: bool = False,
         name: str = "convnext_s",
     ):

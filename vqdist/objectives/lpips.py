@@ -22,6 +22,7 @@ from vqdist.losses import at_least_float32
 from vqdist.objectives.base import Term
 from vqdist.objectives.frozen import HoldsFrozen, Scaling, check_pair, download_weights, read_weights
 from vqdist.parts import unknown
+from vqdist.schedules import Weight
 
 # for images in [-1, 1]; in [0, 1] they are nearly ImageNet's mean and deviation
 SHIFT = (-0.030, -0.088, -0.188)
@@ -74,7 +75,7 @@ class LPIPS(HoldsFrozen, Term):
         *,
         net: str = "vgg",
         linear: bool | str | Path | Mapping[str, Tensor] = True,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         reference: bool = False,
         name: str = "lpips",
     ):

@@ -5,7 +5,7 @@ Shapes: `b` batch, `c` channel, `h w` image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.objectives.base import checked
+from vqdist.schedules import ever_positive, weight_at
 
 
 class AtTheCut(NamedTuple):
@@ -22,7 +23,7 @@ class AtTheCut(NamedTuple):
         gradient: (b, c, h, w), of the weighted sum of the terms on pixels with respect to the reconstruction.
         reference: (b, c, h, w), the part of it that the adaptive weight compares with.
         feature_loss: the weighted sum of the terms on features, 0-d, with its graph; None where there are none.
-        parts: each term's loss by `NAME_loss`, unweighted, 0-d.
+        parts: each term's loss by `NAME_loss`, unweighted, 0-d; of one with a schedule also its weight, `NAME_weight`.
     """
 
     gradient: Tensor
@@ -57,7 +58,7 @@ class Objective:
             if names.count(name) > 1:
                 raise UserError(f"two terms are called {name!r}; give one of them another name")
         on_pixels = [term for term in self.terms if term.acts_on == "pixels"]
-        if not any(term.weight > 0 for term in on_pixels):
+        if not any(ever_positive(term.weight) for term in on_pixels):
             raise UserError(
                 "no term compares pixels with a weight above 0, so nothing would train the decoder; add "
                 "{class_path: reconstruction, init_args: {kind: l1}}"
@@ -82,7 +83,7 @@ class Objective:
             if hasattr(term, "check_image_size"):
                 term.check_image_size(size)
 
-    def at_the_cut(self, recon: Tensor, image: Tensor, out: Any) -> AtTheCut:
+    def at_the_cut(self, recon: Tensor, image: Tensor, out: Any, step: int = 0) -> AtTheCut:
         """Return the gradients of the terms at a reconstruction without a graph.
 
         Each term on pixels runs backward through itself alone; see `vqdist.losses.surrogate` for the rest of the way.
@@ -91,6 +92,7 @@ class Objective:
             recon: (b, c, h, w) float32, a leaf that requires a gradient.
             image: (b, c, h, w).
             out: what the autoencoder gave.
+            step: finished updates, for weights with a schedule.
         """
         out = self._ready(recon, image, out)
         gradient: Tensor | None = None
@@ -98,32 +100,36 @@ class Objective:
         feature_loss: Tensor | None = None
         parts = {}
         for term in self.terms:
-            loss = parts[f"{term.name}_loss"] = self._loss(term, recon, image, out)
-            if not term.weight:
+            weight = weight_at(term.weight, step)
+            loss = parts[f"{term.name}_loss"] = self._loss(term, weight, recon, image, out)
+            if isinstance(term.weight, Mapping):
+                parts[f"{term.name}_weight"] = torch.tensor(weight)
+            if not weight:
                 continue
             if term.acts_on == "features":
-                feature_loss = _plus(feature_loss, term.weight * loss)
+                feature_loss = _plus(feature_loss, weight * loss)
                 continue
             (own,) = torch.autograd.grad(loss, recon)
-            own = own if term.weight == 1 else term.weight * own
+            own = own if weight == 1 else weight * own
             gradient = _plus(gradient, own)
             if term.name in self._reference:
                 reference = _plus(reference, own)
-        assert gradient is not None  # of a term on pixels, which __init__ asks for
+        gradient = torch.zeros_like(recon) if gradient is None else gradient  # none has started
         return AtTheCut(gradient, gradient if reference is None else reference, feature_loss, parts)
 
-    def whole(self, recon: Tensor, image: Tensor, out: Any) -> Whole:
-        """Return the weighted sums with their graph."""
+    def whole(self, recon: Tensor, image: Tensor, out: Any, step: int = 0) -> Whole:
+        """Return the weighted sums with their graph; weights with a schedule are those of this step."""
         out = self._ready(recon, image, out)
         loss, reference = None, None
         for term in self.terms:
-            if not term.weight:
+            weight = weight_at(term.weight, step)
+            if not weight:
                 continue
-            own = term.weight * self._loss(term, recon, image, out)
+            own = weight * self._loss(term, weight, recon, image, out)
             loss = _plus(loss, own)
             if term.name in self._reference:
                 reference = _plus(reference, own)
-        assert loss is not None
+        loss = 0 * recon.sum() if loss is None else loss  # none has started
         return Whole(loss, loss if reference is None else reference)
 
     def _ready(self, recon: Tensor, image: Tensor, out: Any) -> Any:
@@ -140,14 +146,14 @@ class Objective:
             return out
         return out._replace(features=out.features.float())
 
-    def _loss(self, term: Any, recon: Tensor, image: Tensor, out: Any) -> Tensor:
-        with torch.set_grad_enabled(term.weight > 0 and torch.is_grad_enabled()):
+    def _loss(self, term: Any, weight: float, recon: Tensor, image: Tensor, out: Any) -> Tensor:
+        with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
             loss = term(recon, image, out)
         if not isinstance(loss, Tensor) or loss.ndim:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(f"term {term.name} gave {found}; expected a 0-d tensor, the mean over the batch")
         of, on = ("recon", recon) if term.acts_on == "pixels" else ("out.features", getattr(out, "features", recon))
-        if term.weight > 0 and torch.is_grad_enabled() and on.requires_grad and not loss.requires_grad:
+        if weight > 0 and torch.is_grad_enabled() and on.requires_grad and not loss.requires_grad:
             raise UserError(f"the loss of term {term.name} does not depend on {of}, so it would train nothing")
         return loss
 

@@ -25,6 +25,7 @@ from vqdist.objectives.frozen import (
     download_weights,
     read_weights,
 )
+from vqdist.schedules import Weight
 
 # Where the five blocks end in `vgg16().features`: behind the last ReLU, before the pooling.
 _BLOCK_ENDS = (4, 9, 16, 23, 30)
@@ -122,7 +123,7 @@ class Perceptual(Term):
     def __init__(
         self,
         features: str | nn.Module = "vgg16",
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         *,
         reference: bool = False,
         name: str = "perceptual",

@@ -9,22 +9,23 @@ from torch import Tensor
 from vqdist import losses
 from vqdist.errors import UserError
 from vqdist.objectives.base import Term
+from vqdist.schedules import Weight
 
-KINDS = ("l1", "l2", "smooth_l1")
+KINDS = ("l1", "l2", "smooth_l1", "both")
 
 
 class Reconstruction(Term):
     """Mean difference of reconstruction and image; see `vqdist.losses.reconstruction_loss`.
 
     Args:
-        kind: `l1`, `l2` or `smooth_l1`.
+        kind: `l1`, `l2`, `smooth_l1`, or `both`, the sum of the first two.
         weight, reference, name: see `Term`.
     """
 
     def __init__(
         self,
-        kind: Literal["l1", "l2", "smooth_l1"] = "l1",
-        weight: float = 1.0,
+        kind: Literal["l1", "l2", "smooth_l1", "both"] = "l1",
+        weight: Weight = 1.0,
         *,
         reference: bool = False,
         name: str = "recon",

@@ -150,6 +150,17 @@ class Trainer(ABC):
         """Return what this rank has counted for the next log line and chart; a resumed run sets it in place."""
         return {}
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return tensors beside the networks' on which later steps depend; a resumed run sets them in place.
+
+        They are equal on every rank.
+        """
+        return {}
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        """Return tensors of the networks of which each rank has its own, by the names that `named_tensors` gives."""
+        return {}
+
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Measure the averaged (or live) weights on the validation split."""
@@ -432,7 +443,7 @@ class Trainer(ABC):
             )
         engines = self.build_engines()
         average = self._make_average(next(iter(engines.values()))) if config.use_ema else None
-        self.networks = Networks(self.backend, engines, average)
+        self.networks = Networks(self.backend, engines, average, self.state_tensors(), self.rank_tensors())
         self.networks.check_ranks_agree(self.step)
         skip = config.on_nonfinite == "skip"
         self.guard = FiniteGuard(self.backend, skip=skip, max_skipped_steps=config.max_skipped_steps)

@@ -21,13 +21,24 @@ class Networks:
         backend: made the engines.
         engines: by name; the network of the first is averaged, evaluated and exported.
         average: its moving average, or None. An optimizer that averages the weights itself has no other beside it.
+        state: tensors beside the networks' on which later steps depend, by name; equal on every rank.
+        of_rank: tensors of the networks of which each rank has its own, as statistics of BatchNorm, by dotted name.
     """
 
-    def __init__(self, backend: Backend, engines: Mapping[str, Engine], average: MovingAverage | None):
+    def __init__(
+        self,
+        backend: Backend,
+        engines: Mapping[str, Engine],
+        average: MovingAverage | None,
+        state: Mapping[str, Tensor] | None = None,
+        of_rank: Mapping[str, Tensor] | None = None,
+    ):
         self.backend = backend
         self.engines = dict(engines)
         self.average = average
         self._own = OptimizersAverage(self.main) if averages_itself(self.main.optimizer) else None
+        self.state = dict(state or {})
+        self.of_rank = dict(of_rank or {})
 
     @property
     def main(self) -> Engine:
@@ -61,11 +72,14 @@ class Networks:
         if self.average is not None:
             for key, tensor in self.average.named_tensors():
                 yield f"ema.{key}", tensor
+        yield from self.state.items()
 
     def held_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of this rank that goes into a checkpoint, as messages name it; nothing is exchanged."""
-        return held_tensors(self.engines, None if self.average is None else (self.main, self.average.ema_model))
+        yield from held_tensors(self.engines, None if self.average is None else (self.main, self.average.ema_model))
+        yield from self.state.items()
 
     def check_ranks_agree(self, step: int) -> None:
-        """Raise `RanksDiverged` unless all ranks hold the same weights after this step."""
-        check_ranks_agree(self.backend, self.named_tensors(), step)
+        """Raise `RanksDiverged` unless all ranks hold the same after this step, but for what is a rank's own."""
+        tensors = (item for item in self.named_tensors() if item[0] not in self.of_rank)
+        check_ranks_agree(self.backend, tensors, step)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqdist import seeding
 from vqdist.backends import Backend
-from vqdist.backends.state import load_network_tensors, save_tensors
+from vqdist.backends.state import load_network_tensors, load_tensors, save_tensors
 from vqdist.checkpoint import CheckpointStore, verify, write_all, write_atomically
 from vqdist.errors import UserError
 from vqdist.export import mend_export, write_export
@@ -28,6 +28,8 @@ from vqdist.trainers.networks import Networks
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.report import Report
 from vqdist.trainers.run import NEEDED_TO_RESUME, Run
+
+STATE = "state.safetensors"  # file of what belongs to no network
 
 
 class Trained(Protocol):
@@ -45,9 +47,10 @@ class Trained(Protocol):
 class Resume:
     """Writes and reads the state of a run.
 
-    `_write_state` lists all that weights, log lines and charts of later steps depend on; `load` restores it. The state
+    `write_state` lists all that weights, log lines and charts of later steps depend on; `load` restores it. The state
     of one rank (random state, `means`, `counts_to_come`) is of no use to another number of ranks: then noise is drawn
-    anew, and the first line and chart are of the resumed steps only. Speed is always measured anew.
+    anew, and the first line and chart are of the resumed steps only. Statistics of BatchNorm, which are each rank's
+    own, are then those of rank 0. Speed is always measured anew.
 
     Args:
         run: the folder and the configuration.
@@ -184,13 +187,19 @@ class Resume:
     def write_state(self, folder: Path) -> None:
         """Write all files of a checkpoint; every rank calls this."""
         engines = [partial(engine.save, folder / name) for name, engine in self.networks.engines.items()]
-        write_all(*engines, partial(self._write_rank_state, folder), partial(self._write_average, folder))
+        write_all(
+            *engines,
+            partial(self._write_rank_state, folder),
+            partial(self._write_average, folder),
+            partial(self._write_state_tensors, folder),
+        )
 
     def _write_rank_state(self, folder: Path) -> None:
         torch.save(seeding.generator_states(), folder / f"random_rank_{self.backend.rank:05d}.pt")
         numbers = {
             "means": self.report.means.state(),
             "counts": self.trained.counts_to_come(),
+            "own": self.networks.of_rank,
             "bad_images": sorted(self.report.bad_images.names),
         }
         torch.save(numbers, folder / f"numbers_rank_{self.backend.rank:05d}.pt")
@@ -203,6 +212,10 @@ class Resume:
         if is_main:
             save_tensors(folder / "ema.safetensors", {**tensors, **average.counters()})
 
+    def _write_state_tensors(self, folder: Path) -> None:
+        if self.networks.state and self.backend.is_main:
+            save_tensors(folder / STATE, {name: tensor.cpu() for name, tensor in self.networks.state.items()})
+
     # ------------------------------------------------------------------------------------- load
 
     def load(self, path: Path) -> None:
@@ -211,6 +224,7 @@ class Resume:
         for name, engine in self.networks.engines.items():
             engine.load(path / name)
         self._load_average(path)
+        self._load_state_tensors(path)
         self.progress.step, self.progress.position = info["step"], info["position"]
         self.report.validation_broken_off = info.get("validation_broken_off", False)
         self.report.picture_broken_off = info.get("picture_broken_off", False)
@@ -275,6 +289,12 @@ class Resume:
             )
         average.follow()
 
+    def _load_state_tensors(self, path: Path) -> None:
+        """Restore tensors beside the networks'; they are 0, as at the start, where the run had none of that name."""
+        found = load_tensors(path / STATE, self.backend.device) if (path / STATE).is_file() else {}
+        for name, tensor in self.networks.state.items():
+            tensor.copy_(found.get(name, torch.zeros_like(tensor)))
+
     def _load_rank_state(self, path: Path, info: dict[str, Any]) -> None:
         backend = self.backend
         if info["world_size"] == backend.world_size:
@@ -309,6 +329,8 @@ class Resume:
         self.report.bad_images.restore(loaded.get("bad_images", []))
         for name, counts in self.trained.counts_to_come().items():
             counts.copy_(loaded["counts"].get(name, torch.zeros_like(counts)))
+        for name, own in self.networks.of_rank.items():  # rank 0's, where there are none of this rank
+            own.copy_(loaded.get("own", {}).get(name, own))
 
 
 def _processes(number: int) -> str:

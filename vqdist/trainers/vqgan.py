@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -15,11 +15,12 @@ from vqdist.backends import Engine
 from vqdist.errors import UserError
 from vqdist.metrics import RunningMeans
 from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
-from vqdist.models.networks.base import halves, logits_of
+from vqdist.models.networks.base import logits_of, logits_of_both, running_statistics
 from vqdist.models.vqgan import VQGanVAE
+from vqdist.objectives.adversarial import LeCam
 from vqdist.options import option
 from vqdist.parts import Spec
-from vqdist.schedules import factor_of, linear_ramp
+from vqdist.schedules import check_weight, ever_positive, factor_of, linear_ramp, weight_at
 from vqdist.trainers.base import mark_last
 from vqdist.trainers.config import TrainerConfig
 from vqdist.trainers.optimizers import OptimizerOptions
@@ -46,27 +47,73 @@ class VQGanTrainerConfig(TrainerConfig):
     """As max_grad_norm, for the discriminator."""
     apply_grad_penalty_every: int = option(4, at_least=0)
     """Steps from one gradient penalty of the discriminator to the next; 0 applies none."""
-    grad_penalty_weight: float = option(10.0, at_least=0)
-    """Weight of the gradient penalty."""
+    grad_penalty_weight: float | dict[str, Any] = 10.0
+    """Weight of the gradient penalty: a number, or a schedule as {value: 10, start: 1000}."""
+    grad_penalty: str = option("unit_norm", one_of=("unit_norm", "r1"))
+    """`unit_norm` draws the norm of the gradient at real images to 1, as muse; `r1` draws it to 0: half the weight
+    times its square times apply_grad_penalty_every, in the last step of each such interval, as bsq-vit."""
+    lecam_weight: float | dict[str, Any] = 0.0
+    """Weight of LeCAM regularisation in the discriminator's loss, a number or a schedule; 0 for none."""
+    lecam: str = option("per_logit", one_of=("per_logit", "of_means"))
+    """`per_logit`: as SEED-Voken (IBQ, Open-MAGVIT2); `of_means`: as 1d-tokenizer (TiTok)."""
+    lecam_decay: float = option(0.999, at_least=0, below=1)
+    """Decay of the moving averages of mean logits that LeCAM compares with."""
+    discr_loss_weight: float | dict[str, Any] = 1.0
+    """Weight of the discriminator's own loss (not of the gradient penalty), a number or a schedule."""
     discriminator_start: int = option(0, at_least=0)
     """Step at which the discriminator begins to train."""
+    discriminator_before_start: str = option("skip", one_of=("skip", "zero_loss"))
+    """Until then `skip` leaves it out, as 1d-tokenizer and IBQ; `zero_loss` trains it on zero times its loss, as
+    taming, LlamaGen and Open-MAGVIT2: statistics of BatchNorm, averages of LeCAM and the steps of Adam move."""
+    update_order: str = option("generator_first", one_of=("generator_first", "discriminator_first"))
+    """`discriminator_first`: the generator's loss is of the updated discriminator, as in IBQ."""
+    fresh_reconstruction: bool = False
+    """Let the discriminator see reconstructions by the updated generator, as taming: a second forward a step."""
     discriminator_warmup_steps: int = option(0, at_least=0)
     """Steps that the discriminator trains alone before its loss reaches the generator."""
     adversarial_ramp_steps: int = option(0, at_least=0)
     """Steps over which the adversarial weight then rises linearly to its full value."""
-    adversarial_weight: float = option(1.0, at_least=0)
-    """Weight of the adversarial loss, times the adaptive weight."""
+    adversarial_weight: float | dict[str, Any] = 1.0
+    """Weight of the adversarial loss, times the adaptive weight: a number, or a schedule as {value: 0.1, start:
+    1000}."""
     adaptive_weight: bool = True
     """Make the adversarial loss move the last layer as much as the perceptual (or else reconstruction) loss does."""
+    adaptive_weight_form: str = option("muse", one_of=("muse", "taming"))
+    """Denominator of the adaptive weight: `muse` takes at least 1e-8, `taming` adds 1e-4."""
     max_adaptive_weight: float = option(1e4, at_least=0)
     """Upper bound of the adaptive weight."""
+    quantizer_weight: float | dict[str, Any] = 1.0
+    """Weight of the quantizer's losses, taming's codebook_weight: a number, or a schedule as {value: 1, initial: 3,
+    ramp_steps: 2000}."""
 
     def check(self) -> None:
         super().check()
+        for name in WEIGHTS:
+            check_weight(getattr(self, name), name)
+        self._check_dependants()
         self.two_decays("discr_adam_betas")
         self.discr_optimizer_options.resolved()
         if self.discr_lr_schedule is not None:
             factor_of(self.discr_schedule, 0, 1000)
+
+    def _check_dependants(self) -> None:
+        """Raise `UserError` for options that nothing would read, and for an order that cannot be."""
+        if self.update_order == "discriminator_first":
+            self.refuse_set("fresh_reconstruction", because="update_order is discriminator_first")
+            if self.grad_accum_every > 1:
+                raise UserError(
+                    f"update_order discriminator_first is not possible with grad_accum_every {self.grad_accum_every}: "
+                    "both losses are of one reconstruction, and its graph would be kept for all micro-batches; give "
+                    "a larger batch_size, or generator_first"
+                )
+        if not ever_positive(self.lecam_weight):
+            self.refuse_set("lecam", "lecam_decay", because="lecam_weight is 0")
+        if not self.adaptive_weight:
+            self.refuse_set("adaptive_weight_form", because="adaptive_weight is false")
+        if not self.apply_grad_penalty_every:
+            self.refuse_set("grad_penalty", because="apply_grad_penalty_every is 0")
+        if not self.discriminator_start:
+            self.refuse_set("discriminator_before_start", because="discriminator_start is 0")
 
     @property
     def discr_schedule(self) -> Any:
@@ -93,8 +140,12 @@ class VQGanTrainerConfig(TrainerConfig):
         return replace(generator, **said, **own, given=optimizer, lr=lr, said=frozenset(said), prefix="discr_")
 
 
-# all that the configuration adds to every trainer's is about the discriminator
-DISCRIMINATOR_OPTIONS = [f.name for f in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
+# options that are a number or a schedule of the step
+WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
+# all that the configuration adds to every trainer's is about the discriminator, but for this
+OF_THE_GENERATOR = ("quantizer_weight",)
+_OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
+DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]
 
 
 class VQGanVAETrainer(TokenizerTrainer):
@@ -140,8 +191,25 @@ class VQGanVAETrainer(TokenizerTrainer):
                 vae.discriminator, optimizer, max_grad_norm=config.discr_max_grad_norm
             )
             self._refuse_impossible_penalty(self.discriminator)
+            self._refuse_impossible_start(self.discriminator)
         self.objective = vae.objective()
+        self.lecam = self._make_lecam()
         return engines
+
+    def _make_lecam(self) -> LeCam | None:
+        config = self.config
+        if self.discriminator is None or not ever_positive(config.lecam_weight):
+            return None
+        return LeCam(cast(Any, config.lecam), config.lecam_decay, self.backend.average, self.device)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {} if self.lecam is None else {"lecam_averages": self.lecam.averages}
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        if self.discriminator is None:
+            return {}
+        statistics = running_statistics(self.discriminator.module)
+        return {f"discriminator.{name}": statistic for name, statistic in statistics.items()}
 
     def _require_last_layer(self) -> None:
         if self.model.autoencoder.last_layer is None:
@@ -149,6 +217,13 @@ class VQGanVAETrainer(TokenizerTrainer):
                 f"decoder {type(self.model.autoencoder.decoder).__name__} has no last_layer, from whose gradients the "
                 "adaptive weight of the adversarial loss is computed; give --trainer.adaptive_weight false, and an "
                 "adversarial_weight"
+            )
+        last = self.model.autoencoder.last_layer
+        if type(last).forward is not nn.Conv2d.forward and not hasattr(last, "image_gain"):
+            raise UserError(
+                f"the last_layer of decoder {type(self.model.autoencoder.decoder).__name__} is a {type(last).__name__} "
+                "with a forward of its own, so the adaptive weight would not be that of the image; let it have an "
+                "image_gain if it only scales what the convolution gives, or give --trainer.adaptive_weight false"
             )
 
     def _refuse_impossible_penalty(self, discriminator: Engine) -> None:
@@ -160,32 +235,93 @@ class VQGanVAETrainer(TokenizerTrainer):
                 "--trainer.apply_grad_penalty_every 0, or use DDP or ZeRO 0, 1, 2"
             )
 
+    def _refuse_impossible_start(self, discriminator: Engine) -> None:
+        network = discriminator.module
+        if getattr(network, "initialises_itself", False) and not discriminator.capabilities.any_optimizer:
+            raise UserError(
+                f"discriminator {type(network).__name__} sets weights from its first batch, and {self.backend.title} "
+                "keeps the weights elsewhere, so they would be lost; give it norm batch, or use DDP or ZeRO 0"
+            )
+
     def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
-        """One generator update and, once it has joined, one discriminator update."""
-        generator = self.generator
-        discriminator = self.discriminator if self.step >= self.config.discriminator_start else None
+        """One generator update and, once it has joined, one discriminator update, in the order of the options."""
+        averages = None if self.lecam is None or not self.guard.skip else self.lecam.averages.clone()
+        if self.trained_discriminator is None:
+            numbers = self._generator_alone(micro_batches)
+        elif self.config.update_order == "discriminator_first":
+            numbers = self._discriminator_first(*micro_batches)
+        elif self.config.fresh_reconstruction:
+            numbers = self._generator_alone(micro_batches) | self._discriminator_alone(micro_batches)
+        else:
+            numbers = self._generator_first(micro_batches)
+        if self.lecam is not None and averages is not None and self.guard.dropped("discriminator"):
+            self.lecam.averages.copy_(averages)
+        numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
+        return numbers
+
+    def _generator_first(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
+        """Update both on the same reconstructions; the generator's loss is of the discriminator before its update."""
         of_generator, of_discriminator = RunningMeans(), RunningMeans()
         for image, last in mark_last(micro_batches):
-            with generator.micro_step(last=last):
-                out = generator(image)
-                loss, numbers = self.generator_loss(image, out)
-                generator.backward(loss)
-                of_generator.add(numbers)
-                self.codes.add(out.indices)
-            if discriminator is not None:
-                with discriminator.micro_step(last=last):
-                    loss, numbers = self.discriminator_loss(image, out.recon.detach())
-                    discriminator.backward(loss)
-                    of_discriminator.add(numbers)
+            recon = self._generator_pass(image, of_generator, last=last)
+            self._discriminator_pass(image, recon, of_discriminator, last=last)
+        return self._step_generator(of_generator) | self._step_discriminator(of_discriminator)
+
+    def _generator_alone(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
+        of_generator = RunningMeans()
+        for image, last in mark_last(micro_batches):
+            self._generator_pass(image, of_generator, last=last)
+        return self._step_generator(of_generator)
+
+    def _discriminator_alone(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
+        """Update the discriminator on reconstructions that the generator makes now."""
+        of_discriminator = RunningMeans()
+        for image, last in mark_last(micro_batches):
+            with torch.no_grad():
+                recon = self.generator(image).recon
+            self._discriminator_pass(image, recon, of_discriminator, last=last)
+        return self._step_discriminator(of_discriminator)
+
+    def _discriminator_first(self, image: Tensor) -> dict[str, Tensor]:
+        """Update both on the same reconstructions; the generator's loss is of the discriminator after its update."""
+        of_generator, of_discriminator = RunningMeans(), RunningMeans()
+        with self.generator.micro_step(last=True):
+            out = self.generator(image)
+            self._discriminator_pass(image, out.recon.detach(), of_discriminator, last=True)
+            numbers = self._step_discriminator(of_discriminator)
+            self._generator_backward(image, out, of_generator)
+        return self._step_generator(of_generator) | numbers
+
+    def _generator_pass(self, image: Tensor, means: RunningMeans, *, last: bool) -> Tensor:
+        """Add the generator's gradient of one micro-batch, and return the reconstruction without its graph."""
+        with self.generator.micro_step(last=last):
+            out = self.generator(image)
+            self._generator_backward(image, out, means)
+        return out.recon.detach()
+
+    def _generator_backward(self, image: Tensor, out: ForwardPass, means: RunningMeans) -> None:
+        loss, numbers = self.generator_loss(image, out)
+        self.generator.backward(loss)
+        means.add(numbers)
+        self.codes.add(out.indices)
+
+    def _discriminator_pass(self, image: Tensor, recon: Tensor, means: RunningMeans, *, last: bool) -> None:
+        """Add the discriminator's gradient of one micro-batch."""
+        with self.critic.micro_step(last=last):
+            loss, numbers = self.discriminator_loss(image, recon)
+            self.critic.backward(loss)
+            means.add(numbers)
+
+    def _step_generator(self, means: RunningMeans) -> dict[str, Tensor]:
         lr = self.learning_rate(self.config.lr)
-        numbers = self.step_engine("generator", of_generator.means(), lr=lr, norm="generator_grad_norm")
-        if discriminator is not None:
-            discr_lr = self.discr_learning_rate()
-            norm = "discriminator_grad_norm"
-            numbers |= self.step_engine("discriminator", of_discriminator.means(), lr=discr_lr, norm=norm)
-            if self.has_own_schedule:
-                numbers["discr_lr"] = torch.tensor(discr_lr)
-        return {**numbers, "lr": torch.tensor(lr)}
+        return self.step_engine("generator", means.means(), lr=lr, norm="generator_grad_norm")
+
+    def _step_discriminator(self, means: RunningMeans) -> dict[str, Tensor]:
+        lr = self.discr_learning_rate()
+        numbers = self.step_engine("discriminator", means.means(), lr=lr, norm="discriminator_grad_norm")
+        if self.has_own_schedule:
+            numbers["discr_lr"] = torch.tensor(lr)
+        return numbers
 
     def generator_loss(self, image: Tensor, out: ForwardPass) -> tuple[Tensor, dict[str, Tensor]]:
         """What to call `backward` on, and the numbers to log.
@@ -195,10 +331,10 @@ class VQGanVAETrainer(TokenizerTrainer):
         autoencoder once, and no gradient passes an engine's output twice, which DeepSpeed forbids.
         """
         recon = out.recon.detach().to(torch.float32).requires_grad_()
-        gradient, reference, feature_loss, parts = self.objective.at_the_cut(recon, image, out)
+        gradient, reference, feature_loss, parts = self.objective.at_the_cut(recon, image, out, self.step)
         parts["aux_loss"] = out.aux_loss
         weight: float | Tensor = self.scheduled_adversarial_weight()
-        if weight > 0:
+        if weight > 0 or self.runs_before_its_start:
             parts["adversarial_loss"] = self.model.adversarial_loss(self.critic.frozen(recon))
             adversarial = torch.autograd.grad(parts["adversarial_loss"], recon)[0]
             if self.config.adaptive_weight:
@@ -207,7 +343,15 @@ class VQGanVAETrainer(TokenizerTrainer):
                 weight = weight * parts["adaptive_weight"]
             gradient = gradient + weight * adversarial
             parts["adversarial_weight"] = torch.as_tensor(weight)
-        return losses.surrogate(out.recon, gradient, out.aux_loss, feature_loss), parts
+        return losses.surrogate(out.recon, gradient, self.weighted_aux_loss(out, parts), feature_loss), parts
+
+    def weighted_aux_loss(self, out: ForwardPass, parts: dict[str, Tensor]) -> Tensor:
+        """The quantizer's loss times its weight, which is logged where it has a schedule."""
+        given = self.config.quantizer_weight
+        weight = weight_at(given, self.step)
+        if isinstance(given, Mapping):
+            parts["quantizer_weight"] = torch.tensor(weight)
+        return out.aux_loss if weight == 1 else weight * out.aux_loss
 
     def scheduled_adversarial_weight(self) -> float:
         """What the schedule says of the adversarial loss at this step; 0 where it does not reach the generator."""
@@ -215,7 +359,23 @@ class VQGanVAETrainer(TokenizerTrainer):
         if self.discriminator is None:
             return 0.0
         start = config.discriminator_start + config.discriminator_warmup_steps
-        return config.adversarial_weight * linear_ramp(self.step, start=start, length=config.adversarial_ramp_steps)
+        ramp = linear_ramp(self.step, start=start, length=config.adversarial_ramp_steps)
+        return weight_at(config.adversarial_weight, self.step) * ramp
+
+    @property
+    def trained_discriminator(self) -> Engine | None:
+        """The discriminator's engine, where it is updated in the coming step."""
+        return self.discriminator if self.runs_before_its_start or self._has_started else None
+
+    @property
+    def runs_before_its_start(self) -> bool:
+        """Whether the discriminator is trained on zero times its loss in the coming step."""
+        early = self.config.discriminator_before_start == "zero_loss"
+        return self.discriminator is not None and early and not self._has_started
+
+    @property
+    def _has_started(self) -> bool:
+        return self.step >= self.config.discriminator_start
 
     def adaptive_weight(self, hidden: Tensor, reference: Tensor, adversarial: Tensor) -> Tensor:
         """|gradient of the reference loss| / |gradient of the adversarial loss| at the last layer's weight (0-d).
@@ -225,31 +385,48 @@ class VQGanVAETrainer(TokenizerTrainer):
         """
         layer = cast(_ConvShape, self.last_layer)
         gradients = losses.last_layer_grads(hidden, layer.weight_shape, reference, adversarial, **layer.options)
-        of_reference, of_adversarial = self.backend.average(gradients)
-        return losses.adaptive_weight(of_reference, of_adversarial, max_weight=self.config.max_adaptive_weight)
+        of_reference, of_adversarial = self.backend.average(layer.gain * gradients)
+        form = cast(Any, self.config.adaptive_weight_form)
+        return losses.adaptive_weight(
+            of_reference, of_adversarial, max_weight=self.config.max_adaptive_weight, form=form
+        )
 
     def discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss on real and reconstructed images (b, c, h, w), and the numbers to log."""
-        every = self.config.apply_grad_penalty_every
-        penalised = bool(every) and self.step % every == 0
+        penalised = self.is_penalised
         if penalised and self.critic.capabilities.double_backward:
             image = image.detach().requires_grad_()  # its logits serve the loss and the penalty
             real, fake = logits_of(self.critic(image)), logits_of(self.critic(recon.to(image.dtype)))
         else:
-            real, fake = halves(self.critic(torch.cat([image, recon.to(image.dtype)])))
+            real, fake = logits_of_both(self.critic, self.critic.module, image, recon.to(image.dtype))
         loss = self.model.discriminator_loss(real, fake)
         numbers = {"discr_loss": loss, "real_logits": _mean(real), "fake_logits": _mean(fake)}
+        if self.lecam is not None:
+            numbers["lecam_loss"] = self.lecam.loss(real, fake)
+            loss = loss + weight_at(self.config.lecam_weight, self.step) * numbers["lecam_loss"]
+        factor = weight_at(self.config.discr_loss_weight, self.step) if self._has_started else 0.0
+        loss = loss if factor == 1 else factor * loss
         if penalised:
             numbers["gradient_penalty"] = self.gradient_penalty(real, image)
             loss = loss + numbers["gradient_penalty"]
         return loss, numbers
 
+    @property
+    def is_penalised(self) -> bool:
+        """Whether the discriminator's loss of the coming step has a gradient penalty."""
+        every = self.config.apply_grad_penalty_every
+        last = every - 1 if self.config.grad_penalty == "r1" else 0
+        return bool(every) and self._has_started and self.step % every == last
+
     def gradient_penalty(self, logits: list[Tensor], image: Tensor) -> Tensor:
         """The penalty at real images (b, c, h, w), 0-d; added to the loss, as DDP allows one backward only."""
-        weight = self.config.grad_penalty_weight
+        config = self.config
+        weight = weight_at(config.grad_penalty_weight, self.step)
+        weight = weight * config.apply_grad_penalty_every if config.grad_penalty == "r1" else weight
+        kind = cast(Any, config.grad_penalty)
         if self.critic.capabilities.double_backward:
-            return losses.gradient_penalty_of_logits(logits, image, weight)
-        return losses.gradient_penalty(self.critic.module, image, weight)
+            return losses.gradient_penalty_of_logits(logits, image, weight, kind)
+        return losses.gradient_penalty(self.critic.module, image, weight, kind)
 
     @property
     def critic(self) -> Engine:
@@ -288,6 +465,7 @@ class _ConvShape:
 
     weight_shape: tuple[int, ...]
     options: dict[str, Any]
+    gain: float
 
     @classmethod
     def of(cls, layer: nn.Conv2d | None) -> _ConvShape | None:
@@ -298,7 +476,7 @@ class _ConvShape:
             sizes = zip(layer.dilation, layer.kernel_size, strict=True)
             padding = tuple(0 if padding == "valid" else spread * (size - 1) // 2 for spread, size in sizes)
         options = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation, "groups": layer.groups}
-        return cls(tuple(layer.weight.shape), options)
+        return cls(tuple(layer.weight.shape), options, getattr(layer, "image_gain", 1.0))
 
 
 def _mean(logits: list[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: `b` batch, `c` channel, `h w` image, `d` width of the features, `h' w'` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -48,7 +48,8 @@ class Decoder(Protocol):
 
     Attributes:
         last_layer: a convolution, called on what `forward` returns; the adaptive weight of the adversarial loss is
-            computed from its input. None where `forward` returns the image: then there is no adaptive weight.
+            computed from its input. None where `forward` returns the image: then there is no adaptive weight. A class
+            of its own may scale what the convolution gives, and says by how much as `image_gain`.
     """
 
     last_layer: nn.Conv2d | None
@@ -57,6 +58,10 @@ class Decoder(Protocol):
 @runtime_checkable
 class Discriminator(Protocol):
     """Images (b, c, h, w) -> logits with the batch first, positive for real, or a list of such tensors.
+
+    One whose logits of an image depend on the rest of the batch, as BatchNorm makes them, may have an attribute
+    `batch_statistics` that is true, and `forward(image, parts=1)`. It is then given real images and reconstructions in
+    one batch with `parts=2`, and treats the halves as two batches.
 
     Attributes:
         min_image_size: the smallest side of an image, in pixels, that it takes.
@@ -207,6 +212,31 @@ def logits_of(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> list[Tensor
                 f"the discriminator gave {_described(logits)}; expected logits of floats with the batch first"
             )
     return list(output)
+
+
+def logits_of_both(
+    critic: Callable[..., Any], network: nn.Module, image: Tensor, recon: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the logits of real images and of reconstructions (b, c, h, w), by one forward.
+
+    Args:
+        critic: the discriminator, or its engine.
+        network: the discriminator.
+        image, recon: of the same shape.
+    """
+    parts = {"parts": 2} if getattr(network, "batch_statistics", False) is True else {}
+    return halves(critic(torch.cat([image, recon]), **parts))
+
+
+def running_statistics(network: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a network's BatchNorm layers that follow the batches of one rank, by name."""
+    return {
+        f"{name}.{kind}" if name else kind: statistic
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+        for kind in ("running_mean", "running_var")
+        if (statistic := getattr(module, kind)) is not None
+    }
 
 
 def halves(output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:

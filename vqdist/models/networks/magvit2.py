@@ -97,6 +97,8 @@ class MagvitLevel(nn.Module):
 class ShiftedConv2d(nn.Conv2d):
     """A convolution whose output in [-1, 1] becomes an image in [0, 1]: weights stay those of published files."""
 
+    image_gain = 0.5
+
     def forward(self, input: Tensor) -> Tensor:
         """(b, d, h, w) -> (b, c, h, w)."""
         return (super().forward(input) + 1) / 2

@@ -130,6 +130,8 @@ class Middle(nn.Module):
 class ImageConv2d(nn.Conv2d):
     """A convolution whose output in [-1, 1] becomes an image in [0, 1]: weights stay those of the published files."""
 
+    image_gain = 0.5
+
     def forward(self, input: Tensor) -> Tensor:
         """(b, d, h, w) -> (b, c, h, w)."""
         return (super().forward(input) + 1) / 2
