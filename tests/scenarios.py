@@ -303,3 +303,59 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> t
     assert first.keys() == second.keys()
     pairs = ((name, first[name].double(), second[name].double()) for name in first)
     return max((float(((a - b).abs() / a.abs().clamp(min=1)).max()), name) for name, a, b in pairs)
+
+
+# the discriminators and losses of the field, all of their options on; each is a model's options and a trainer's
+ADVERSARIES = {
+    # taming's order of updates and weights, but for GroupNorm
+    "taming": (
+        {"discr_loss": "hinge", "gen_loss": "hinge"},
+        {
+            "adaptive_weight_form": "taming",
+            "fresh_reconstruction": True,
+            "discriminator_start": 1,
+            "discriminator_before_start": "zero_loss",
+            "grad_penalty": "r1",
+            "apply_grad_penalty_every": 2,
+            "lecam_weight": 0.1,
+            "quantizer_weight": {"value": 1.0, "initial": 3.0, "ramp_steps": 3},
+        },
+    ),
+    # SEED-Voken's
+    "seed": (
+        {"discr_loss": "non_saturating", "gen_loss": "non_saturating"},
+        {"update_order": "discriminator_first", "lecam_weight": 1.0, "discr_loss_weight": 0.5, "lecam_decay": 0.5},
+    ),
+    # 1d-tokenizer's
+    "titok": (
+        {"discriminator": {"class_path": "blur", "init_args": {"width": 32, "stages": 2, "pool": 3}}},
+        {
+            "adaptive_weight": False,
+            "adversarial_weight": {"value": 0.3, "ramp_steps": 2, "decay_start": 2, "decay_steps": 4},
+            "lecam": "of_means",
+            "lecam_weight": 1.0,
+            "lecam_decay": 0.5,
+        },
+    ),
+    "actnorm": (
+        {"discriminator": {"class_path": "patchgan", "init_args": {"width": 8, "layers": 1, "norm": "actnorm"}}},
+        {"grad_penalty": "r1", "grad_penalty_weight": 0.01, "apply_grad_penalty_every": 1},
+    ),
+    # its batch statistics are each rank's own
+    "patchgan": (
+        {"discriminator": {"class_path": "patchgan", "init_args": {"width": 8, "layers": 1}}, "discr_loss": "hinge"},
+        {"lecam_weight": 0.1, "apply_grad_penalty_every": 0},
+    ),
+}
+
+
+def build_adversary(folder: Path, /, name: str, **options) -> VQGanVAETrainer:
+    """A trainer of a small VQGAN with the discriminator and the losses of `ADVERSARIES`."""
+    model, training = ADVERSARIES[name]
+    width = {"discr_layers": 4} if "discriminator" in model else {}
+    shared = {"lr": 1e-2, "max_grad_norm": 0.5, "discr_max_grad_norm": 0.5, "augment": True, "optimizer": "sgd"}
+    if "discriminator" not in model:
+        model = {**model, "discr_layers": 2}
+    return build_trainer(
+        folder, quantizer="vq", model={**width, **model, "use_hinge_loss": True}, **{**shared, **training, **options}
+    )

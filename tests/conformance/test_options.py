@@ -78,6 +78,21 @@ CHANGES_WEIGHTS = {
     "random_split_seed": (1, {}, 43, NETWORKS),
     "apply_grad_penalty_every": (1, {}, 0, {"discriminator"}),
     "grad_penalty_weight": (1, {}, 5.0, {"discriminator"}),
+    "grad_penalty": (1, {"apply_grad_penalty_every": 1}, "r1", {"discriminator"}),
+    "lecam_weight": (2, {"lecam_weight": 1.0, "adversarial_weight": 0.0}, 10.0, {"discriminator", "lecam_averages"}),
+    "lecam": (2, {"lecam_weight": 10.0, "adversarial_weight": 0.0}, "of_means", {"discriminator", "lecam_averages"}),
+    "lecam_decay": (1, {"lecam_weight": 10.0}, 0.5, {"discriminator", "lecam_averages"}),
+    "discr_loss_weight": (1, {}, 0.5, {"discriminator"}),
+    "discriminator_before_start": (
+        3,
+        {"discriminator_start": 2, "adversarial_weight": 0.0},
+        "zero_loss",
+        {"discriminator"},
+    ),
+    "update_order": (1, {}, "discriminator_first", {"generator", "ema"}),
+    "fresh_reconstruction": (1, {}, True, {"discriminator"}),
+    "adaptive_weight_form": (1, {}, "taming", {"generator", "ema"}),
+    "quantizer_weight": (1, {}, 0.5, {"generator", "ema"}),
     "discriminator_start": (1, {}, 1, NETWORKS),
     "discriminator_warmup_steps": (1, {}, 1, {"generator", "ema"}),
     "adversarial_ramp_steps": (1, {}, 4, {"generator", "ema"}),
@@ -578,6 +593,22 @@ def model_use_hinge_loss():
 
 
 @model_case
+def model_discr_loss():
+    logits = torch.tensor([[-2.0, 3.0]])
+    halved = build_vae(use_hinge_loss=True, discr_loss="hinge")
+    assert float(halved.discriminator_loss(logits, logits)) == (1.5 + 2.0) / 2
+    assert float(halved.adversarial_loss(logits)) == -0.5
+
+
+@model_case
+def model_gen_loss():
+    logits = torch.tensor([[-2.0, 3.0]])
+    per_image = build_vae(use_hinge_loss=True, gen_loss="non_saturating")
+    assert float(per_image.adversarial_loss(logits)) == pytest.approx(0.474077)  # softplus(-0.5)
+    assert float(per_image.discriminator_loss(logits, logits)) == 1.5 + 2.0
+
+
+@model_case
 def model_quantizer():
     names = {
         "lfq": (LFQQuantizer, 32),
@@ -649,7 +680,7 @@ def model_perceptual():
             assert build_vae(vgg=None, perceptual=spec).perceptual_loss() is loss
     assert asked == ["vgg16", "weights.pth"]
     assert build_vae(vgg=None, perceptual="none").perceptual_loss() is None
-    with pytest.raises(UserError, match=r"--model.perceptual weights\.pth is neither 'vgg16' nor 'none' nor a file"):
+    with pytest.raises(UserError, match=r"--model.perceptual weights\.pth is neither vgg16, .* nor a file"):
         build_vae(vgg=None, perceptual="weights.pth").perceptual_loss()
 
 

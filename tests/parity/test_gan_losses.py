@@ -91,7 +91,7 @@ def test_shares_of_a_batch_give_lecams_gradient_of_the_whole():
         means = torch.stack([real.mean(), fake.mean()]).detach()
         values_of_ranks, gradients = [], []
         for rank in (0, 1):
-            share = LeCam(form, 0.5, lambda tensor: tensor.copy_(means))
+            share = LeCam(form, 0.5, lambda tensor, means=means: tensor.copy_(means))
             share.averages.copy_(AVERAGES)
             loss = share.loss([real[rank : rank + 1]], [fake[rank : rank + 1]])
             gradients.append(torch.autograd.grad(loss, [real, fake]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from vqdist import seeding
 from vqdist.errors import UserError
-from vqdist.schedules import learning_rate, linear_ramp, temperature
+from vqdist.schedules import check_weight, ever_positive, learning_rate, linear_ramp, temperature, weight_at
 
 
 def rates(schedule: str, warmup_steps: int, steps: int = 100) -> list[float]:
@@ -151,3 +152,51 @@ def test_random_state_comes_back_whole(tmp_path):
 def test_seeds_differ_by_every_part():
     seeds = {seeding.derive_seed(*parts) for parts in [(1,), (2,), (1, 2), (2, 1), ("order", 1), ("train", 1)]}
     assert len(seeds) == 6
+
+
+# Weights
+
+
+def test_a_weight_starts_ramps_stays_and_decays():
+    weight = {
+        "value": 0.5,
+        "start": 2,
+        "ramp_steps": 4,
+        "initial": 0.1,
+        "decay_start": 8,
+        "decay_steps": 4,
+        "final": 0.1,
+    }
+    expected = [0, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
+    assert [weight_at(weight, step) for step in range(14)] == pytest.approx(expected)
+    assert weight_at({**weight, "decay": "cosine"}, 9) == pytest.approx(0.1 + 0.4 * (1 + math.cos(math.pi / 4)) / 2)
+    assert [weight_at({"value": 1, "decay_start": 2}, step) for step in range(4)] == [1, 1, 0, 0]
+    assert weight_at(0.3, 100) == 0.3
+    falling = {"value": 0.1, "initial": 0.3, "ramp_steps": 2000}  # bsq-vit's: three times the weight, falling
+    assert [weight_at(falling, step) for step in (0, 1000, 2000)] == pytest.approx([0.3, 0.2, 0.1])
+    assert ever_positive({"value": 0.0, "initial": 1.0, "ramp_steps": 3}) and not ever_positive({"value": 0.0})
+
+
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        ({"value": 1, "warmup": 3}, "w has no key 'warmup'"),
+        ({"start": 3}, "w {'start': 3} has no value"),
+        ({"value": "much"}, "value of w is 'much'; give a finite number"),
+        ({"value": 1, "start": -1}, "start of w is -1; give a whole number"),
+        ({"value": 1, "start": 1.5}, "start of w is 1.5; give a whole number"),
+        (
+            {"value": 1, "start": 5, "ramp_steps": 5, "decay_start": 9},
+            "decay_start of w is 9; give a step of at least 10",
+        ),
+        ({"value": 1, "decay_steps": 5}, "says how it decays but not when"),
+        ({"value": 1, "decay_start": 5, "decay": "fast"}, "decay of w is 'fast'; choose one of linear, cosine"),
+        ({"value": 1, "initial": 0.5}, "initial 0.5 of w does nothing without ramp_steps"),
+        (-1.0, "the w is -1.0; it must be at least 0"),
+        (math.inf, "the w is inf; give a finite number"),
+        (True, "the w is True; give a finite number"),
+    ],
+)
+def test_a_weight_that_cannot_be_is_one_line(weight, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_weight(weight, "w")

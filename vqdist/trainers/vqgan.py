@@ -47,18 +47,18 @@ class VQGanTrainerConfig(TrainerConfig):
     """As max_grad_norm, for the discriminator."""
     apply_grad_penalty_every: int = option(4, at_least=0)
     """Steps from one gradient penalty of the discriminator to the next; 0 applies none."""
-    grad_penalty_weight: float | dict[str, Any] = 10.0
+    grad_penalty_weight: float | dict[str, Any] = option(10.0, at_least=0)
     """Weight of the gradient penalty: a number, or a schedule as {value: 10, start: 1000}."""
     grad_penalty: str = option("unit_norm", one_of=("unit_norm", "r1"))
     """`unit_norm` draws the norm of the gradient at real images to 1, as muse; `r1` draws it to 0: half the weight
     times its square times apply_grad_penalty_every, in the last step of each such interval, as bsq-vit."""
-    lecam_weight: float | dict[str, Any] = 0.0
+    lecam_weight: float | dict[str, Any] = option(0.0, at_least=0)
     """Weight of LeCAM regularisation in the discriminator's loss, a number or a schedule; 0 for none."""
     lecam: str = option("per_logit", one_of=("per_logit", "of_means"))
     """`per_logit`: as SEED-Voken (IBQ, Open-MAGVIT2); `of_means`: as 1d-tokenizer (TiTok)."""
     lecam_decay: float = option(0.999, at_least=0, below=1)
     """Decay of the moving averages of mean logits that LeCAM compares with."""
-    discr_loss_weight: float | dict[str, Any] = 1.0
+    discr_loss_weight: float | dict[str, Any] = option(1.0, at_least=0)
     """Weight of the discriminator's own loss (not of the gradient penalty), a number or a schedule."""
     discriminator_start: int = option(0, at_least=0)
     """Step at which the discriminator begins to train."""
@@ -73,7 +73,7 @@ class VQGanTrainerConfig(TrainerConfig):
     """Steps that the discriminator trains alone before its loss reaches the generator."""
     adversarial_ramp_steps: int = option(0, at_least=0)
     """Steps over which the adversarial weight then rises linearly to its full value."""
-    adversarial_weight: float | dict[str, Any] = 1.0
+    adversarial_weight: float | dict[str, Any] = option(1.0, at_least=0)
     """Weight of the adversarial loss, times the adaptive weight: a number, or a schedule as {value: 0.1, start:
     1000}."""
     adaptive_weight: bool = True
@@ -82,7 +82,7 @@ class VQGanTrainerConfig(TrainerConfig):
     """Denominator of the adaptive weight: `muse` takes at least 1e-8, `taming` adds 1e-4."""
     max_adaptive_weight: float = option(1e4, at_least=0)
     """Upper bound of the adaptive weight."""
-    quantizer_weight: float | dict[str, Any] = 1.0
+    quantizer_weight: float | dict[str, Any] = option(1.0, at_least=0)
     """Weight of the quantizer's losses, taming's codebook_weight: a number, or a schedule as {value: 1, initial: 3,
     ramp_steps: 2000}."""
 
@@ -221,8 +221,8 @@ class VQGanVAETrainer(TokenizerTrainer):
         last = self.model.autoencoder.last_layer
         if type(last).forward is not nn.Conv2d.forward and not hasattr(last, "image_gain"):
             raise UserError(
-                f"the last_layer of decoder {type(self.model.autoencoder.decoder).__name__} is a {type(last).__name__} "
-                "with a forward of its own, so the adaptive weight would not be that of the image; let it have an "
+                f"the last_layer of decoder {type(self.model.autoencoder.decoder).__name__}, {type(last).__name__}, "
+                "has a forward of its own, so the adaptive weight would not be that of the image; let it have an "
                 "image_gain if it only scales what the convolution gives, or give --trainer.adaptive_weight false"
             )
 
