@@ -37,7 +37,7 @@ PARTS = {
     "vqdist.schedules": {*LEAVES, "vqdist.parts"},
     "vqdist.losses": LEAVES,
     "vqdist.sampling": {*LEAVES, "vqdist.losses"},
-    "vqdist.objectives": {*LEAVES, "vqdist.losses"},
+    "vqdist.objectives": {*LEAVES, "vqdist.losses", "vqdist.schedules"},
     "vqdist.models": {*LEAVES, "vqdist.losses", "vqdist.objectives", "vqdist.sampling", "vqdist.schedules"},
     "vqdist.data": {*LEAVES, "vqdist.seeding", "vqdist.stopping"},
     "vqdist.backends": {*LEAVES, "vqdist.stopping"},

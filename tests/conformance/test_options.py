@@ -136,7 +136,7 @@ def test_option_changes_exactly_the_weights_that_it_is_about(kind, option, tmp_p
     steps, common, value, expected = TABLES[kind][option]
     build = BUILDERS[kind]
     plain = train_steps(build(tmp_path / "plain", **common), steps) if common else unchanged(steps, kind)
-    changed = train_steps(build(tmp_path / "changed", **common, **{option: value}), steps)
+    changed = train_steps(build(tmp_path / "changed", **{**common, option: value}), steps)
     assert plain.keys() == changed.keys()
     differ = {name.partition(".")[0] for name in plain if not torch.equal(plain[name], changed[name])}
     assert differ == expected

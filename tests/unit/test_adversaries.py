@@ -198,7 +198,7 @@ def test_a_last_layer_whose_gradient_is_unknown_is_refused(tmp_path):
         ({"update_order": "discriminator_first", "grad_accum_every": 2}, "not possible with grad_accum_every 2"),
         (
             {"update_order": "discriminator_first", "fresh_reconstruction": True},
-            "fresh_reconstruction True does nothing",
+            "fresh_reconstruction True does",
         ),
         ({"lecam": "of_means"}, "lecam of_means does nothing, because lecam_weight is 0"),
         ({"adaptive_weight": False, "adaptive_weight_form": "taming"}, "adaptive_weight_form taming does nothing"),

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_adversaries.py: two ranks of a backend train with each discriminator and its losses.
+"""Run by torchrun from test_two_players.py: two ranks of a backend train with each discriminator and its losses.
 
 usage: adversary_worker.py FOLDER [zero0 | zero1 | zero2]
 """
