@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -24,6 +23,7 @@ from vqdist import losses, sampling
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels, check_whole_numbers
 from vqdist.models.pretrained import PretrainedModel
+from vqdist.models.published.files import read_torch
 from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images
 from vqdist.parts import unknown
 from vqdist.sizes import ImageSize, image_size_of, sides_of
@@ -398,29 +398,8 @@ def _refuse_unknown_arguments(model_class: type, options: dict[str, Any]) -> Non
 def _read_dalle_pytorch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected a vae.pt of DALLE-pytorch")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # not a file of torch, damaged, or one that would run code when unpickled
-        reason = _no_file_of_torch(path) or _why_refused(str(error))
-        raise UserError(f"{path} cannot be read as tensors and plain values ({reason})") from error
+    content = read_torch(path)
     if not isinstance(content, dict) or not {"hparams", "weights"} <= content.keys():
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} holds {found}; a vae.pt of DALLE-pytorch holds hparams and weights")
     return content["hparams"], content["weights"]
-
-
-def _no_file_of_torch(path: Path) -> str | None:
-    """Return what a file is that torch has not written: empty, or text; None for any other."""
-    with path.open("rb") as file:
-        first = file.read(40)
-    if not first:
-        return "it is empty"
-    text = " ".join(first.decode("ascii", "replace").split())
-    return f"it is text that begins with {text!r}" if text.isascii() and text.isprintable() else None
-
-
-def _why_refused(message: str) -> str:
-    """Return what torch refuses, without its advice on how to run the code all the same."""
-    named = re.search(r"GLOBAL (\S+)", message)
-    first = message.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
-    return f"it holds {named[1]}" if named else shorten(first, 200, placeholder=" ...")

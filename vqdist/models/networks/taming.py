@@ -282,6 +282,19 @@ class TamingDecoder(_Half):
         return F.silu(self.norm_out(x))
 
 
+@DECODERS.add("none")
+class NoDecoder(nn.Module):
+    """No decoder, of a tokenizer whose file holds an encoder and a codebook alone: images get codes, and none back."""
+
+    last_layer = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Raise `UserError`."""
+        raise UserError(
+            "this tokenizer has no decoder, so its codes become no image: the file that it is of holds none"
+        )
+
+
 def widths_of(ch: int, ch_mult: Sequence[float], groups: int) -> list[int]:
     """Return the width of each resolution; raise `UserError` for one that is no whole multiple of the groups."""
     check_whole_numbers(ch=(ch, 1), groups=(groups, 1))

@@ -31,6 +31,7 @@ class GradientVQ(Float32Quantizer):
         beta: weight of one of the two terms.
         codebook_loss: `fixed` or `legacy`.
         l2_norm: bring features and codes to length 1, for the lookup, for what comes out, and for the losses.
+        l2_norm_output: bring only what comes out to length 1, as transformers' Janus does with codes that it decodes.
         entropy_weight: of the entropy of each position's distribution over the codes less that of their mean.
         entropy_temperature: of that distribution, softmax(-squared distances / temperature).
     """
@@ -43,6 +44,7 @@ class GradientVQ(Float32Quantizer):
         beta: float = 0.25,
         codebook_loss: str = "fixed",
         l2_norm: bool = False,
+        l2_norm_output: bool = False,
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
     ):
@@ -58,7 +60,8 @@ class GradientVQ(Float32Quantizer):
         self.beta = beta
         self.codebook_loss = cast(Literal["fixed", "legacy"], codebook_loss)
         self.l2_norm = l2_norm
-        self.traits = "l2_norm" if l2_norm else ""
+        self.l2_norm_output = l2_norm_output
+        self.traits = "l2_norm" if l2_norm else "l2_norm_output" if l2_norm_output else ""
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         self.embedding = nn.Embedding(codebook_size, dim)
@@ -75,12 +78,14 @@ class GradientVQ(Float32Quantizer):
             indices = nearest_code(rows, codebook)
             codes = F.embedding(indices, codebook)
             loss = self.loss(rows, codes, codebook) if self.training else torch.zeros((), device=features.device)
-            quantized = straight_through(codes, rows) if self.training else codes
+            given = self._given(codes)
+            quantized = straight_through(given, rows) if self.training else given
         return Quantized(rearrange(quantized, "b h w d -> b d h w").to(features.dtype), indices, loss)
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Codes (b, h, w) -> (b, d, h, w) float32: what `forward` gives for them in eval mode."""
-        return rearrange(F.embedding(indices.long(), self.codebook()), "b h w d -> b d h w")
+        codes = F.embedding(indices.long(), self.codebook())
+        return rearrange(self._given(codes), "b h w d -> b d h w")
 
     def codebook(self) -> Tensor:
         """Return the codes' vectors, (v, d) float32, of length 1 with `l2_norm`."""
@@ -97,6 +102,9 @@ class GradientVQ(Float32Quantizer):
         """Return the mean entropy of the positions' distributions less that of their mean over all ranks; 0-d."""
         sample, batch = code_entropy(rows.flatten(0, -2), codebook, _closeness, self.entropy_temperature)
         return sample - batch
+
+    def _given(self, codes: Tensor) -> Tensor:
+        return F.normalize(codes, dim=-1) if self.l2_norm_output else codes
 
     def _normed(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.l2_norm else vectors

@@ -1,0 +1,133 @@
+"""Tokenizers of other projects: their files become models of vqdist's, and models become such files.
+
+`base` says what a family is, and each further file has one project's. `files` reads without running any code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from vqdist.errors import UserError
+from vqdist.files import read_json
+from vqdist.models.pretrained import MODEL_TYPES, PretrainedModel
+from vqdist.models.published.base import FAMILIES, Family, NetworkFamily, network_tensors
+from vqdist.models.published.files import read_config, read_content
+from vqdist.models.vqgan import VQGanVAE
+from vqdist.parts import unknown
+
+__all__ = ["FAMILIES", "Family", "family_named", "is_published", "read_published", "write_published"]
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
+OWN = "autoencoder."
+
+
+def read_published(
+    path: str | Path,
+    family: str | None = None,
+    peer_config: str | Path | Mapping[str, Any] | None = None,
+) -> PretrainedModel:
+    """Return the tokenizer of another project's file, in eval mode; its images are in [0, 1] as all of vqdist's.
+
+    Args:
+        path: a checkpoint (.ckpt, .pt, .pth, .bin), a safetensors file, or a folder with config.json and weights.
+        family: see `FAMILIES`; by default told by the names of the tensors.
+        peer_config: the project's own configuration: a file (YAML, JSON) or its content. What it says stands over
+            what the shapes of the tensors say.
+
+    Raises:
+        UserError: the file cannot be read without running code, is of no known family, or lacks a tensor.
+    """
+    file, config = _located(Path(path).expanduser())
+    if isinstance(peer_config, Mapping):
+        config = dict(peer_config)
+    elif peer_config is not None:
+        config = read_config(Path(peer_config).expanduser())
+    content = read_content(file)
+    chosen = _recognised(content, config, file) if family is None else family_named(family)
+    return chosen.read(content, config, file)
+
+
+def write_published(model: PretrainedModel, family: str, path: str | Path) -> None:
+    """Write a model in another project's form, with equal tensors.
+
+    Args:
+        model: a tokenizer whose network that project has, too.
+        family: see `FAMILIES`.
+        path: of the file; of diffusers' form a folder.
+
+    Raises:
+        UserError: the project has no form for this model.
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    family_named(family).write(model, path)
+
+
+def family_named(name: str) -> Family:
+    """Return the family of a name or of one of its aliases; raise `UserError` if there is none."""
+    for known, factory in FAMILIES.items():
+        if name == known or name in getattr(factory, "aliases", ()):
+            return factory()
+    raise unknown("family", name, FAMILIES)
+
+
+def is_published(path: str | Path) -> bool:
+    """Return whether a path is a file, or a folder with weights that vqdist did not write."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return True
+    if not path.is_dir():
+        return False
+    found = [path / name for name in WEIGHTS if (path / name).is_file()]
+    if not found or found[0].suffix != ".safetensors":
+        return bool(found)
+    if found[0].name != "model.safetensors":
+        return True
+    try:
+        with safe_open(found[0], "pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError):
+        return False
+    written = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    own = "buffers_are_live" in written or any(name.startswith(OWN) for name in names)
+    return not own and any(name.startswith("encoder.") or ".encoder." in name for name in names) and _foreign(written)
+
+
+def _foreign(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") not in MODEL_TYPES
+
+
+def _located(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file with the weights, and the configuration that lies in the same folder where a folder is given."""
+    if not path.is_dir():
+        return path, {}
+    found = [path / name for name in WEIGHTS if (path / name).is_file()]
+    if not found:
+        raise UserError(f"{path} has none of {', '.join(WEIGHTS)}; give the file with the weights")
+    config = path / "config.json"
+    return found[0], read_json(config) if config.is_file() else {}
+
+
+def _recognised(content: Any, config: Mapping[str, Any], path: Path) -> Family:
+    """Return the family whose tensors a file holds, the most special first."""
+    for name in reversed(FAMILIES.names()):
+        family = FAMILIES[name]()
+        if family.recognises(content, config, path):
+            return family
+    held = ", ".join(sorted(map(str, content))[:5]) if isinstance(content, Mapping) else type(content).__name__
+    raise UserError(
+        f"{path} holds {held or 'nothing'}, which is of no known family; give --family, one of "
+        f"{', '.join(FAMILIES.names())}"
+    )
+
+
+def published_names(model: VQGanVAE, family: str) -> dict[str, list[int]]:
+    """Return name and shape of every tensor that a file of the family holds of a model, on any device."""
+    chosen = family_named(family)
+    if not isinstance(chosen, NetworkFamily):
+        raise UserError(f"files of {chosen.title} are read and not written")
+    return {name: list(one.shape) for name, one in chosen.theirs(network_tensors(model)).items()}

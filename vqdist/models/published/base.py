@@ -1,0 +1,168 @@
+"""A family of published tokenizers: how its files are recognised, read and written."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vqdist.errors import UserError
+from vqdist.models.pretrained import PretrainedModel
+from vqdist.models.published.files import state_dict_in, without_prefix
+from vqdist.models.vqgan import VQGanVAE
+from vqdist.parts import Registry
+
+FEW = 8  # names that a message lists
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+class Family(ABC):
+    """The tokenizers of one project. A subclass is one file.
+
+    Attributes:
+        aliases: other names of it.
+        title: the project, for messages.
+    """
+
+    aliases: ClassVar[tuple[str, ...]] = ()
+    title: ClassVar[str]
+
+    @abstractmethod
+    def recognises(self, content: Any, config: Mapping[str, Any], path: Path) -> bool:
+        """Return whether this is what a file of this family holds.
+
+        Args:
+            content: of the file: tensors and plain values in nested dictionaries.
+            config: the project's configuration, empty where none was given.
+            path: of the file, for messages.
+        """
+
+    @abstractmethod
+    def read(self, content: Any, config: Mapping[str, Any], path: Path) -> PretrainedModel:
+        """Return the model that a file holds, in eval mode; raise `UserError` if it is none of this family."""
+
+    def write(self, model: PretrainedModel, path: Path) -> None:
+        """Write a model as a file of the project; raise `UserError` for one that the project has no form for."""
+        raise UserError(f"files of {self.title} are read and not written")
+
+
+class NetworkFamily(Family):
+    """A family whose models are a `VQGanVAE`, and whose files differ in the names of tensors.
+
+    Names of tensors are those of the network, `encoder...`, `quantizer...`, `decoder...` here, and the project's own
+    there.
+
+    Attributes:
+        keys: of a checkpoint's dictionary below which the weights may lie, the best first.
+        prefixes: of names below which the tokenizer may lie in a larger model.
+        ignored: what else its files may hold, as a pattern of names.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("state_dict", "model", "module")
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    ignored: ClassVar[str] = r"(?!)"
+
+    @abstractmethod
+    def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+        """Return whether these names, or this configuration, are of this family."""
+
+    @abstractmethod
+    def arguments(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `VQGanVAE` by the shapes of tensors, and by the project's configuration over them.
+
+        Raises:
+            KeyError: a tensor is missing without which nobody can tell.
+        """
+
+    @abstractmethod
+    def ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the project's tensors under our names."""
+
+    @abstractmethod
+    def theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return our tensors under the project's names."""
+
+    def image_size(self, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+        """Return the side of the images in pixels that the model is for, if anything says it."""
+        return None
+
+    def weights(self, content: Any, path: Path) -> dict[str, Tensor]:
+        """Return the tokenizer's tensors in what a file holds, without what is ignored."""
+        tensors = without_prefix(state_dict_in(content, self.keys, path), *WRAPPERS)
+        tensors = without_prefix(tensors, *self.prefixes)
+        return {name: one for name, one in tensors.items() if not re.match(self.ignored, name)}
+
+    def check_writable(self, model: VQGanVAE) -> None:
+        """Raise `UserError` for a model that the project has no form for."""
+
+    def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
+        """Write the project's tensors as one of its files."""
+        torch.save(tensors, path)
+
+    def recognises(self, content: Any, config: Mapping[str, Any], path: Path) -> bool:
+        try:
+            return self.fits(self.weights(content, path), config)
+        except UserError:  # it holds no tensors by name
+            return False
+
+    def read(self, content: Any, config: Mapping[str, Any], path: Path) -> VQGanVAE:
+        """Return the model; raise `UserError` that names tensors as the project does if they are not its own."""
+        tensors = self.weights(content, path)
+        try:
+            arguments = self.arguments(tensors, config)
+        except KeyError as error:
+            raise UserError(f"{path} lacks {error.args[0]}, so it is no tokenizer of {self.title}") from error
+        model = VQGanVAE(**arguments, use_vgg_and_gan=False)
+        expected = self.theirs(network_tensors(model))
+        _check(tensors, expected, path, self.title)
+        model.network.load_state_dict(self.ours({name: tensors[name] for name in expected}))
+        model.image_size = self.image_size(arguments, config)
+        return model.eval()
+
+    def write(self, model: PretrainedModel, path: Path) -> None:
+        if not isinstance(model, VQGanVAE):
+            raise UserError(f"a model of type {model.model_type!r} has no form in {self.title}; expected a VQGanVAE")
+        self.check_writable(model)
+        tensors = {name: one.detach().cpu().clone() for name, one in self.theirs(network_tensors(model)).items()}
+        self.save(tensors, model, path)
+
+
+FILES = ("dalle_pytorch", "taming", "llamagen", "var", "ibq", "hubs")
+"""The general families first: of those that recognise a file, the last one reads it."""
+FAMILIES: Registry[Family] = Registry(
+    "family",
+    Family,
+    modules=tuple(f"vqdist.models.published.{file}" for file in FILES),
+)
+
+
+def network_tensors(model: VQGanVAE) -> dict[str, Tensor]:
+    """Return the tensors of encoder, quantizer and decoder by name."""
+    return dict(model.network.state_dict())
+
+
+def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, title: str) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    other = [
+        f"{name} {_shape(found[name])} and not {_shape(expected[name])}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    problems = [("lacks", missing), ("has besides", extra), ("has in another shape", other)]
+    said = [f"{what} {_few(names)}" for what, names in problems if names]
+    if said:
+        raise UserError(f"{path} {' and '.join(said)}, as a tokenizer of {title}; give its --peer_config, or --family")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "0-d"
+
+
+def _few(names: list[str]) -> str:
+    rest = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + rest

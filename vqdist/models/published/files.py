@@ -1,0 +1,167 @@
+"""Reading the files of other projects: tensors and plain values, and never code.
+
+Checkpoints of torch are unpickled with `weights_only`. Where a file names a class that only describes a run, as
+Lightning's callbacks do, an empty class of this module takes its place: nothing of it is imported or called.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vqdist.errors import UserError
+from vqdist.files import read_json
+
+HARMLESS = re.compile(
+    r"(argparse|lightning|lightning_fabric|numpy|omegaconf|pathlib|pytorch_lightning|typing)\.[\w.]+"
+)
+"""Names of classes and functions that describe a run beside its weights; each becomes an `Inert`."""
+MOST_NAMES = 200
+
+
+class Inert:
+    """An object in the place of one that a file names: it takes everything and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None:
+        """Do nothing."""
+
+    extend = update = append
+
+
+def read_content(path: Path) -> Any:
+    """Return what a checkpoint of torch or a safetensors file holds; of torch's, nested dictionaries with tensors.
+
+    Raises:
+        UserError: it is neither, is damaged, or wants code to be run.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; expected a checkpoint, as .ckpt, .pt, .pth, .bin or .safetensors")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged or no safetensors file ({error})") from error
+    return read_torch(path)
+
+
+def read_torch(path: Path) -> Any:
+    """Return the tensors and plain values of a checkpoint of torch; see `read_content`."""
+    inert: list[Any] = []
+    while True:
+        try:
+            with torch.serialization.safe_globals(inert):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # not a file of torch, damaged, or one that would run code when unpickled
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            name = wanted[1] if wanted else ""
+            if HARMLESS.fullmatch(name) and (Inert, name) not in inert and len(inert) < MOST_NAMES:
+                inert.append((Inert, name))
+                continue
+            reason = no_file_of_torch(path) or why_refused(str(error))
+            raise UserError(f"{path} cannot be read as tensors and plain values ({reason})") from error
+
+
+def no_file_of_torch(path: Path) -> str | None:
+    """Return what a file is that torch has not written: empty, or text; None for any other."""
+    with path.open("rb") as file:
+        first = file.read(40)
+    if not first:
+        return "it is empty"
+    text = " ".join(first.decode("ascii", "replace").split())
+    return f"it is text that begins with {text!r}" if text.isascii() and text.isprintable() else None
+
+
+def why_refused(message: str) -> str:
+    """Return what torch refuses, without its advice on how to run the code all the same."""
+    named = re.search(r"GLOBAL (\S+)", message)
+    if named:
+        return f"it holds {named[1]}"
+    first = message.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
+    return shorten(first, 200, placeholder=" ...")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration in a JSON or YAML file; raise `UserError` if there is none."""
+    if path.suffix == ".json":
+        return read_json(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid YAML ({shorten(str(error), 150)}); give the peer's own file") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; the options of a model are expected, by name")
+    return content
+
+
+def options_in(config: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    """Return the innermost dictionary of a configuration that has one of these options; empty if none has.
+
+    Peers write options at the top, below `arguments`, or below `model: params:`, `model: init_args:` and deeper.
+    """
+    if any(name in config for name in known):
+        return dict(config)
+    for value in config.values():
+        found = options_in(value, known) if isinstance(value, Mapping) else {}
+        if found:
+            return found
+    return {}
+
+
+def state_dict_in(content: Any, keys: tuple[str, ...], path: Path) -> dict[str, Tensor]:
+    """Return the tensors by name that lie under the first of these keys that there is, or bare; in float32.
+
+    Raises:
+        UserError: there are none; the message says what there is.
+    """
+    held = content if isinstance(content, Mapping) else {}
+    chosen = next((held[key] for key in keys if isinstance(held.get(key), Mapping)), held)
+    tensors = {str(name): _wide(value) for name, value in chosen.items() if isinstance(value, Tensor)}
+    if not tensors:
+        found = ", ".join(sorted(map(str, held))[:8]) if held else f"a {type(content).__name__}"
+        raise UserError(f"{path} holds {found}; expected tensors by name, bare or under {', '.join(keys)}")
+    return tensors
+
+
+def without_prefix(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """Return the tensors below the first of these prefixes that any name has, without it; all if none has."""
+    for prefix in prefixes:
+        inner = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+        if inner:
+            return inner
+    return dict(tensors)
+
+
+def with_averages(tensors: Mapping[str, Tensor], prefix: str = "model_ema.") -> dict[str, Tensor]:
+    """Return tensors, of which each has the value of its moving average where the file has one.
+
+    Lightning modules of this family keep them below a prefix, under the names of the weights without dots.
+    """
+    live = {name: one for name, one in tensors.items() if not name.startswith(prefix)}
+    return {name: tensors.get(prefix + name.replace(".", ""), one) for name, one in live.items()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def write_json_beside(path: Path, content: Mapping[str, Any]) -> None:
+    """Write options as JSON."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

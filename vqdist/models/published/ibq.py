@@ -1,0 +1,48 @@
+"""Tokenizers with index backpropagation of SEED-Voken (IBQ)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vqdist.errors import UserError
+from vqdist.models.published.base import FAMILIES
+from vqdist.models.published.network import check_taming, codebook_shape
+from vqdist.models.published.taming import TamingFiles
+from vqdist.models.quantizers import IBQ
+from vqdist.models.vqgan import VQGanVAE
+
+BLOCKS = 4
+"""Residual blocks of each resolution of the published models, where taming and LDM have two."""
+OPTIONS = ("beta", "entropy_temperature", "sample_minimization_weight", "batch_maximization_weight")
+ENTROPY_WEIGHT = 0.05
+
+
+@FAMILIES.add("ibq")
+class IBQFiles(TamingFiles):
+    """VQGAN of SEED-Voken: taming's network and names, codes chosen by products."""
+
+    aliases = ("seed_ibq",)
+    title = "SEED-Voken (IBQ)"
+
+    def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+        """Return whether these are IBQ's: by the configuration, else by the number of blocks that only it has."""
+        if not super().fits(tensors, config):
+            return False
+        return "IBQ" in str(config) or f"encoder.down.0.block.{BLOCKS - 1}.conv1.weight" in tensors
+
+    def quantizer(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+        size = options.get("n_embed") or codebook_shape(tensors, self.codebook)[0]
+        losses = options.get("lossconfig") or options.get("loss") or {}
+        losses = losses.get("init_args") or losses.get("params") or losses
+        weight = losses.get("entropy_loss_weight", ENTROPY_WEIGHT) if options.get("use_entropy_loss", True) else 0.0
+        said = {name: options[name] for name in OPTIONS if name in options}
+        init_args = {"codebook_size": size, "entropy_weight": weight, **said}
+        return {"class_path": "ibq", "init_args": init_args}
+
+    def check_writable(self, model: VQGanVAE) -> None:
+        check_taming(model, self.title)
+        if not isinstance(model.quantizer, IBQ):
+            raise UserError(f"quantizer {type(model.quantizer).__name__} has no form in {self.title}; expected ibq")

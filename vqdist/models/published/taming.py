@@ -1,0 +1,104 @@
+"""Tokenizers of taming-transformers and of latent diffusion (LDM), with a codebook or with Gumbel-softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqdist.errors import UserError
+from vqdist.models.published.base import FAMILIES, NetworkFamily
+from vqdist.models.published.files import options_in, with_averages
+from vqdist.models.published.names import Names
+from vqdist.models.published.network import ENDS, check_taming, codebook_shape, parts_of, resolution_of
+from vqdist.models.quantizers import GradientVQ, Gumbel
+from vqdist.models.vqgan import VQGanVAE
+
+NAMES = Names([*ENDS, ("quantizer.", "quantize.")])
+KNOWN = ("ddconfig", "n_embed", "embed_dim")
+BETA = 0.25
+"""Of every published VQGAN: a literal in the project's source."""
+
+
+class TamingFiles(NetworkFamily):
+    """What all files of this form share."""
+
+    keys = ("state_dict",)
+    prefixes = ("first_stage_model.",)
+    ignored = r"(loss|cond_stage_model|model|transformer)\.|colorize$|quantize\.used$"
+    codebook = "quantize.embedding.weight"
+
+    def weights(self, content: Any, path: Path) -> dict[str, Tensor]:
+        """Return the tokenizer's tensors; of those that the file has an average of, the average."""
+        return with_averages(super().weights(content, path))
+
+    def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+        return self.codebook in tensors and "encoder.down.0.block.0.conv1.weight" in tensors
+
+    def ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {NAMES.ours(name, 0): one for name, one in tensors.items()}
+
+    def theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {NAMES.theirs(name, 0): one for name, one in tensors.items()}
+
+    def arguments(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+        options = options_in(config, KNOWN)
+        quantizer = self.quantizer(tensors, options)
+        return parts_of(self.ours(tensors), options.get("ddconfig") or {}, quantizer)
+
+    def quantizer(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the specification of the quantizer, by the codebook's shape and the project's options."""
+        raise NotImplementedError
+
+    def image_size(self, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+        return resolution_of(arguments)
+
+    def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
+        torch.save({"state_dict": tensors}, path)
+
+
+@FAMILIES.add("taming_vqgan")
+class Taming(TamingFiles):
+    """VQGAN of taming-transformers and of LDM: a codebook by gradient, with the loss as it was published."""
+
+    aliases = ("taming", "ldm", "ldm_vq")
+    title = "taming-transformers or LDM"
+
+    def quantizer(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+        size = options.get("n_embed") or codebook_shape(tensors, self.codebook)[0]
+        init_args = {"codebook_size": size, "beta": BETA, "codebook_loss": "legacy"}
+        return {"class_path": "gradient_vq", "init_args": init_args}
+
+    def check_writable(self, model: VQGanVAE) -> None:
+        check_taming(model, self.title)
+        check_plain_codebook(model, self.title)
+
+
+@FAMILIES.add("taming_gumbel")
+class TamingGumbel(TamingFiles):
+    """VQGAN of taming-transformers with Gumbel-softmax."""
+
+    aliases = ("gumbel",)
+    title = "taming-transformers (GumbelVQ)"
+    codebook = "quantize.embed.weight"
+
+    def quantizer(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+        size = options.get("n_embed") or codebook_shape(tensors, self.codebook)[0]
+        init_args = {"codebook_size": size, "kl_weight": options.get("kl_weight", 1e-8)}
+        return {"class_path": "gumbel", "init_args": init_args}
+
+    def check_writable(self, model: VQGanVAE) -> None:
+        check_taming(model, self.title)
+        if not isinstance(model.quantizer, Gumbel):
+            raise UserError(f"quantizer {type(model.quantizer).__name__} has no form in {self.title}; expected gumbel")
+
+
+def check_plain_codebook(model: VQGanVAE, title: str) -> None:
+    """Raise `UserError` unless the quantizer is a codebook whose vectors keep their lengths."""
+    quantizer = model.quantizer
+    if not isinstance(quantizer, GradientVQ) or quantizer.traits:
+        kind = f"{type(quantizer).__name__} {getattr(quantizer, 'traits', '')}".strip()
+        raise UserError(f"quantizer {kind} has no form in {title}; expected gradient_vq without l2_norm")
