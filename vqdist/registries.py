@@ -30,6 +30,7 @@ DECODERS: Registry[Any] = Registry(
     own={
         "conv": "vqdist.models.networks.conv.ConvDecoder",
         "taming": "vqdist.models.networks.taming.TamingDecoder",
+        "none": "vqdist.models.networks.taming.NoDecoder",
         "magvit2": "vqdist.models.networks.magvit2.MagvitDecoder",
         "maskgit": "vqdist.models.networks.maskgit.MaskGITDecoder",
         "titok": "vqdist.models.networks.vit.TiTokDecoder",
@@ -103,5 +104,21 @@ SINKS: Registry[Any] = Registry(
     own={
         "tensorboard": "vqdist.tracking.tensorboard.TensorBoardSink",
         "wandb": "vqdist.tracking.wandb.WandbSink",
+    },
+)
+# the general families first: of those that recognise a file, the last one reads it
+FAMILIES: Registry[Any] = Registry(
+    "family",
+    "vqdist.models.published.base.Family",
+    own={
+        "dalle_pytorch": "vqdist.models.published.dalle_pytorch.DallePytorch",
+        "taming_vqgan": "vqdist.models.published.taming.Taming",
+        "taming_gumbel": "vqdist.models.published.taming.TamingGumbel",
+        "llamagen_vq": "vqdist.models.published.llamagen.LlamaGen",
+        "var_vqvae": "vqdist.models.published.var.VARTokenizer",
+        "ibq": "vqdist.models.published.ibq.IBQFiles",
+        "diffusers_vqmodel": "vqdist.models.published.hubs.Diffusers",
+        "chameleon": "vqdist.models.published.hubs.Chameleon",
+        "janus": "vqdist.models.published.hubs.Janus",
     },
 )

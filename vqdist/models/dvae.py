@@ -398,7 +398,7 @@ def _refuse_unknown_arguments(model_class: type, options: dict[str, Any]) -> Non
 def _read_dalle_pytorch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected a vae.pt of DALLE-pytorch")
-    content = read_torch(path)
+    content = read_torch(path, with_inert=False)  # values of numpy would be arguments
     if not isinstance(content, dict) or not {"hparams", "weights"} <= content.keys():
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} holds {found}; a vae.pt of DALLE-pytorch holds hparams and weights")

@@ -127,6 +127,8 @@ class PretrainedModel(PyTorchModelHubMixin):
             UserError: there is no such model, it is of another type, or it needs code that is not trusted.
         """
         path = find_export(pretrained_model_name_or_path)
+        if is_of_another_project(path):
+            return cls._of_another_project(path, kwargs)
         _check_location(pretrained_model_name_or_path, path)
         kwargs.setdefault("strict", True)
         name = str(path if path.is_dir() else pretrained_model_name_or_path)
@@ -144,6 +146,15 @@ class PretrainedModel(PyTorchModelHubMixin):
         if mend and not model.buffers_are_live:
             model._mend_codebook(name)
         cast(nn.Module, model).eval()
+        return model
+
+    @classmethod
+    def _of_another_project(cls: type[M], path: Path, kwargs: dict[str, Any]) -> M:
+        model = read_of_another_project(path, kwargs)
+        if not isinstance(model, cls):
+            raise UserError(
+                f"{path} holds a model of type {model.model_type!r}; {cls.__name__} loads {cls.model_type!r}"
+            )
         return model
 
     def _mend_codebook(self, location: str) -> None:
@@ -193,6 +204,26 @@ def find_export(name_or_path: str | Path) -> Path:
     return path / "export" if (path / "export").is_dir() else path
 
 
+PUBLISHED = "vqdist.models.published"
+"""The module that reads files of other projects; models need not know it."""
+
+
+def is_of_another_project(path: Path) -> bool:
+    """Return whether a path is a file, or a folder in the layout of another project."""
+    if not path.is_dir():
+        return path.is_file()
+    return importlib.import_module(PUBLISHED).is_published(path)
+
+
+def read_of_another_project(path: Path, kwargs: Mapping[str, Any]) -> PretrainedModel:
+    """Return the model in a file of another project; see `vqdist.models.published.read_published`."""
+    known = {"family", "peer_config"}
+    for name in kwargs.keys() - known - {"mend"}:
+        raise UserError(f"{path} is of another project, so it is loaded with family and peer_config only, not {name}")
+    options = {name: value for name, value in kwargs.items() if name in known}
+    return importlib.import_module(PUBLISHED).read_published(path, **options)
+
+
 def find_local_export(name_or_path: str | Path) -> Path:
     """Return the folder of the model that a folder of this machine holds: a run, or one of `save_pretrained`.
 
@@ -217,6 +248,8 @@ def load_model_of_any_type(
 ) -> PretrainedModel:
     """Return the model of the class that config.json says; see `PretrainedModel.from_pretrained`."""
     path = find_export(name_or_path)
+    if is_of_another_project(path):
+        return read_of_another_project(path, kwargs)
     _check_location(name_or_path, path)
     model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", FIRST_TYPE)
     with trusting(trust_code):

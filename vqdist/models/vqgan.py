@@ -31,6 +31,7 @@ from vqdist.models.networks.base import (
 )
 from vqdist.models.networks.conv import ConvDecoder, ConvEncoder, check_widths, widths_of
 from vqdist.models.networks.patch import PatchDiscriminator
+from vqdist.models.presets import preset_named
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import Quantizer, build_quantizer
 from vqdist.models.tokenizer import check_images, check_pixels, check_scales
@@ -101,6 +102,8 @@ class VQGanVAE(
         terms: what the generator minimises besides the quantizer's and the adversarial loss, see `vqdist.Term`: names,
             `{class_path: ..., init_args: {weight: 0.1}}`, or objects; by default what `l2_recon_loss` and `perceptual`
             say.
+        preset: a published configuration, see `vqdist models`: encoder, quantizer, decoder and discriminator where
+            they are not given.
         **kwargs: `vq_NAME=value` is the same as `vq_kwargs={NAME: value}`.
     """
 
@@ -145,12 +148,19 @@ class VQGanVAE(
         decoder: str | dict[str, Any] | None = None,
         discriminator: str | dict[str, Any] | None = None,
         terms: list[str | dict[str, Any]] | None = None,
+        preset: str | None = None,
         **kwargs: Any,
     ):
         super().__init__()
         check_channels(channels)
+        with_gan = use_gan and use_vgg_and_gan
         given: dict[str, Any] = {"encoder": encoder, "quantizer": quantizer, "decoder": decoder}
         given |= {"discriminator": discriminator, "terms": terms}
+        published = None if preset is None else preset_named(preset)
+        if published is not None:
+            given = published.completed(given, with_gan=with_gan and dim is None)
+            encoder, quantizer, decoder = given["encoder"], given["quantizer"], given["decoder"]
+            discriminator = given["discriminator"]
         conv: dict[str, Any] = {
             "dim": dim,
             "layers": layers,
@@ -160,7 +170,6 @@ class VQGanVAE(
             "encdec_first_conv_kernel_size": encdec_first_conv_kernel_size,
             "discr_layers": discr_layers,
         }
-        with_gan = use_gan and use_vgg_and_gan
         _check_conv_options(conv, encoder, decoder, discriminator, with_gan)
         self.channels = channels
         self.l2_recon_loss = l2_recon_loss
@@ -196,6 +205,8 @@ class VQGanVAE(
             channels=channels, encoder=built_encoder, quantizer=built_quantizer, decoder=built_decoder
         )
         self.image_size = own_image_size(built_encoder)
+        if published is not None and self.image_size is None:
+            self.image_size = published.image_size
         self._missing: dict[str, UnavailablePart] = {}  # what only training needs, and could not be built
         self.discriminator = self._build_discriminator(discriminator, conv) if with_gan else None
         self._check_terms(terms, vgg)
@@ -204,8 +215,19 @@ class VQGanVAE(
         self._vgg = [vgg] if vgg is not None and use_vgg_and_gan else []
         self._objective: list[Objective] = []
         self._record_parts(given)
+        self._hub_mixin_config.pop("preset", None)  # the parts that it stands for are recorded
         if vgg is not None:
             self._hub_mixin_config["perceptual"] = recorded(vgg) if use_vgg_and_gan else "none"
+
+    @classmethod
+    def preset(cls, name: str, **arguments: Any) -> VQGanVAE:
+        """Return a model in a published configuration, with weights at random; `vqdist models` lists them.
+
+        Args:
+            name: of the configuration.
+            **arguments: of the model, over those of the configuration.
+        """
+        return cls(preset=name, **arguments)
 
     @property
     def network(self) -> VQAutoencoder:

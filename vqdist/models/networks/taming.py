@@ -282,11 +282,13 @@ class TamingDecoder(_Half):
         return F.silu(self.norm_out(x))
 
 
-@DECODERS.add("none")
 class NoDecoder(nn.Module):
     """No decoder, of a tokenizer whose file holds an encoder and a codebook alone: images get codes, and none back."""
 
     last_layer = None
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, features: Tensor) -> Tensor:
         """Raise `UserError`."""

@@ -13,16 +13,20 @@ from safetensors import SafetensorError, safe_open
 
 from vqdist.errors import UserError
 from vqdist.files import read_json
-from vqdist.models.pretrained import MODEL_TYPES, PretrainedModel
-from vqdist.models.published.base import FAMILIES, Family, NetworkFamily, network_tensors
+from vqdist.models.mending import LIVE
+from vqdist.models.pretrained import PretrainedModel
+from vqdist.models.published.base import Family, NetworkFamily, network_tensors
 from vqdist.models.published.files import read_config, read_content
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.parts import unknown
+from vqdist.registries import FAMILIES
 
 __all__ = ["FAMILIES", "Family", "family_named", "is_published", "read_published", "write_published"]
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
-OWN = "autoencoder."
+OWN_WEIGHTS = "model.safetensors"
+FOREIGN_KEYS = {"_class_name", "vq_config"}
+FOREIGN_TYPES = {"chameleon", "chameleon_vqgan", "janus", "janus_vqgan", "janus_vqmodel"}
 
 
 def read_published(
@@ -78,27 +82,31 @@ def family_named(name: str) -> Family:
 def is_published(path: str | Path) -> bool:
     """Return whether a path is a file, or a folder with weights that vqdist did not write."""
     path = Path(path).expanduser()
-    if path.is_file():
-        return True
     if not path.is_dir():
-        return False
+        return path.is_file()
     found = [path / name for name in WEIGHTS if (path / name).is_file()]
-    if not found or found[0].suffix != ".safetensors":
-        return bool(found)
-    if found[0].name != "model.safetensors":
-        return True
-    try:
-        with safe_open(found[0], "pt") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError):
+    if not found:
         return False
-    written = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    own = "buffers_are_live" in written or any(name.startswith(OWN) for name in names)
-    return not own and any(name.startswith("encoder.") or ".encoder." in name for name in names) and _foreign(written)
+    config = _config_in(path)
+    if found[0].name != OWN_WEIGHTS or config.keys() & FOREIGN_KEYS or config.get("model_type") in FOREIGN_TYPES:
+        return True
+    return "model_type" not in config and not (config.keys() & LIVE.keys()) and not _holds_own_names(found[0])
 
 
-def _foreign(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") not in MODEL_TYPES
+def _config_in(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "config.json")
+    except UserError:  # whoever loads the folder says so
+        return {}
+
+
+def _holds_own_names(path: Path) -> bool:
+    """Return whether the tensors of a file have the names of the first exports, which said no type."""
+    try:
+        with safe_open(path, "pt") as file:
+            return not any(name.startswith("encoder.") for name in file.keys())
+    except (OSError, SafetensorError):
+        return True
 
 
 def _located(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -108,8 +116,7 @@ def _located(path: Path) -> tuple[Path, dict[str, Any]]:
     found = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not found:
         raise UserError(f"{path} has none of {', '.join(WEIGHTS)}; give the file with the weights")
-    config = path / "config.json"
-    return found[0], read_json(config) if config.is_file() else {}
+    return found[0], _config_in(path)
 
 
 def _recognised(content: Any, config: Mapping[str, Any], path: Path) -> Family:

@@ -15,9 +15,8 @@ from vqdist.errors import UserError
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.published.files import state_dict_in, without_prefix
 from vqdist.models.vqgan import VQGanVAE
-from vqdist.parts import Registry
 
-FEW = 8  # names that a message lists
+FEW = 4  # names that a message lists
 WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -130,15 +129,6 @@ class NetworkFamily(Family):
         self.check_writable(model)
         tensors = {name: one.detach().cpu().clone() for name, one in self.theirs(network_tensors(model)).items()}
         self.save(tensors, model, path)
-
-
-FILES = ("dalle_pytorch", "taming", "llamagen", "var", "ibq", "hubs")
-"""The general families first: of those that recognise a file, the last one reads it."""
-FAMILIES: Registry[Family] = Registry(
-    "family",
-    Family,
-    modules=tuple(f"vqdist.models.published.{file}" for file in FILES),
-)
 
 
 def network_tensors(model: VQGanVAE) -> dict[str, Tensor]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vqdist.models.dvae import DiscreteVAE
-from vqdist.models.published.base import FAMILIES, Family
+from vqdist.models.published.base import Family
 
 
-@FAMILIES.add("dalle_pytorch")
 class DallePytorch(Family):
     """A `vae.pt` of DALLE-pytorch 1.6: {hparams, weights}."""
 

@@ -60,8 +60,13 @@ def read_content(path: Path) -> Any:
     return read_torch(path)
 
 
-def read_torch(path: Path) -> Any:
-    """Return the tensors and plain values of a checkpoint of torch; see `read_content`."""
+def read_torch(path: Path, *, with_inert: bool = True) -> Any:
+    """Return the tensors and plain values of a checkpoint of torch; see `read_content`.
+
+    Args:
+        path: the file.
+        with_inert: whether empty classes take the place of those that describe a run; if not, such a file is refused.
+    """
     inert: list[Any] = []
     while True:
         try:
@@ -70,7 +75,7 @@ def read_torch(path: Path) -> Any:
         except Exception as error:  # not a file of torch, damaged, or one that would run code when unpickled
             wanted = re.search(r"GLOBAL (\S+)", str(error))
             name = wanted[1] if wanted else ""
-            if HARMLESS.fullmatch(name) and (Inert, name) not in inert and len(inert) < MOST_NAMES:
+            if with_inert and HARMLESS.fullmatch(name) and (Inert, name) not in inert and len(inert) < MOST_NAMES:
                 inert.append((Inert, name))
                 continue
             reason = no_file_of_torch(path) or why_refused(str(error))

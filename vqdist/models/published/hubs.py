@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.models.published.base import FAMILIES, NetworkFamily
+from vqdist.models.published.base import NetworkFamily
 from vqdist.models.published.files import options_in, write_json_beside
 from vqdist.models.published.names import Names, levels_of
 from vqdist.models.published.network import ENDS, check_taming, codebook_shape, parts_of
@@ -42,7 +42,6 @@ THEIR_ATTENTION = re.compile(r"(.*\.attentions\.\d+)\.(group_norm|to_q|to_k|to_v
 FILE = "diffusion_pytorch_model.safetensors"
 
 
-@FAMILIES.add("diffusers_vqmodel")
 class Diffusers(NetworkFamily):
     """VQModel of diffusers: taming's network under other names, 1x1 convolutions of attention as linear layers."""
 
@@ -164,7 +163,6 @@ class TransformersFiles(NetworkFamily):
     """Codes along each side of the images of the published model."""
 
 
-@FAMILIES.add("chameleon")
 class Chameleon(TransformersFiles):
     """ChameleonVQVAE of transformers, whose public files have an encoder and a codebook, and mostly no decoder."""
 
@@ -186,7 +184,6 @@ class Chameleon(TransformersFiles):
         return found
 
 
-@FAMILIES.add("janus")
 class Janus(TransformersFiles):
     """JanusVQVAE of transformers: LlamaGen's network; codes of length 1 are decoded."""
 

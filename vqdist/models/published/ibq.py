@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.models.published.base import FAMILIES
 from vqdist.models.published.network import check_taming, codebook_shape
 from vqdist.models.published.taming import TamingFiles
 from vqdist.models.quantizers import IBQ
@@ -20,7 +19,6 @@ OPTIONS = ("beta", "entropy_temperature", "sample_minimization_weight", "batch_m
 ENTROPY_WEIGHT = 0.05
 
 
-@FAMILIES.add("ibq")
 class IBQFiles(TamingFiles):
     """VQGAN of SEED-Voken: taming's network and names, codes chosen by products."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.models.published.base import FAMILIES, NetworkFamily
+from vqdist.models.published.base import NetworkFamily
 from vqdist.models.published.files import options_in
 from vqdist.models.published.names import Names, levels_of
 from vqdist.models.published.network import (
@@ -44,7 +44,6 @@ CODEBOOK = "quantize.embedding.weight"
 KNOWN = ("codebook_embed_dim", "codebook_size", "encoder_ch_mult", "ch_mult")
 
 
-@FAMILIES.add("llamagen_vq")
 class LlamaGen(NetworkFamily):
     """VQGAN of LlamaGen: taming's network, vectors of length 1."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.models.published.base import FAMILIES, NetworkFamily
+from vqdist.models.published.base import NetworkFamily
 from vqdist.models.published.files import options_in, with_averages
 from vqdist.models.published.names import Names
 from vqdist.models.published.network import ENDS, check_taming, codebook_shape, parts_of, resolution_of
@@ -26,7 +26,6 @@ BETA = 0.25
 class TamingFiles(NetworkFamily):
     """What all files of this form share."""
 
-    keys = ("state_dict",)
     prefixes = ("first_stage_model.",)
     ignored = r"(loss|cond_stage_model|model|transformer)\.|colorize$|quantize\.used$"
     codebook = "quantize.embedding.weight"
@@ -60,7 +59,6 @@ class TamingFiles(NetworkFamily):
         torch.save({"state_dict": tensors}, path)
 
 
-@FAMILIES.add("taming_vqgan")
 class Taming(TamingFiles):
     """VQGAN of taming-transformers and of LDM: a codebook by gradient, with the loss as it was published."""
 
@@ -77,7 +75,6 @@ class Taming(TamingFiles):
         check_plain_codebook(model, self.title)
 
 
-@FAMILIES.add("taming_gumbel")
 class TamingGumbel(TamingFiles):
     """VQGAN of taming-transformers with Gumbel-softmax."""
 

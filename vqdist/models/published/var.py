@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.models.multiscale import MOST_PHIS, V_PATCH_NUMS, VectorQuantizer, phi_of_scale
-from vqdist.models.published.base import FAMILIES, NetworkFamily
-from vqdist.models.published.files import options_in
+from vqdist.models.multiscale import MOST_PHIS, V_PATCH_NUMS, MultiScaleResidual, VectorQuantizer, phi_of_scale
+from vqdist.models.published.base import NetworkFamily
+from vqdist.models.published.files import options_in, state_dict_in
 from vqdist.models.published.names import Names
 from vqdist.models.published.network import (
     ENDS,
@@ -22,7 +22,6 @@ from vqdist.models.published.network import (
     codebook_shape,
     parts_of,
 )
-from vqdist.models.quantizers import MultiScaleQuantizer
 from vqdist.models.vqgan import VQGanVAE
 
 NAMES = Names([*ENDS, ("quantizer.inner.codebook.", "quantize.")])
@@ -34,7 +33,6 @@ CODEBOOK = "quantize.embedding.weight"
 KNOWN = ("v_patch_nums", "vocab_size", "share_quant_resi", "quant_resi", "using_znorm")
 
 
-@FAMILIES.add("var_vqvae")
 class VARTokenizer(NetworkFamily):
     """VQVAE of VAR: taming's network, one codebook over maps of growing sides."""
 
@@ -98,20 +96,32 @@ class VARTokenizer(NetworkFamily):
                 found[f"{attention[1]}.qkv.{attention[3]}"] = torch.cat(parts)
         return found
 
+    def read(self, content: Any, config: Mapping[str, Any], path: Path) -> VQGanVAE:
+        """Return the model; raise `UserError` where the file has another number of scales than the published one."""
+        said = options_in(config, KNOWN).get("v_patch_nums")
+        bare = state_dict_in(content, self.keys, path)
+        hits = next((one for name, one in bare.items() if name.endswith(HITS)), None)
+        if said is None and hits is not None and len(hits) != len(V_PATCH_NUMS):
+            raise UserError(
+                f"{path} has {len(hits)} scales, whose sides stand in no tensor; say v_patch_nums in a file "
+                "for --peer_config"
+            )
+        return super().read(content, config, path)
+
     def image_size(self, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
         levels = len(arguments["encoder"]["init_args"]["ch_mult"])
         return arguments["quantizer"]["init_args"]["v_patch_nums"][-1] << (levels - 1)
 
     def check_writable(self, model: VQGanVAE) -> None:
         check_taming(model, self.title)
-        check_attention_at_the_lowest(model, self.title)
         quantizer = model.quantizer
-        if not isinstance(quantizer, MultiScaleQuantizer) or not isinstance(quantizer.inner.codebook, VectorQuantizer):
+        inner = getattr(quantizer, "inner", None)
+        if not isinstance(inner, MultiScaleResidual) or not isinstance(inner.codebook, VectorQuantizer):
             raise UserError(
                 f"quantizer {type(quantizer).__name__} has no form in {self.title}; expected multiscale_vq with "
                 "learnable_codebook"
             )
-        inner = quantizer.inner
+        check_attention_at_the_lowest(model, self.title)
         if inner.phi_of != phi_of_scale(len(inner.scales), len(inner.phis)):
             raise UserError(
                 "this model was trained with phi_rule proportional, by which other convolutions serve the scales than "
