@@ -705,6 +705,22 @@ def model_discriminator():
 
 
 @model_case
+def model_preset():
+    options = dict.fromkeys(("quantizer", "dim", "vgg")) | {"layers": 4, "encdec_resnet_groups": 16, "discr_layers": 4}
+    with torch.device("meta"):
+        small, large = (VQGanVAE(preset=name, use_vgg_and_gan=False) for name in ("ldm_vq_f8_n256", "ldm_vq_f8"))
+        trained = build_vae(preset="ldm_vq_f8", perceptual="none", **options)
+    assert (small.codebook_size, large.codebook_size) == (256, 16384) and large.image_size == 256
+    assert trained.discriminator is not None and "preset" not in trained.configuration()
+    assert trained.configuration()["encoder"]["init_args"]["z_channels"] == 4
+    own = {"class_path": "gradient_vq", "init_args": {"codebook_size": 8}}
+    with torch.device("meta"):
+        assert VQGanVAE.preset("ldm_vq_f8", quantizer=own, use_vgg_and_gan=False).codebook_size == 8
+    with pytest.raises(UserError, match="there is no preset 'ldm_vq_f9'; nearest: ldm_vq_f8"):
+        VQGanVAE.preset("ldm_vq_f9")
+
+
+@model_case
 def model_terms():
     recon, image = pixels(), 1 - pixels()
     terms = [{"class_path": "reconstruction", "init_args": {"kind": "l2", "weight": 3.0}}]

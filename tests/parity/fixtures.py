@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -51,3 +52,31 @@ def largest(ours: Tensor, theirs: Tensor) -> float:
 def gradient_norms(module: torch.nn.Module) -> dict[str, float]:
     """Return the 2-norm of the gradient of every parameter that has one."""
     return {name: float(p.grad.norm()) for name, p in module.named_parameters() if p.grad is not None}
+
+
+class Fixture(NamedTuple):
+    """All of a fixture, float32 and int64.
+
+    Attributes:
+        weights: its state dict.
+        given: tensors that went in, by name.
+        found: tensors that came out, by name.
+        arguments: of its constructor.
+        values: losses and norms of gradients.
+    """
+
+    weights: dict[str, Tensor]
+    given: dict[str, Tensor]
+    found: dict[str, Tensor]
+    arguments: dict[str, Any]
+    values: dict[str, Any]
+
+
+def fixture(name: str) -> Fixture:
+    """Return a fixture."""
+    held = {key: one.float() if one.is_floating_point() else one.long() for key, one in tensors(name).items()}
+    given, found = (
+        {key.removeprefix(prefix): one for key, one in held.items() if key.startswith(prefix)}
+        for prefix in ("in.", "out.")
+    )
+    return Fixture(weights(name), given, found, arguments(name), values(name))

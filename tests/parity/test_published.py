@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from parity_fixtures import FOLDER, Fixture, fixture
+from fixtures import FOLDER, Fixture, fixture
 from safetensors.torch import load_file
 from torch import Tensor
 

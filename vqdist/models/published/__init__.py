@@ -39,8 +39,8 @@ def read_published(
     Args:
         path: a checkpoint (.ckpt, .pt, .pth, .bin), a safetensors file, or a folder with config.json and weights.
         family: see `FAMILIES`; by default told by the names of the tensors.
-        peer_config: the project's own configuration: a file (YAML, JSON) or its content. What it says stands over
-            what the shapes of the tensors say.
+        peer_config: the project's own configuration: a file (YAML, JSON) or its content; it stands over the shapes of
+            the tensors.
 
     Raises:
         UserError: the file cannot be read without running code, is of no known family, or lacks a tensor.

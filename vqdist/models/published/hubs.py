@@ -129,7 +129,7 @@ class Diffusers(NetworkFamily):
 
 
 class TransformersFiles(NetworkFamily):
-    """What the tokenizers within transformers' multimodal models share."""
+    """The common part of the tokenizers within transformers' multimodal models."""
 
     prefixes = ("model.vqmodel.", "vqmodel.", "model.vision_model.vqmodel.")
     names: Names

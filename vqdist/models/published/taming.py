@@ -24,7 +24,7 @@ BETA = 0.25
 
 
 class TamingFiles(NetworkFamily):
-    """What all files of this form share."""
+    """The common part of files in this form."""
 
     prefixes = ("first_stage_model.",)
     ignored = r"(loss|cond_stage_model|model|transformer)\.|colorize$|quantize\.used$"

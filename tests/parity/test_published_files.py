@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from parity_fixtures import FOLDER, fixture
+from fixtures import FOLDER, fixture
 from safetensors.torch import save_file
 from torch import Tensor
 
