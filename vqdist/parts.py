@@ -245,7 +245,6 @@ class Registry(Generic[T]):
         except (UserError, PeerLost, RanksDiverged, MemoryError, OverflowError):
             raise
         except (Exception, SystemExit) as error:  # a constructor of a user may raise anything
-            _keep_stop(error)
             raise UserError(f"{self.kind} {spec.target} cannot be built ({_reason(error)})") from error
         return self.check(built, spec.target)
 
@@ -338,7 +337,6 @@ def import_path(path: str, what: str = "part") -> Any:
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # a module of a user may raise anything while it is imported
-            _keep_stop(error)
             raise UserError(f"{what} {path}: {module_name} cannot be imported ({_reason(error)})") from error
     for name in names:
         if not hasattr(found, name):
@@ -462,12 +460,6 @@ MOST_NEAR = 5  # names in one message
 
 def _last_part(name: str) -> str:
     return name.lower().rpartition(".")[2]
-
-
-def _keep_stop(error: BaseException) -> None:
-    """Raise the error again if it says that this process was told to stop, as `Stopped` does."""
-    if isinstance(error, SystemExit) and type(error) is not SystemExit:
-        raise error
 
 
 def _reason(error: BaseException) -> str:

@@ -83,19 +83,25 @@ class BrokenOff(BaseException):
     """
 
 
-class Stopped(SystemExit):
-    """Training ended early and completely saved, since a signal asked for it; `code` is the exit code.
+class Stopped(KeyboardInterrupt):
+    """Training ended early and completely saved, since a signal asked for it.
 
-    A script that lets it pass ends with that code: 130 after SIGINT, and 75 after the others of `NOTED`, where the
-    job should be started again. It is raised on every rank, whichever got the signal.
+    It is raised on every rank, whichever got the signal. A notebook or a prompt stays alive, as after any
+    KeyboardInterrupt: `train` or `steps` of the same trainer goes on. A script that lets it pass ends with `code`.
+
+    Attributes:
+        code: the exit code: 130 after SIGINT, and 75 after the others of `NOTED`, where the job should be started
+            again.
+        message: one line.
     """
 
     def __init__(self, number: int, step: int, folder: str):
-        super().__init__(exit_code(number))
+        self.code = exit_code(number)
         self.message = (
             f"stopped by {signal.Signals(number).name} after step {step}, which is saved; the same command goes on "
             f"from there ({folder})"
         )
+        super().__init__(self.message)
 
 
 class _InNoFinalizer:
@@ -193,6 +199,7 @@ class StopSignals:
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted_at is not None and now - self._interrupted_at > self.SAME_INTERRUPT:
+                self._interrupted_at, self.received = None, 0  # this ends it: nothing is left to be done
                 raise KeyboardInterrupt
             self._interrupted_at = now
         self.received = number

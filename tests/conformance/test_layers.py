@@ -40,6 +40,7 @@ PARTS = {
     "vqdist.objectives": {*LEAVES, "vqdist.losses", "vqdist.schedules"},
     "vqdist.models": {*LEAVES, "vqdist.losses", "vqdist.objectives", "vqdist.sampling", "vqdist.schedules"},
     "vqdist.data": {*LEAVES, "vqdist.seeding", "vqdist.stopping"},
+    "vqdist.uncaught": {*LEAVES, "vqdist.stopping"},
     "vqdist.backends": {*LEAVES, "vqdist.stopping"},
     "vqdist.manifest": LEAVES,
     "vqdist.completion": {*LEAVES, "vqdist.manifest"},

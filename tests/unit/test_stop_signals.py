@@ -190,7 +190,7 @@ def test_a_second_interrupt_is_immediate_and_a_doubled_one_is_one(monkeypatch):
 
 
 @pytest.mark.parametrize("number, code", CODES.items())
-def test_a_script_that_lets_it_pass_ends_with_the_code(number, code):
+def test_a_stop_has_an_exit_code_and_leaves_a_session_alive(number, code):
     stopped = Stopped(number, 7, "runs/a")
-    assert stopped.code == code and isinstance(stopped, SystemExit)
+    assert stopped.code == code and isinstance(stopped, KeyboardInterrupt) and str(stopped) == stopped.message
     assert stopped.message.startswith(f"stopped by {number.name} after step 7, which is saved")

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 
 from vqdist.backends.environment import export_launch, resolves, world_size_of_launcher
-from vqdist.errors import EXIT_PEER_LOST, PeerLost, UserError
-from vqdist.stopping import hold_if_leaving
+from vqdist.errors import EXIT_PEER_LOST, PeerLost, RanksDiverged, UserError
+from vqdist.stopping import Stopped, hold_if_leaving
 
 PULSE = 1.0  # seconds
 LEFT = "left"  # the pulse of a rank that is done
@@ -67,6 +67,7 @@ class Peers:
         code: the exit code of a rank that left on purpose, which the others leave with, too.
         progress: gives how far this process came, as " after step 7", and what to do, for what is said of lost ranks;
             None where nobody guards this process.
+        ended_with_error: whether the others were told of an error that ends this rank.
     """
 
     def __init__(self, store: dist.Store, rank: int, hosts: list[str], timeout: timedelta):
@@ -77,7 +78,7 @@ class Peers:
         self.heard: dict[int, str] = {}
         self.code = EXIT_PEER_LOST
         self.progress: Progress | None = None
-        self._ended_with_error = False
+        self.ended_with_error = False
         self._neighbour = ""  # the pulse of the next rank
         self._closed = threading.Event()
         self._looking = threading.Event()
@@ -93,7 +94,7 @@ class Peers:
                 self._neighbour = self._read(f"pulse/{following}")
                 self._listen()
                 if self._closed.wait(PULSE):
-                    if not self._ended_with_error:
+                    if not self.ended_with_error:
                         self.store.set(f"pulse/{self.rank}", LEFT)
                     return
 
@@ -140,7 +141,7 @@ class Peers:
             _within(LOOK, self._wait_until_heard)
 
     def _say_why(self, reason: str, code: int) -> None:
-        self._ended_with_error = True
+        self.ended_with_error = True
         self.store.set("code", str(code))
         self._tell({self.rank: reason})
         self.store.set(f"heard/{self.rank}", "yes")  # who ends by itself listens no more
@@ -476,12 +477,21 @@ def naming_lost_peers(progress: Progress = lambda: ("", "")) -> Iterator[None]:
 
 
 def account_for(error: BaseException) -> None:
-    """Raise `PeerLost` in place of an exchange's error; tell the others of any other error, which ends this rank."""
-    if _current is None or isinstance(error, PeerLost):
+    """Raise `PeerLost` in place of an exchange's error; tell the others of any other error, which ends this rank.
+
+    They are told once. A `Stopped` is every rank's, and nothing is told of it.
+    """
+    if _current is None or isinstance(error, PeerLost | Stopped):
         return
     if is_lost_peer(error):
         raise _current.lost(error) from error
-    _current.say_why(one_line(error))
+    if not _current.ended_with_error:
+        _current.say_why(one_line(error) if isinstance(error, UserError | RanksDiverged) else _with_type(error))
+
+
+def _with_type(error: BaseException) -> str:
+    words = str(error)
+    return one_line(RuntimeError(f"{type(error).__name__}: {words}")) if words else type(error).__name__
 
 
 def named(ranks: Iterable[int]) -> str:

@@ -15,15 +15,15 @@ from vqdist.cli import convert, encode, evaluate, report, sample, train
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
 from vqdist.errors import PeerLost, RanksDiverged, UserError
 from vqdist.parts import unknown
-from vqdist.stopping import UntilTheEnd, end_with_launcher
+from vqdist.stopping import Stopped, UntilTheEnd, end_with_launcher
 from vqdist.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    It is 0, 2 with one line on standard error for a user's mistake, or 69 with one for other ranks that are gone; a
-    rank that a signal ended gives the others its own code.
+    It is 0, 2 with one line on standard error for a user's mistake, 69 with one for other ranks that are gone, or 75
+    or 130 for a training that a signal stopped. A rank that a signal ended before training gives the others its code.
     With other ranks around, an error ends the process here.
     """
     # before torch is imported: of a rank that is gone its store writes pages of addresses, and peers.py one line
@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _leave(error.code)
     except (UserError, RanksDiverged) as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if isinstance(error, Stopped):  # rank 0 has said it
+            return error.code
         print(
             "vqdist: interrupted; the same command goes on from what was saved, if it saves anything",
             file=sys.stderr,

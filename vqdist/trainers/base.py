@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
@@ -16,16 +17,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from vqdist import seeding
+from vqdist import seeding, uncaught
 from vqdist.allocator import keep_freed_memory
 from vqdist.backends import Engine, create_backend
 from vqdist.backends.environment import world_size_of_launcher
-from vqdist.backends.peers import naming_lost_peers
+from vqdist.backends.peers import account_for, naming_lost_peers
 from vqdist.checkpoint import PATIENCE, CheckpointStore
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
-from vqdist.errors import UserError
+from vqdist.errors import PeerLost, UserError
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.schedules import learning_rate
 from vqdist.stopping import Stopped, record_stop
@@ -41,7 +42,11 @@ from vqdist.trainers.progress import Progress
 from vqdist.trainers.report import LogFunction, Report
 from vqdist.trainers.resume import Resume
 from vqdist.trainers.run import Run
+from vqdist.trainers.steps import Left, Steps
 from vqdist.trainers.stop_request import FAULT, StopRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -111,7 +116,8 @@ class Trainer(ABC):
     guard: FiniteGuard
     stop: StopRequest
     feed: Feed
-    _loop: Callable[[], Generator | None]
+    _loop: Callable[[], Steps | None]
+    _in_step: bool
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -187,18 +193,25 @@ class Trainer(ABC):
         Raises:
             PeerLost: other ranks are gone; the message names them and the last complete checkpoint.
             Stopped: a rank got one of the signals of `stopping.NOTED`: every rank finished its step, and all of it is
-                saved. A validation or a picture is broken off; the resumed run makes it first.
+                saved. A validation or a picture is broken off; the resumed run makes it first. Called once more,
+                `train` goes on.
         """
         for _ in self.steps(log_fn):
             pass
         return self.report.last_evaluation[1] if self.report.last_evaluation[0] == self.step else {}
 
-    def steps(self, log_fn: LogFunction | None = None) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def steps(self, log_fn: LogFunction | None = None) -> Steps:
         """Train as `train` does, and yield after every step: a for-loop over it is a callback.
 
         The end of the run is saved, measured and drawn after the last step. A loop that is left early may be followed
-        by another one, which goes on; `save` keeps what was trained. Signals are noted until the loop is closed, which
-        `break` does, and at the latest the next loop.
+        by another one, which goes on; `save` keeps what was trained. All ranks leave it after the same step.
+
+        A signal that comes in the body is noted, and acted on when the body ends. After `break` or `return` the step
+        is saved by all ranks, and `Stopped` is raised where the script goes on. An error of the body passes: one
+        process saves the step, and `Stopped` is raised by the next loop, or at the end of `with trainer`. An error
+        that ends the script of one rank ends the others with a line that names it. (In processes of
+        `torch.multiprocessing`, which catches errors, `with trainer` does that.) A loop that is kept in a variable
+        notes signals until it is closed, at the latest by the next one.
 
         Returns:
             After every step, the number of finished steps, and the numbers of this step on this rank: 0-d tensors,
@@ -206,15 +219,17 @@ class Trainer(ABC):
         """
         left = self._loop()
         if left is not None:  # still held, as a notebook does after an error; it would end within this one
-            left.close()
-        loop = self._steps(log_fn)
+            left.abandon()
+        loop = Steps(self._steps(log_fn))
         self._loop = weakref.ref(loop)
         return loop
 
     def _steps(self, log_fn: LogFunction | None) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         self.report.log_fn = log_fn
         self.resume.forget_export()  # somebody may have removed it
+        self._forget_broken_step()
         with self.stop.listening(), self.checkpoints.outlasting_errors(), naming_lost_peers(self._how_far):
+            self._stop_if_put_off()
             with self.report.progress_bar(self.num_train_steps):
                 if self.report.validation_broken_off:  # in the run that this one resumes
                     self.run_evaluation()
@@ -227,8 +242,16 @@ class Trainer(ABC):
                     self.stop.asked_now()
                     self._stop_if_asked()
                 while self.step < self.num_train_steps:
+                    self.report.reopen()
                     numbers = self.train_step()
-                    yield self.step, numbers
+                    left = None
+                    try:
+                        yield self.step, numbers
+                    except Left as thrown:
+                        left = thrown.by_all
+                    if left is not None:
+                        self._leave(by_all=left)
+                        return
                     self._read_ahead()
                     self._stop_if_asked()
             self.finish()
@@ -239,6 +262,7 @@ class Trainer(ABC):
         Returns:
             This step's numbers on this rank, as 0-d tensors: reading one waits for the device.
         """
+        self._in_step = True
         micro_batches = self.next_micro_batches()
         self.guard.begin(self.engines)
         numbers = self.update(micro_batches)
@@ -251,7 +275,16 @@ class Trainer(ABC):
         self.resume.end_if(self.guard.gives_up())
         self._evaluate_when_due()
         self._save_when_due()
+        self._in_step = False
         return numbers
+
+    def _forget_broken_step(self) -> None:
+        """Take the images of a step that an error broke off anew, without its gradients."""
+        if self._in_step:
+            self._in_step = False
+            self.feed.forget()
+            for engine in self.engines.values():
+                engine.local.zero_grad(set_to_none=True)
 
     def next_micro_batches(self) -> list[Any]:
         """Return the next `grad_accum_every` micro-batches of this rank, as `take` gives them."""
@@ -390,6 +423,24 @@ class Trainer(ABC):
             raise UserError(f"{problem}{saved}") from problem
         raise problem
 
+    def _stop_if_put_off(self) -> None:
+        """Save and raise `Stopped` on every rank if one has put a signal off."""
+        number = self.stop.agree_on_put_off()
+        if number:
+            self._stop(number)
+
+    def _leave(self, *, by_all: bool) -> None:
+        """Act on a signal that came in the body of the loop, which the body has left now."""
+        if by_all:
+            number = self.stop.agree(self.stop.received)
+            if number:
+                self._stop(number)
+        elif self.stop.received:
+            self.stop.put_off()
+            if not self.is_distributed:
+                self.resume.checkpoint_unless_saved()
+                self.resume.settle()
+
     def _stop(self, number: int) -> None:
         self.resume.checkpoint_unless_saved()
         self.resume.settle()
@@ -424,6 +475,7 @@ class Trainer(ABC):
             accelerate_kwargs=config.accelerate_kwargs,
             deepspeed_config=config.deepspeed_config,
         )
+        uncaught.listen()
         self.run.open(self.backend)
 
     def _set_up_networks(self) -> None:
@@ -459,6 +511,7 @@ class Trainer(ABC):
 
     def _go_on(self) -> None:
         """Go on from the newest checkpoint, if there is one; from then on the folder is this run's."""
+        self._in_step = False
         self._loop = lambda: None  # of `steps`, as long as somebody holds it
         self.stop = StopRequest(self.backend)
         bad_images = BadImages(self.backend, len(self.dataset), self.config.max_bad_frac)
@@ -596,11 +649,32 @@ class Trainer(ABC):
         self.resume.export(folder)
 
     def close(self) -> None:
-        """Leave the process group and the run folder, when every rank is done; call it at the end of a script."""
+        """Leave the process group and the run folder, when every rank is done; call it at the end of a script.
+
+        `with Trainer(...) as trainer:` does so at the end of its block.
+        """
+        self.report.close()
         self.feed.forget()
         self.backend.close()
         self.checkpoints.latest()  # waits for what is being completed
         self.run.lock = self.checkpoints.lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the trainer; tell the other ranks of an error that leaves the block, which ends their training."""
+        if error is not None:
+            account_for(error)
+        if isinstance(error, PeerLost):  # to leave the group could wait for those who are gone
+            return
+        try:
+            if error is None:
+                self._stop_if_put_off()
+        finally:
+            self.close()
 
     # ------------------------------------------------------------------------------------- facts
 

@@ -52,6 +52,7 @@ class Report:
         self.folder = folder
         self.bad_images = bad_images
         self.tracker: Tracker | None = None
+        self._closed = False
         self.means = RunningMeans()
         self.log_fn: LogFunction | None = None
         self.bar: tqdm | None = None
@@ -64,13 +65,20 @@ class Report:
 
     def open(self, trackers: list[Any], configuration: dict[str, Any]) -> None:
         """Start the sinks on rank 0, after the run has found the step that it goes on from."""
+        self._sinks, self._closed = (trackers, configuration), False
         if self.backend.is_main:
             self.tracker = Tracker(self.folder, trackers, configuration, self.progress.step)
 
     def close(self) -> None:
         """Close the sinks."""
+        self._closed = True
         if self.tracker is not None:
             self.tracker.close()
+
+    def reopen(self) -> None:
+        """Start the sinks again if they were closed, as at a stop, and training goes on."""
+        if self._closed:
+            self.open(*self._sinks)
 
     def print(self, message: str) -> None:
         """Say something once: on rank 0, on standard error, above the progress bar."""

@@ -29,11 +29,16 @@ class StopRequest:
         self.number = 0
         self.fault = False
         self._signals: StopSignals | None = None  # within `listening`
+        self._put_off = 0  # a signal that a loop noted before an error of its body left it
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within this context signals are noted; what an earlier one received is forgotten."""
+        """Within this context signals are noted; every rank enters it.
+
+        The signals of an earlier one are forgotten, but for one that was put off.
+        """
         self.number, self.fault = 0, False
+        self.backend.largest_lately(0)  # gives what the ranks exchanged last in an earlier one
         try:
             with StopSignals() as self._signals:
                 yield
@@ -60,6 +65,16 @@ class StopRequest:
     def asked_now(self) -> int:
         """Return what `asked` does, of this very moment: every rank waits for the others."""
         return self.asked() or self.asked()
+
+    def put_off(self) -> None:
+        """Let the next loop act on the signal that this rank received: the others cannot be asked now."""
+        self._put_off = self.received
+
+    def agree_on_put_off(self) -> int:
+        """Return a signal that a rank has put off, or 0, and forget it; every rank waits for all."""
+        number, self._put_off = self._put_off, 0
+        self.number = 0  # of a loop that has ended
+        return self.agree(number)
 
     def break_off_if_asked(self) -> None:
         """Raise `BrokenOff` on every rank alike once one of them received a signal."""
