@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vqdist.backends.distributed import require_address
-from vqdist.backends.environment import read_launch
+from vqdist.backends.environment import check_launch, read_launch
 from vqdist.cli import main
 from vqdist.errors import UserError
 
@@ -42,7 +42,7 @@ def environment(monkeypatch):
 def test_places_that_there_are_not(values, said, environment, capsys, tmp_path):
     environment(**values)
     with pytest.raises(UserError, match=said):
-        read_launch()
+        check_launch()
     assert main(["train", "dvae", "--data", "digits", "--image_size", "16", "--out", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line and not (tmp_path / "run").exists()
@@ -53,6 +53,12 @@ def test_ports_that_there_are_not(port, environment):
     environment(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     with pytest.raises(UserError, match=f"MASTER_PORT={port}, which is no port; give a number from 1 to 65535"):
         require_address()
+
+
+def test_the_places_of_a_launch_are_known_after_accelerate_has_set_its_own(environment):
+    """It sets LOCAL_WORLD_SIZE to 1 where no launcher says it, as srun and a start by hand do not."""
+    environment(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", LOCAL_WORLD_SIZE="1", **MEETING)
+    assert read_launch().local_rank == 1
 
 
 def test_places_that_there_are(environment):

@@ -52,22 +52,25 @@ def read_launch() -> Launch | None:
         rank = _integer("RANK", outer.rank if outer else 0)
         local_rank = _integer("LOCAL_RANK", outer.local_rank if outer else 0)
         size, here = _integer("WORLD_SIZE", 1), _integer("LOCAL_WORLD_SIZE", 0)
-        _check_places(size, rank, local_rank, here)
+        _check_places(size, rank, here)
         return Launch("torchrun", size, rank, local_rank, one_host=here == size)
     return outer
 
 
-def _check_places(size: int, rank: int, local_rank: int, here: int) -> None:
+def _check_places(size: int, rank: int, here: int) -> None:
     """Raise `UserError` for numbers that no launcher gives: a process that is none of those there are."""
     if size < 1:
         raise UserError(f"the environment says WORLD_SIZE={size}; it is at least 1: unset it for one process")
     if here > size:
         raise UserError(f"the environment says LOCAL_WORLD_SIZE={here} of WORLD_SIZE={size}; there are fewer in all")
-    for name, place, count in (("RANK", rank, size), ("LOCAL_RANK", local_rank, here or size)):
-        if place >= count:
-            raise UserError(
-                f"the environment says {name}={place}, of {count} processes; they are numbered from 0 to {count - 1}"
-            )
+    _check_place("RANK", rank, size)
+
+
+def _check_place(name: str, place: int, count: int) -> None:
+    if place >= count:
+        raise UserError(
+            f"the environment says {name}={place}, of {count} processes; they are numbered from 0 to {count - 1}"
+        )
 
 
 def _read_tasks() -> Launch | None:
@@ -148,6 +151,8 @@ def local_rank_of_launcher() -> int:
 def check_launch() -> None:
     """Raise `UserError` for a launch of several processes, or one asked for, that would train separate models."""
     launch, outer = read_launch(), _read_tasks()
+    if launch is not None and launch.by == "torchrun":  # not later: Accelerate sets LOCAL_WORLD_SIZE
+        _check_place("LOCAL_RANK", launch.local_rank, _integer("LOCAL_WORLD_SIZE", 0) or launch.size)
     if launch is None:
         _refuse_one_of_several()
     elif outer is not None and launch.size < outer.size:
