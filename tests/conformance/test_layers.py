@@ -20,7 +20,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 # What each part may import of vqdist, besides itself; `cli -> trainers -> {...} -> leaves`.
 LEAVES = {
     *("vqdist.errors", "vqdist.files", "vqdist.options", "vqdist.parts", "vqdist.registries", "vqdist.storage"),
-    *("vqdist.sizes", "vqdist.version"),
+    *("vqdist.draw_options", "vqdist.locations", "vqdist.sizes", "vqdist.version"),
 }
 PARTS = {
     "vqdist.errors": set(),
@@ -30,6 +30,9 @@ PARTS = {
     "vqdist.parts": {"vqdist.errors"},
     "vqdist.registries": {"vqdist.parts"},
     "vqdist.sizes": {"vqdist.errors"},
+    "vqdist.draw_options": {"vqdist.errors"},
+    "vqdist.locations": {"vqdist.errors", "vqdist.files"},
+    "vqdist.declared": set(),
     "vqdist.options": {"vqdist.errors"},
     "vqdist.seeding": LEAVES,
     "vqdist.allocator": set(),

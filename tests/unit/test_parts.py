@@ -225,7 +225,7 @@ def test_every_part_of_vqdist_is_known_by_name_before_its_module_is_imported():
             importlib.import_module(module.name)
     fresh = runpy.run_path(str(registries.__file__))  # as it is before anything registers itself
     kinds = [name for name, value in vars(registries).items() if isinstance(value, Registry)]
-    assert len(kinds) == 8
+    assert len(kinds) >= 8
     for kind in kinds:
         known = getattr(registries, kind)
         assert [name for name in known if known.place(name).startswith(("vqdist.", "torch."))] == fresh[kind].names()

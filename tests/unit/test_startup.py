@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
+import typing
 
 import pytest
 
 from vqdist import VQGanVAE
+from vqdist.cli.models import MODELS
+from vqdist.declared import declared
 
 SLOW = ("einx", "sympy", "torch._dynamo", "torch._inductor", "torchvision", "torchmetrics", "matplotlib", "scipy")
 
@@ -65,3 +69,96 @@ def test_einx_is_itself_after_a_library_was_imported_without_it():
         "assert einx.get_at('[c] d, n -> n d', torch.eye(3), torch.arange(3)).sum() == 3"
     )
     assert imported_after(code, "einx") == ["einx"]
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+TRAIN = "train vqgan --data digits --image_size 32 --out RUN --trainer.batch_size 4 --trainer.num_train_steps 2"
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Exit code and output of each line, from one process, and whether torch was imported."""
+    folder = tmp_path_factory.mktemp("answers")
+    (folder / "bad.yaml").write_text("trainer: {lr: [1\n")
+    (folder / "unknown.yaml").write_text("trainer:\n  lrr: 1\n")
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from vqdist.cli import main\n"
+        "def run(line):\n"
+        "    out, err = io.StringIO(), io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
+        "        try: code = main(line.split())\n"
+        "        except SystemExit as end: code = end.code\n"
+        "    return [code, out.getvalue() + err.getvalue(), 'torch' in sys.modules]\n"
+        f"print(json.dumps([run(line) for line in {[line for line, _ in LINES]!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return dict(zip([line for line, _ in LINES], json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+HELP = {
+    "vqgan": "channels of the first convolution",
+    "dvae": "dimension of a code's vector.",
+    "vq_ar": "pixels per code along each side.",
+    "prior": "attention heads of each block.",
+    "var": "its width; by default 64 * depth.",
+}
+LINES = [
+    ("--help", "commands:"),
+    *((f"train {model} --help", HELP[model]) for model in MODELS),
+    *((f"{command} --help", "usage: vqdist") for command in ("sample", "encode", "evaluate", "reconstruct", "report")),
+    (f"{TRAIN} --print_config", "num_train_steps: 2"),
+    (f"{TRAIN} --trainer.lrr 1", "no option --trainer.lrr; nearest: trainer.lr"),
+    (f"{TRAIN} --trainer.on_nonfinite maybe", "choose one of raise, skip"),
+    (f"{TRAIN} --trainer.lr x", "trainer.lr"),
+    (f"{TRAIN} --trainer.lr -1", "lr -1.0 is not possible"),
+    (f"{TRAIN} --trainer.discr_adam_betas [0.9]", "give two decays"),
+    ("train vqgan --data digits --image_size 32 --out RUN", "missing: --trainer.batch_size"),
+    (f"{TRAIN} --data /nowhere/images", "no such folder: /nowhere/images"),
+    (f"{TRAIN} --data digitz", "nearest: digits"),
+    (f"{TRAIN} --config nowhere.yaml", "nowhere.yaml"),
+    (f"{TRAIN} --config bad.yaml", "parsing"),
+    (f"{TRAIN} --config unknown.yaml", "nearest: trainer.lr"),
+    (f"{TRAIN} --backend horse", "backend 'horse' is not known"),
+    (f"{TRAIN} --model.quantizer vqq", "no quantizer 'vqq'; nearest: vq"),
+    (f"{TRAIN} --model.terms [lpipz]", "no term 'lpipz'; nearest: lpips"),
+    (f"{TRAIN} --trainer.optimizer adamm", "no optimizer 'adamm'; nearest: adam"),
+    (f"{TRAIN} --trainer.lr_schedule cosin", "nearest: cosine"),
+    (f"{TRAIN} --trainer.trackers [wandbb]", "no tracker 'wandbb'; nearest: wandb"),
+    (TRAIN.replace("vqgan", "vqgann"), "no model 'vqgann'; nearest: vqgan"),
+    (f"{TRAIN.replace('vqgan', 'prior').replace(' --image_size 32', '')} --tokenizer /nowhere", "no such folder"),
+    ("trian", "no command 'trian'; nearest: train"),
+    ("sample /nowhere", "no such folder: /nowhere"),
+    ("sample /nowhere --temperature -1", "temperature -1.0 is not possible"),
+    ("encode /nowhere --data digits --out codes", "no such run folder: /nowhere"),
+    ("evaluate /nowhere --data digits", "no such run folder: /nowhere"),
+    ("reconstruct /nowhere --data digits", "no such run folder: /nowhere"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), LINES, ids=[line for line, _ in LINES])
+def test_help_and_mistakes_are_answered_without_torch(answers, line, words):
+    code, said, with_torch = answers[line]
+    assert words in said
+    assert code == (0 if line.endswith(("--help", "--print_config")) else 2)
+    assert not with_torch
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_options_read_from_the_file_are_those_of_the_class(name):
+    """Annotations that name a class of torch, or one of vqdist that needs torch, are `Any`: no option is of these."""
+    module, cls = MODELS[name].model.split(":")
+    read, real = declared(module, cls), MODELS[name].load()[0]
+    assert read.__module__ == "vqdist.declared" and inspect.getdoc(read) == inspect.getdoc(real)
+    assert getattr(read, "part_options", None) == getattr(real, "part_options", None)
+    parameters = {key: one for key, one in inspect.signature(real).parameters.items() if one.kind != one.VAR_KEYWORD}
+    hints = typing.get_type_hints(real.__init__)
+    stood_in = inspect.signature(read).parameters
+    assert list(stood_in) == list(parameters)
+    for key, parameter in parameters.items():
+        assert (stood_in[key].default, stood_in[key].kind) == (parameter.default, parameter.kind), key
+        if key not in MODELS[name].no_options:
+            assert stood_in[key].annotation == hints[key], key
+    assert MODELS[name].options()[1] is MODELS[name].load()[1].config_class

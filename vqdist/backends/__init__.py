@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vqdist.backends.base import Backend, Engine
 from vqdist.backends.environment import check_launch, export_launch, started_by_launcher
 from vqdist.backends.launcher_settings import refuse_launcher_settings
 from vqdist.errors import UserError
 
+if TYPE_CHECKING:
+    from vqdist.backends.base import Backend, Engine
+
 __all__ = ["BACKENDS", "Backend", "Engine", "create_backend", "resolve_backend"]
 
 BACKENDS = ("local", "accelerate", "deepspeed")
+
+
+def __getattr__(name: str) -> Any:  # the contract imports torch, and which backend it is can be said without
+    if name in ("Backend", "Engine"):
+        from vqdist.backends import base
+
+        return getattr(base, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def resolve_backend(name: str) -> str:

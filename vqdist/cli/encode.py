@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
+from vqdist.data.specs import check_spec
 from vqdist.errors import UserError
+from vqdist.locations import find_local_export
 
 # a rank that has written its last shard waits in an exchange for those that have one more
 EXCHANGE_TIMEOUT = 7 * 24 * 60.0  # minutes; one that is silent is given up after --dist_timeout
@@ -78,8 +80,9 @@ def _parser():
 
 
 def _check(options) -> None:
-    from vqdist.encoding import check_folder
+    from vqdist.backends import resolve_backend
 
+    resolve_backend(options.backend)
     for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
         number = getattr(options, name)
         if number is not None and number < least:
@@ -90,13 +93,17 @@ def _check(options) -> None:
         raise UserError("--out is empty; give the folder for the codes")
     if isinstance(options.data.folder, str) and options.data.folder.startswith("codes:"):
         raise UserError(f"--data {options.data.folder} are codes already; give the images that they were made of")
+    check_spec(options.data.folder)
+    find_local_export(options.run)
+
+    from vqdist.encoding import check_folder
+
     check_folder(Path(options.out).expanduser(), options.data.folder)
 
 
 def _open(options):
     """Return the tokenizer of a run, and its view of the images."""
     from vqdist.data.dataset import ImageDataset
-    from vqdist.models.pretrained import find_local_export
     from vqdist.models.tokenizer import Tokenizer
 
     folder = find_local_export(options.run)

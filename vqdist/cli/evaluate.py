@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
-from vqdist.cli.sample import add_draw_options, draw_options
+from vqdist.cli.sample import add_draw_options, draw_options, given_draw_options
 from vqdist.data.config import CODES
+from vqdist.data.specs import check_spec
+from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError
 from vqdist.files import read_json
+from vqdist.locations import find_local_export
 from vqdist.sizes import ImageSize, image_size_of
 
 if TYPE_CHECKING:
@@ -41,14 +44,15 @@ tokenizer's numbers too."""
 
 def evaluate(arguments: list[str]) -> int:
     """Measure a run over a set of images, its reconstructions or predictions, and its samples; one JSON object."""
-    from vqdist.backends import create_backend
-    from vqdist.backends.peers import naming_lost_peers
-    from vqdist.models.autoregressive import AutoregressiveModel
-    from vqdist.models.pretrained import find_local_export, load_model_of_any_type
-
     options = parse(_evaluate_parser(), arguments)
     _check_options(options)
     run, export = Path(options.run).expanduser(), find_local_export(options.run)
+
+    from vqdist.backends import create_backend
+    from vqdist.backends.peers import naming_lost_peers
+    from vqdist.models.autoregressive import AutoregressiveModel
+    from vqdist.models.pretrained import load_model_of_any_type
+
     model = load_model_of_any_type(export, trust_code=options.trust_code)
     if isinstance(model, AutoregressiveModel):
         measured: _Run = _open_generator(model, options)
@@ -65,25 +69,26 @@ def evaluate(arguments: list[str]) -> int:
 
 def reconstruct(arguments: list[str]) -> int:
     """Draw originals beside their reconstructions: `vqdist reconstruct RUN --data DIR --out grid.png`."""
-    import torch
-
-    from vqdist.evaluation import reconstruct as reconstruct_images
-    from vqdist.models.pretrained import find_local_export
-    from vqdist.models.tokenizer import Tokenizer
-    from vqdist.tracking import save_sheet
-
     parser = _run_parser("vqdist reconstruct", "Draw images of --data beside a run's reconstructions of them.")
     parser.add_argument("--out", type=Path, default=Path("reconstructions.png"), help="PNG file to write.")
     parser.add_argument("--num_images", type=int, default=16, help="Images to draw, the first of --data.")
     options = parse(parser, arguments)
-    run, export = Path(options.run).expanduser(), find_local_export(options.run)
-    tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options), trust_code=options.trust_code)
-    dataset = _open_images(options, tokenizer)
-    count = min(options.num_images, len(dataset))
-    if count < 1:
+    check_spec(options.data.folder)
+    if options.num_images < 1:
         raise UserError(f"num_images {options.num_images} is not possible; it must be at least 1")
     if options.out.suffix.lower() != ".png":
         raise UserError(f"--out {options.out} is not the name of a PNG file; give one that ends in .png")
+    run, export = Path(options.run).expanduser(), find_local_export(options.run)
+
+    import torch
+
+    from vqdist.evaluation import reconstruct as reconstruct_images
+    from vqdist.models.tokenizer import Tokenizer
+    from vqdist.tracking import save_sheet
+
+    tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options), trust_code=options.trust_code)
+    dataset = _open_images(options, tokenizer)
+    count = min(options.num_images, len(dataset))
     fetched = [dataset.fetch(0, index) for index in range(count)]
     images = torch.stack([image for image, _ in fetched])
     for name in (name for _, skipped in fetched for name in skipped):
@@ -146,6 +151,10 @@ def _evaluate_parser():
 
 
 def _check_options(options) -> None:
+    from vqdist.backends import resolve_backend
+
+    resolve_backend(options.backend)
+    DrawOptions(**given_draw_options(options))
     if options.batch_size < 1 or options.num_workers < 0:
         raise UserError(
             f"batch_size {options.batch_size} and num_workers {options.num_workers} are not possible; they must be at "
@@ -155,6 +164,9 @@ def _check_options(options) -> None:
         if options.trust_features:
             raise UserError("--trust_features true is given but --features is not; give a file or leave it out")
         _refuse_sampling(options, "samples are drawn for --features only; give a feature extractor or leave it out")
+
+    if not str(options.data.folder).startswith(CODES):
+        check_spec(options.data.folder)
 
 
 def _refuse_sampling(options, reason: str) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vqdist.cli.parsing import DATA_ALIASES, Alias
+from vqdist.declared import declared
 from vqdist.errors import UserError
 from vqdist.parts import PATH, import_path, unknown
 
 if TYPE_CHECKING:
     from vqdist.trainers.base import Trainer
+    from vqdist.trainers.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class TrainedModel:
     Attributes:
         title: what it is, in a few words.
         model: `module:class`; imported when it is needed, since torch is.
-        trainer: `module:class`; its `config_class` has the options of `--trainer`.
+        trainer: `module:class`.
+        config: `module:class` of its configuration, which has the options of `--trainer`.
         no_options: the model's arguments that are for Python only.
         defaults: by option, where the command line has others than the classes.
         aliases: other names of options.
@@ -35,6 +38,7 @@ class TrainedModel:
     title: str
     model: str
     trainer: str
+    config: str
     no_options: frozenset[str] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, Alias] = field(default_factory=dict)
@@ -44,10 +48,17 @@ class TrainedModel:
 
     def load(self) -> tuple[type, type[Trainer]]:
         """Return the class of the model and the class of its trainer."""
-        return _load(self.model), _load(self.trainer)
+        return load_class(self.model), load_class(self.trainer)
+
+    def options(self) -> tuple[type, type[TrainerConfig]]:
+        """Return a class whose constructor has the options, and the configuration. Without torch for vqdist's own."""
+        module, name = self.model.split(":")
+        model = declared(module, name) if module.startswith("vqdist.") else load_class(self.model)
+        return model, load_class(self.config)
 
 
-def _load(place: str) -> type:
+def load_class(place: str) -> type:
+    """Import a class, `module:class`."""
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -104,12 +115,14 @@ MODELS = {
         title="VQGAN image tokenizer",
         model="vqdist.models.vqgan:VQGanVAE",
         trainer="vqdist.trainers.vqgan:VQGanVAETrainer",
+        config="vqdist.trainers.vqgan_config:VQGanTrainerConfig",
         no_options=frozenset(["vgg", "kwargs"]),
     ),
     "dvae": TrainedModel(
         title="discrete VAE image tokenizer, as DALL-E's",
         model="vqdist.models.dvae:DiscreteVAE",
         trainer="vqdist.trainers.dvae:DiscreteVAETrainer",
+        config="vqdist.trainers.dvae_config:DiscreteVAETrainerConfig",
         no_options=frozenset(["temperature"]),  # the trainer anneals its own
         defaults=TRAIN_VAE_DEFAULTS,
         aliases=TRAIN_VAE_FLAGS,
@@ -121,11 +134,13 @@ MODELS = {
         title="image tokenizer and autoregressive model, learnt end to end",
         model="vqdist.models.vq_ar:VQImageAutoregressiveAutoencoder",
         trainer="vqdist.trainers.ar:ARTrainer",
+        config="vqdist.trainers.ar_config:ARTrainerConfig",
     ),
     "prior": TrainedModel(
         title="transformer over the codes of a trained tokenizer",
         model="vqdist.models.prior:Prior",
         trainer="vqdist.trainers.ar:ARTrainer",
+        config="vqdist.trainers.ar_config:ARTrainerConfig",
         no_options=frozenset(["tokenizer"]),
         over_tokenizer=True,
     ),
@@ -133,6 +148,7 @@ MODELS = {
         title="next-scale transformer (VAR) over a multi-scale tokenizer",
         model="vqdist.models.var:VAR",
         trainer="vqdist.trainers.ar:ARTrainer",
+        config="vqdist.trainers.ar_config:ARTrainerConfig",
         no_options=frozenset(["tokenizer"]),
         over_tokenizer=True,
     ),
@@ -153,7 +169,7 @@ def model_entry(name: str) -> TrainedModel:
 
     found = import_path(name, "model")
     for entry in MODELS.values():
-        if inspect.isclass(found) and issubclass(found, _load(entry.model)):
+        if inspect.isclass(found) and issubclass(found, load_class(entry.model)):
             return replace(entry, title=f"{entry.title} ({name})", model=_place_of(found))
     if not inspect.isclass(found) or not issubclass(found, AutoregressiveModel):
         bases = "VQGanVAE, DiscreteVAE or SecondStage"
@@ -163,6 +179,7 @@ def model_entry(name: str) -> TrainedModel:
         title=f"model of codes ({name})",
         model=_place_of(found),
         trainer="vqdist.trainers.ar:ARTrainer",
+        config="vqdist.trainers.ar_config:ARTrainerConfig",
         no_options=frozenset(["tokenizer"]),
         over_tokenizer=over_tokenizer,
     )

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
+from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError
+from vqdist.locations import check_given
 from vqdist.sizes import sides_of
 
 LARGEST_SHEET = 2  # GiB of pixels
@@ -21,11 +23,6 @@ MOST = 10**9
 
 def sample(arguments: list[str]) -> int:
     """Draw images: `vqdist sample RUN --num 64 --class 3 --cfg 2 --out samples.png`."""
-    from vqdist.backends import create_backend
-    from vqdist.backends.peers import naming_lost_peers
-    from vqdist.drawing import SampleFolder, draw_batches, gather_images, weights_mark
-    from vqdist.ranks import on_main
-
     parser = make_parser("vqdist sample", "Draw images from a run of a prior, VAR or VQ-AR model.")
     parser.add_argument("run", type=str, help="Run folder, or a folder or Hub repository with its export.")
     parser.add_argument(
@@ -58,6 +55,12 @@ def sample(arguments: list[str]) -> int:
     parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
     options = parse(parser, arguments, {"num_images": Alias("num")})
     _check(options)
+
+    from vqdist.backends import create_backend
+    from vqdist.backends.peers import naming_lost_peers
+    from vqdist.drawing import SampleFolder, draw_batches, gather_images, weights_mark
+    from vqdist.ranks import on_main
+
     model = open_generator(options.run, options.trust_code)
     if options.tokenizer is not None:
         _check_tokenizer(model, options.tokenizer, options.trust_code)
@@ -92,8 +95,6 @@ def _plan(options, drawn, mark: str) -> dict[str, Any]:
 
 def add_draw_options(parser) -> None:
     """`--temperature`, `--top_k`, `--top_p`, `--min_p`, `--cfg`, `--seed` and `--batch_size`."""
-    from vqdist.sampling import DrawOptions
-
     help_of = _field_docs(DrawOptions)
     for field in fields(DrawOptions):
         kind = int | None if field.name == "top_k" else float | None
@@ -108,16 +109,18 @@ def add_draw_options(parser) -> None:
 
 def draw_options(options, model) -> Any:
     """Return the `DrawOptions` that were given, over the model's own."""
-    from vqdist.sampling import DrawOptions
-
     if options.batch_size < 1:
         raise UserError(f"batch_size {options.batch_size} is not possible; it must be at least 1")
-    given = {field.name: getattr(options, field.name) for field in fields(DrawOptions)}
-    given = {name: value for name, value in given.items() if value is not None}
-    drawn = DrawOptions(**{**model.draw_defaults, **given})
+    drawn = DrawOptions(**{**model.draw_defaults, **given_draw_options(options)})
     if drawn.cfg != 1 and not model.num_classes:
         raise UserError(f"cfg {drawn.cfg:g} is given but the model knows no classes; leave it out")
     return drawn
+
+
+def given_draw_options(options) -> dict[str, Any]:
+    """Return what was said of the draw; `DrawOptions` of it raises what is not possible."""
+    given = {field.name: getattr(options, field.name) for field in fields(DrawOptions)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def open_generator(name_or_path: str, trust_code: bool = False):
@@ -151,9 +154,11 @@ def with_progress(batches: Iterator, options, backend) -> Iterator:
 
 
 def _check(options) -> None:
+    from vqdist.backends import resolve_backend
     from vqdist.backends.environment import rank_of_launcher
-    from vqdist.drawing import SampleFolder
 
+    resolve_backend(options.backend)
+    DrawOptions(**given_draw_options(options))
     for name in ("num", "batch_size", "columns"):
         value = getattr(options, name)
         if value is not None and not 1 <= value <= MOST:
@@ -163,11 +168,20 @@ def _check(options) -> None:
             raise UserError(f"--out {options.out} is neither the name of a PNG file nor of a folder; give one of both")
         if options.columns is not None:
             raise UserError(f"--columns {options.columns} is of a sheet, but --out {options.out} is a folder")
+        _check_runs(options)
         if rank_of_launcher() == 0:
+            from vqdist.drawing import SampleFolder
+
             SampleFolder.check(options.out)
         _make_writable(options.out)
     else:
+        _check_runs(options)
         _make_writable(options.out.parent)
+
+
+def _check_runs(options) -> None:
+    for name in filter(None, (options.run, options.tokenizer)):
+        check_given(name)
 
 
 def _make_writable(folder: Path) -> None:

@@ -12,13 +12,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from vqdist.cli.models import MODELS, TrainedModel, model_entry
+from vqdist.cli.models import MODELS, TrainedModel, load_class, model_entry
 from vqdist.cli.parsing import DATA_ALIASES, add_trust_option, make_parser, parse
 from vqdist.cli.parts import Parts
 from vqdist.data.config import CODES
 from vqdist.errors import UserError
 from vqdist.files import read_json
-from vqdist.parts import Registry
+from vqdist.locations import check_given
+from vqdist.parts import Registry, Spec
 from vqdist.stopping import LeaveAtOnce, Stopped, UntilTheEnd
 
 # options of the trainer's configuration that stand at the top level, and their name there
@@ -40,7 +41,9 @@ def train(arguments: list[str]) -> int:
     name = arguments[0]
     with UntilTheEnd():
         with LeaveAtOnce():
-            trainer = make_trainer(model_entry(name), train_options(name, arguments[1:]))
+            options = train_options(name, arguments[1:])
+            refuse_mistakes(model_entry(name), options, parts_of(name))
+            trainer = make_trainer(model_entry(name), options)
         return _train(trainer)
 
 
@@ -59,10 +62,10 @@ def train_options(name: str, arguments: list[str]):
 
 def parts_of(name: str) -> dict[str, Registry[Any]]:
     """Return the options of `vqdist train NAME` that take a part, and its kind."""
-    model_class, trainer_class = model_entry(name).load()
+    model_class, config_class = model_entry(name).options()
     of_model = getattr(model_class, "part_options", {})
     taken = inspect.signature(model_class).parameters
-    of_training = trainer_class.config_class.part_options()
+    of_training = config_class.part_options()
     return {
         **{f"model.{option}": registry for option, registry in of_model.items() if option in taken},
         **{f"{group}.{option}": registry for (group, option), registry in of_training.items()},
@@ -77,7 +80,7 @@ def train_parser(name: str):
     needed = " --tokenizer RUN" if entry.over_tokenizer else needed
     parser = make_parser(program, _description(entry), _aliases_help(entry))
     parser.usage = f"{program} --data IMAGES{needed} --out RUN [options]"
-    model_class, trainer_class = entry.load()
+    model_class, config_class = entry.options()
     if entry.over_tokenizer:
         parser.add_argument(
             "--tokenizer",
@@ -86,8 +89,8 @@ def train_parser(name: str):
             help="Run of a tokenizer, or a folder or Hub repository with its export; stays as it is.",
         )
         add_trust_option(parser)
-    _add_top_level(parser, trainer_class.config_class)
-    _add_groups(parser, entry, model_class, trainer_class.config_class)
+    _add_top_level(parser, config_class)
+    _add_groups(parser, entry, model_class, config_class)
     _set_defaults(parser, entry)
     _name_the_parts(parser, parts_of(name))
     return parser
@@ -171,13 +174,41 @@ def _indented(start: str, text: str) -> str:
     return textwrap.fill(start + text, width, subsequent_indent=" " * len(start), break_on_hyphens=False)
 
 
-def make_trainer(entry: TrainedModel, options):
-    """Return the trainer of these options; a run that is in their folder is resumed."""
+def refuse_mistakes(entry: TrainedModel, options, parts: Parts) -> None:
+    """Raise `UserError` for every mistake that can be seen without torch, which takes seconds to import."""
     from vqdist.backends import resolve_backend
-    from vqdist.seeding import seed_everything
+    from vqdist.data.specs import check_spec
+    from vqdist.trainers.config import make_config
 
     resolve_backend(options.backend)
     _refuse_missing(entry, options)
+    for option, registry in parts.items():
+        if option != "data.folder":
+            _refuse_unknown_part(registry, options.get(option))
+    make_config(load_class(entry.config), _trainer_options(options)).check_values()
+    if entry.over_tokenizer:
+        if not options.tokenizer:
+            raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
+        check_given(options.tokenizer)
+    if not str(options.data.folder).startswith(CODES):
+        check_spec(options.data.folder)
+
+
+def _refuse_unknown_part(registry: Registry[Any], given: Any) -> None:
+    for part in given if isinstance(given, list) else [given]:
+        if isinstance(part, (str, dict)):
+            registry.refuse_unknown(Spec.of(part, registry.kind).target)
+
+
+def _trainer_options(options) -> dict[str, Any]:
+    top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
+    return {**options.data.as_dict(), **options.trainer.as_dict(), **top}
+
+
+def make_trainer(entry: TrainedModel, options):
+    """Return the trainer of these options; a run that is in their folder is resumed."""
+    from vqdist.seeding import seed_everything
+
     model_class, trainer_class = entry.load()
     model_options = options.model.as_dict()
     if "image_size" in inspect.signature(model_class).parameters:
@@ -186,8 +217,7 @@ def make_trainer(entry: TrainedModel, options):
         model_options["tokenizer"] = _open_tokenizer(options)
     seed_everything(options.seed, "weights")
     model = _build(model_class, model_options)
-    top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
-    return trainer_class(model, **options.data.as_dict(), **options.trainer.as_dict(), **top)
+    return trainer_class(model, **_trainer_options(options))
 
 
 def _train(trainer) -> int:
@@ -227,8 +257,6 @@ def _build(model_class: type, options: dict[str, Any]):
 def _open_tokenizer(options):
     from vqdist.models.tokenizer import Tokenizer
 
-    if not options.tokenizer:
-        raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
     before = _fingerprint_of_before(options)
     return Tokenizer.from_pretrained(options.tokenizer, fingerprint=before, trust_code=options.trust_code)
 

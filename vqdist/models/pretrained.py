@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json
+from vqdist.locations import FILES, check_location, config_of_folder, find_export
 from vqdist.models.mending import LIVE, mend_codebook
 from vqdist.parts import PATH, Registry, trusting
 from vqdist.sizes import ImageSize, image_size_of
@@ -38,7 +38,6 @@ MODEL_TYPES = {
     "prior": ("vqdist.models.prior", "Prior"),
     "var": ("vqdist.models.var", "VAR"),
 }
-FILES = ("config.json", "model.safetensors")
 LOG = logging.getLogger(__name__)  # where nobody handles it, a warning is one line on stderr
 FIRST_TYPE = "vqgan"  # of a config.json that names none: they were written before there were others
 
@@ -129,7 +128,7 @@ class PretrainedModel(PyTorchModelHubMixin):
         path = find_export(pretrained_model_name_or_path)
         if is_of_another_project(path):
             return cls._of_another_project(path, kwargs)
-        _check_location(pretrained_model_name_or_path, path)
+        check_location(pretrained_model_name_or_path, path)
         kwargs.setdefault("strict", True)
         name = str(path if path.is_dir() else pretrained_model_name_or_path)
         try:
@@ -198,12 +197,6 @@ class PretrainedModel(PyTorchModelHubMixin):
         raise UserError("the repository has no model.safetensors; pickled weights are not loaded")
 
 
-def find_export(name_or_path: str | Path) -> Path:
-    """Return the folder of a model: `export/` of a run, any other path as it is."""
-    path = Path(name_or_path).expanduser()
-    return path / "export" if (path / "export").is_dir() else path
-
-
 PUBLISHED = "vqdist.models.published"
 """The module that reads files of other projects; models need not know it."""
 
@@ -224,25 +217,6 @@ def read_of_another_project(path: Path, kwargs: Mapping[str, Any]) -> Pretrained
     return importlib.import_module(PUBLISHED).read_published(path, **options)
 
 
-def find_local_export(name_or_path: str | Path) -> Path:
-    """Return the folder of the model that a folder of this machine holds: a run, or one of `save_pretrained`.
-
-    Raises:
-        UserError: there is no such folder, or it holds no model yet.
-    """
-    run = Path(name_or_path).expanduser()
-    if not run.is_dir():
-        raise UserError(f"no such run folder: {run}")
-    folder = find_export(run)
-    if not all((folder / name).is_file() for name in FILES):
-        raise _no_export(run)
-    return folder
-
-
-def _no_export(run: Path) -> UserError:
-    return UserError(f"{run} has no export/ yet; train it to its first checkpoint")
-
-
 def load_model_of_any_type(
     name_or_path: str | Path, *, trust_code: bool | None = None, **kwargs: Any
 ) -> PretrainedModel:
@@ -250,7 +224,7 @@ def load_model_of_any_type(
     path = find_export(name_or_path)
     if is_of_another_project(path):
         return read_of_another_project(path, kwargs)
-    _check_location(name_or_path, path)
+    check_location(name_or_path, path)
     model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", FIRST_TYPE)
     with trusting(trust_code):
         return _class_of(model_type, name_or_path).from_pretrained(name_or_path, **kwargs)
@@ -279,18 +253,6 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool) -> Non
     module.load_state_dict({**shared, **tensors}, strict=strict)
 
 
-def _check_location(given: str | Path, path: Path) -> None:
-    if path.is_dir() and (path / "metrics.jsonl").exists():
-        raise _no_export(path)
-    # owner/name on the Hub, unless there is a folder here that it would lie in
-    if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given))):
-        raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")
-        _config_of(str(path), {})  # says what is wrong with a damaged one, which the hub's mixin does not
-
-
 def saved_beside(model_id: str, name: str, kwargs: Mapping[str, Any]) -> Path:
     """Return the folder of a second model within that of the first; of one on the Hub its files are fetched."""
     if Path(model_id).is_dir():
@@ -306,10 +268,7 @@ def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _config_of(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a folder or repository; empty where a repository cannot be reached: loading it says so."""
     if Path(model_id).is_dir():
-        try:
-            return read_json(Path(model_id) / "config.json")
-        except UserError as error:
-            raise UserError(f"{model_id} holds no model that can be loaded ({error})") from error
+        return config_of_folder(Path(model_id))
     try:
         return read_json(Path(hf_hub_download(model_id, "config.json", **_hub_options(kwargs))))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,56 +25,11 @@ from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reco
 from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.tokenizer import Tokenizer, TokenizerNetwork
-from vqdist.options import option
 from vqdist.sampling import DrawOptions, uniform_per_image
 from vqdist.seeding import derive_seed
 from vqdist.tracking import Tracker
+from vqdist.trainers.ar_config import IMAGE_OPTIONS, ARTrainerConfig
 from vqdist.trainers.base import Trainer, mark_last
-from vqdist.trainers.config import TrainerConfig
-
-MOST_SAMPLES = 4096  # of a picture: they are drawn at once
-IMAGE_OPTIONS = ("augment", "exts", "on_bad_image", "max_bad_frac", "max_pixels")
-
-
-@dataclass(kw_only=True, frozen=True)
-class ARTrainerConfig(TrainerConfig):
-    """Options of training a model that predicts codes: those of every trainer, of labels and of samples."""
-
-    image_size: int | None = option(None, at_least=1)  # type: ignore[assignment]  # until `check_model` takes the model's
-    """Side of the square training images in pixels; by default the model's."""
-    label_dropout: float = option(0.1, at_least=0, at_most=1)
-    """Share of the training images whose class is hidden, so that the model learns to do without: what `cfg` needs."""
-    sample_temperature: float | None = None
-    """Temperature of the samples in a picture; by default the model's."""
-    sample_top_k: int | None = None
-    """Draw the samples in a picture from the so many most probable codes; by default the model's choice."""
-    sample_top_p: float | None = None
-    """Draw them from the fewest codes whose probabilities reach this sum; by default the model's choice."""
-    sample_min_p: float | None = None
-    """Draw them from codes of at least this share of the largest probability; by default the model's choice."""
-    sample_cfg: float | None = None
-    """Scale of classifier-free guidance in them; 1 does not guide; by default the model's."""
-    num_images_save: int = option(64, at_least=1, at_most=MOST_SAMPLES, free=True)
-    """Images in a picture of samples."""
-
-    @property
-    def codes_folder(self) -> str | None:
-        """The folder of stored codes, where `folder` names one."""
-        folder = self.folder
-        return folder.removeprefix(CODES) if isinstance(folder, str) and folder.startswith(CODES) else None
-
-    @property
-    def sample_options(self) -> dict[str, Any]:
-        """The options that were given of the samples in a picture, by the names of `DrawOptions`."""
-        names = [f.name for f in fields(DrawOptions)]
-        said = {name: getattr(self, f"sample_{name}") for name in names}
-        return {name: value for name, value in said.items() if value is not None}
-
-    def check(self) -> None:
-        super().check()
-        DrawOptions(**self.sample_options)
-        if self.codes_folder is not None:
-            self.refuse_set(*IMAGE_OPTIONS, because="codes are stored, not images")
 
 
 class ARTrainer(Trainer):

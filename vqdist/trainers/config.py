@@ -1,4 +1,7 @@
-"""The options that every trainer has, and how keywords become a checked configuration."""
+"""The options that every trainer has, and how keywords become a checked configuration.
+
+Configurations import no torch, so that a command line is read and checked at once; only optimizers are checked by it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from vqdist.errors import UserError
 from vqdist.options import check_options, check_types, default_options, option
 from vqdist.parts import Spec, arguments_of, recorded, unknown
 from vqdist.schedules import SCHEDULES, factor_of
-from vqdist.trainers.optimizers import OptimizerOptions
 
 PRECISIONS = ("fp32", "bf16")
 # options that are arguments of the schedules that vqdist has
@@ -111,6 +113,11 @@ class TrainerConfig(DataConfig):
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot work, whatever the machine."""
+        self.check_values()
+        self.check_optimizers()
+
+    def check_values(self) -> None:
+        """Raise `UserError` for what can be said without torch."""
         self.check_length()
         check_options(self)
         factor_of(self.schedule, 0, 1000)
@@ -126,11 +133,19 @@ class TrainerConfig(DataConfig):
             raise UserError(f"precision {self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
         if not self.use_ema:
             self.refuse_set("ema_beta", "ema_update_after_step", "ema_update_every", because="use_ema is false")
+
+    def check_optimizers(self) -> None:
+        """Raise `UserError` for an optimizer that cannot be made of what is said of it; imports torch."""
         self.optimizer_options.resolved()
 
     @property
-    def optimizer_options(self) -> OptimizerOptions:
-        """The options that were given of the optimizer of the network, or of the generator."""
+    def optimizer_options(self) -> Any:
+        """The options that were given of the optimizer of the network, or of the generator: an `OptimizerOptions`.
+
+        No annotation names the class, because jsonargparse would import it, and torch with it.
+        """
+        from vqdist.trainers.optimizers import OptimizerOptions
+
         said = {"betas": "adam_betas", "weight_decay": "weight_decay", "fused": "fused_adam"}
         return OptimizerOptions(
             self.optimizer,
@@ -212,7 +227,14 @@ def _recorded(value: Any) -> Any:
 
 
 def build_config(config_class: type[C], options: dict[str, Any]) -> C:
-    """Make and check a configuration; an option that is unknown, missing or of another type is an error that helps.
+    """Make a configuration and check it."""
+    config = make_config(config_class, options)
+    config.check()
+    return config
+
+
+def make_config(config_class: type[C], options: dict[str, Any]) -> C:
+    """Make a configuration; an option that is unknown, missing or of another type is an error that helps.
 
     A path may stand where a string is expected.
     """
@@ -226,9 +248,7 @@ def build_config(config_class: type[C], options: dict[str, Any]) -> C:
         raise UserError(f"these options have no default and were not given: {', '.join(missing)}")
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
     check_types(config_class, options)
-    config = config_class(**options)
-    config.check()
-    return config
+    return config_class(**options)
 
 
 def signature_of(config_class: type[TrainerConfig], first: str) -> inspect.Signature:

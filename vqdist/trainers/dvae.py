@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,53 +16,12 @@ from vqdist.errors import UserError
 from vqdist.evaluation import in_eval_mode
 from vqdist.metrics import RunningMeans
 from vqdist.models.dvae import DiscreteVAE
-from vqdist.options import option
 from vqdist.sampling import gumbel_noise_per_image
 from vqdist.schedules import linear_ramp, temperature
 from vqdist.seeding import derive_seed
 from vqdist.trainers.base import mark_last
-from vqdist.trainers.config import TrainerConfig
+from vqdist.trainers.dvae_config import DiscreteVAETrainerConfig
 from vqdist.trainers.tokenizer import TokenizerTrainer
-
-DEFAULT_EPOCHS = 20.0
-
-
-@dataclass(kw_only=True, frozen=True)
-class DiscreteVAETrainerConfig(TrainerConfig):
-    """Options of training a discrete VAE: those of every trainer, with DALLE-pytorch's defaults, and the draw's."""
-
-    image_size: int | None = option(None, at_least=1)  # type: ignore[assignment]  # until `check_model` takes the model's
-    """Side of the square training images in pixels; by default the model's."""
-    epochs: float | None = option(None, above=0, at_most=1e9, free=True)
-    """Passes over the training images; 20 where num_train_steps is not given either."""
-    batch_size: int = option(8, at_least=1)
-    """Images of one micro-batch of one process."""
-    lr: float = option(1e-3, at_least=0)
-    """Peak learning rate of Adam."""
-    lr_schedule: str | dict[str, Any] = option("exponential", part="vqdist.schedules.SCHEDULES")
-    """Rate after the warm-up: a name (`exponential` falls by epochs, `wsd` stays and falls at the end), or class_path
-    and init_args of a function of the step."""
-    num_images_save: int = option(4, at_least=1, free=True)
-    """Images in a picture."""
-    starting_temp: float = option(1.0, above=0)
-    """Temperature of the draw at step 0."""
-    temp_min: float = option(0.5, above=0)
-    """Lowest temperature."""
-    anneal_rate: float = option(1e-6, at_least=0)
-    """The temperature at a step is max(starting_temp * exp(-anneal_rate * step), temp_min)."""
-    kl_warmup_steps: int = option(0, at_least=0)
-    """Steps over which the weight of the KL loss rises linearly to kl_div_loss_weight."""
-
-    def __post_init__(self) -> None:
-        if self.num_train_steps is None and self.epochs is None:
-            object.__setattr__(self, "epochs", DEFAULT_EPOCHS)  # frozen from here on
-
-    def check(self) -> None:
-        super().check()
-        if self.temp_min > self.starting_temp:
-            raise UserError(
-                f"temp_min {self.temp_min:g} is above starting_temp {self.starting_temp:g}; the temperature falls"
-            )
 
 
 class DiscreteVAETrainer(TokenizerTrainer):

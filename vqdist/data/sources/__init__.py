@@ -37,7 +37,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vqdist.data.sources.base import FORMS, Source, absolute_path, checked_length
+from vqdist.data.sources.base import Source, checked_length
 from vqdist.data.sources.digits import DigitsSource
 from vqdist.data.sources.folder import FolderSource
 from vqdist.data.sources.hugging_face import HuggingFaceSource
@@ -45,8 +45,9 @@ from vqdist.data.sources.synthetic import DummyDataset, SyntheticSource
 from vqdist.data.sources.tensors import TensorSource
 from vqdist.data.sources.torchvision_datasets import TorchvisionSource
 from vqdist.data.sources.webdataset_shards import WebDatasetSource
+from vqdist.data.specs import FORMS, check_spec
 from vqdist.errors import UserError
-from vqdist.parts import PATH, PartSpec, Spec, called, unknown
+from vqdist.parts import PartSpec, Spec, called
 from vqdist.registries import SOURCES
 
 __all__ = [
@@ -136,19 +137,10 @@ def _read(spec: str) -> dict[str, Any]:
 
 
 def _open_path(spec: str, exts: Iterable[str] | str | None) -> Source:
+    check_spec(spec)
     if os.path.exists(os.path.expanduser(spec)):
         return FolderSource(spec, exts=exts)
-    if "://" in spec or spec.lower().endswith(".tar"):
-        raise UserError(f"{spec} is not a folder; tar files, local or remote, are given as `wds:{spec}`")
-    if "/" in spec or spec.startswith((".", "~")):
-        raise UserError(f"no such folder: {absolute_path(spec)}; check the path, or give {FORMS}")
-    if PATH.fullmatch(spec):
-        return _open_import_path(spec, exts)
-    raise unknown("folder and no data source", spec, SOURCES.names(), f"; give {FORMS}", like=_kind_like(spec))
-
-
-def _kind_like(spec: str) -> str:
-    return spec.partition(":")[0].lower()
+    return _open_import_path(spec, exts)
 
 
 def _open_import_path(spec: str, exts: Iterable[str] | str | None) -> Source:

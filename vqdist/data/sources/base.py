@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqdist.data.files import is_storage_failure, storage_error
 from vqdist.data.images import BadImageError, image_to_tensor
+from vqdist.data.specs import FORMS
 from vqdist.errors import UserError
 from vqdist.sizes import ImageSize
 
@@ -24,11 +25,6 @@ IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 
 DIGIT_LIKE = re.compile(r"mnist|svhn|usps|semeion|omniglot|gtsrb|sst2|digits", re.IGNORECASE)
 """Published datasets of digits, letters, text and traffic signs: mirrored, they mean something else."""
-
-FORMS = (
-    "a folder of images, `digits`, `synthetic[:LENGTH]`, `torchvision:NAME[:SPLIT]`, `wds:SHARDS-{000..099}.tar`, "
-    "`hf:NAME[:SPLIT]` or the import path of a source of your own, `my_data.MySource`"
-)
 
 
 class Source:
@@ -258,11 +254,6 @@ def checked_fingerprint(source: Source) -> str:
             "64 hexadecimal digits as hashlib.sha256(...).hexdigest() gives, or leave the method out"
         )
     return given
-
-
-def absolute_path(path: str) -> str:
-    """With `~` expanded."""
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def reason_of(error: Exception) -> str:

@@ -13,11 +13,11 @@ from vqdist.data.images import open_image
 from vqdist.data.sources.base import (
     PackedStrings,
     Source,
-    absolute_path,
     digest_of,
     extension_of,
     normalise_extensions,
 )
+from vqdist.data.specs import absolute_path
 from vqdist.errors import UserError
 
 

@@ -12,7 +12,6 @@ from vqdist.data.images import open_image, undecodable
 from vqdist.data.sources.base import (
     DIGIT_LIKE,
     Source,
-    absolute_path,
     as_label,
     digest_of,
     missing_package,
@@ -20,6 +19,7 @@ from vqdist.data.sources.base import (
     some_labels,
     split_options,
 )
+from vqdist.data.specs import absolute_path
 from vqdist.errors import UserError
 
 

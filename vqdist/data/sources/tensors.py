@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from vqdist.data.images import tensor_to_image
-from vqdist.data.sources.base import FORMS, Source, as_label, digest_of
+from vqdist.data.sources.base import Source, as_label, digest_of
+from vqdist.data.specs import FORMS
 from vqdist.errors import UserError
 from vqdist.sizes import ImageSize, sides_of
 

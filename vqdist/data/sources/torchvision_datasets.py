@@ -15,7 +15,6 @@ from vqdist.data.images import undecodable
 from vqdist.data.sources.base import (
     DIGIT_LIKE,
     Source,
-    absolute_path,
     as_label,
     data_cache,
     digest_of,
@@ -23,6 +22,7 @@ from vqdist.data.sources.base import (
     some_labels,
     split_options,
 )
+from vqdist.data.specs import absolute_path
 from vqdist.errors import UserError
 from vqdist.parts import unknown
 

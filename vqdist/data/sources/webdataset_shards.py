@@ -16,7 +16,6 @@ from vqdist.data.images import open_image, undecodable
 from vqdist.data.sources.base import (
     PackedStrings,
     Source,
-    absolute_path,
     data_cache,
     digest_of,
     extension_of,
@@ -24,6 +23,7 @@ from vqdist.data.sources.base import (
     normalise_extensions,
     reason_of,
 )
+from vqdist.data.specs import absolute_path
 from vqdist.errors import UserError
 
 

@@ -1,0 +1,71 @@
+"""Where the model of a run, of an export or of a name is. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from vqdist.errors import UserError
+from vqdist.files import read_json
+
+FILES = ("config.json", "model.safetensors")
+"""The files of a saved model."""
+
+
+def find_export(name_or_path: str | Path) -> Path:
+    """Return the folder of a model: `export/` of a run, any other path as it is."""
+    path = Path(name_or_path).expanduser()
+    return path / "export" if (path / "export").is_dir() else path
+
+
+def find_local_export(name_or_path: str | Path) -> Path:
+    """Return the folder of the model that a folder of this machine holds: a run, or one of `save_pretrained`.
+
+    Raises:
+        UserError: there is no such folder, or it holds no model yet.
+    """
+    run = Path(name_or_path).expanduser()
+    if not run.is_dir():
+        raise UserError(f"no such run folder: {run}")
+    folder = find_export(run)
+    if not all((folder / name).is_file() for name in FILES):
+        raise _no_export(run)
+    return folder
+
+
+def check_location(given: str | Path, path: Path) -> None:
+    """Raise `UserError` unless a path, or a name on the Hub, may be that of a saved model.
+
+    Args:
+        given: as the user gave it.
+        path: what `find_export` makes of it.
+    """
+    if path.is_dir() and (path / "metrics.jsonl").exists():
+        raise _no_export(path)
+    # owner/name on the Hub, unless there is a folder here that it would lie in
+    if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given))):
+        raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")
+        config_of_folder(path)  # says what is wrong with a damaged one, which the hub's mixin does not
+
+
+def check_given(name_or_path: str | Path) -> None:
+    """Raise `UserError` where neither a file, a folder nor a name on the Hub is given, or a run without an export."""
+    path = find_export(name_or_path)
+    if not path.exists() or (path / "metrics.jsonl").exists():
+        check_location(name_or_path, path)
+
+
+def config_of_folder(folder: Path) -> dict[str, Any]:
+    """Return config.json of a saved model; raise `UserError` where it is damaged."""
+    try:
+        return read_json(folder / "config.json")
+    except UserError as error:
+        raise UserError(f"{folder} holds no model that can be loaded ({error})") from error
+
+
+def _no_export(run: Path) -> UserError:
+    return UserError(f"{run} has no export/ yet; train it to its first checkpoint")

@@ -1,0 +1,136 @@
+"""The options of training a VQGAN. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from vqdist.errors import UserError
+from vqdist.options import option
+from vqdist.parts import Spec
+from vqdist.schedules import check_weight, ever_positive, factor_of
+from vqdist.trainers.config import TrainerConfig
+
+
+@dataclass(kw_only=True, frozen=True)
+class VQGanTrainerConfig(TrainerConfig):
+    """Options of training a VQGAN: those of every trainer, and the two players'."""
+
+    discr_lr: float | None = option(None, at_least=0)
+    """Peak learning rate of the discriminator; by default the generator's."""
+    discr_optimizer: str | dict[str, Any] | None = option(None, part="vqdist.registries.OPTIMIZERS")
+    """As optimizer, for the discriminator; by default the generator's."""
+    discr_adam_betas: list[float] | None = option(None)
+    """As adam_betas, for the discriminator; by default the generator's."""
+    discr_weight_decay: float | None = option(None, at_least=0)
+    """As weight_decay, for the discriminator; by default the generator's."""
+    discr_lr_schedule: str | dict[str, Any] | None = option(None, part="vqdist.schedules.SCHEDULES")
+    """As lr_schedule, with the rest in init_args, for the discriminator; counts from discriminator_start."""
+    discr_lr_warmup_steps: int | None = option(None, at_least=0)
+    """Steps from discriminator_start over which the rate of the discriminator rises; by default warmup_steps."""
+    discr_max_grad_norm: float | None = option(None, above=0)
+    """As max_grad_norm, for the discriminator."""
+    apply_grad_penalty_every: int = option(4, at_least=0)
+    """Steps from one gradient penalty of the discriminator to the next; 0 applies none."""
+    grad_penalty_weight: float | dict[str, Any] = option(10.0, at_least=0)
+    """Weight of the gradient penalty: a number, or a schedule as {value: 10, start: 1000}."""
+    grad_penalty: str = option("unit_norm", one_of=("unit_norm", "r1"))
+    """`unit_norm` draws the norm of the gradient at real images to 1, as muse; `r1` draws it to 0: half the weight
+    times its square times apply_grad_penalty_every, in the last step of each such interval, as bsq-vit."""
+    lecam_weight: float | dict[str, Any] = option(0.0, at_least=0)
+    """Weight of LeCAM regularisation in the discriminator's loss, a number or a schedule; 0 for none."""
+    lecam: str = option("per_logit", one_of=("per_logit", "of_means"))
+    """`per_logit`: as SEED-Voken (IBQ, Open-MAGVIT2); `of_means`: as 1d-tokenizer (TiTok)."""
+    lecam_decay: float = option(0.999, at_least=0, below=1)
+    """Decay of the moving averages of mean logits that LeCAM compares with."""
+    discr_loss_weight: float | dict[str, Any] = option(1.0, at_least=0)
+    """Weight of the discriminator's own loss (not of the gradient penalty), a number or a schedule."""
+    discriminator_start: int = option(0, at_least=0)
+    """Step at which the discriminator begins to train."""
+    discriminator_before_start: str = option("skip", one_of=("skip", "zero_loss"))
+    """Until then `skip` leaves it out, as 1d-tokenizer and IBQ; `zero_loss` trains it on zero times its loss, as
+    taming, LlamaGen and Open-MAGVIT2: statistics of BatchNorm, averages of LeCAM and the steps of Adam move."""
+    update_order: str = option("generator_first", one_of=("generator_first", "discriminator_first"))
+    """`discriminator_first`: the generator's loss is of the updated discriminator, as in IBQ."""
+    fresh_reconstruction: bool = False
+    """Let the discriminator see reconstructions by the updated generator, as taming: a second forward a step."""
+    discriminator_warmup_steps: int = option(0, at_least=0)
+    """Steps that the discriminator trains alone before its loss reaches the generator."""
+    adversarial_ramp_steps: int = option(0, at_least=0)
+    """Steps over which the adversarial weight then rises linearly to its full value."""
+    adversarial_weight: float | dict[str, Any] = option(1.0, at_least=0)
+    """Weight of the adversarial loss, times the adaptive weight: a number, or a schedule as {value: 0.1, start:
+    1000}."""
+    adaptive_weight: bool = True
+    """Make the adversarial loss move the last layer as much as the perceptual (or else reconstruction) loss does."""
+    adaptive_weight_form: str = option("muse", one_of=("muse", "taming"))
+    """Denominator of the adaptive weight: `muse` takes at least 1e-8, `taming` adds 1e-4."""
+    max_adaptive_weight: float = option(1e4, at_least=0)
+    """Upper bound of the adaptive weight."""
+    quantizer_weight: float | dict[str, Any] = option(1.0, at_least=0)
+    """Weight of the quantizer's losses, taming's codebook_weight: a number, or a schedule as {value: 1, initial: 3,
+    ramp_steps: 2000}."""
+
+    def check_values(self) -> None:
+        super().check_values()
+        for name in WEIGHTS:
+            check_weight(getattr(self, name), name)
+        self._check_dependants()
+        self.two_decays("discr_adam_betas")
+        if self.discr_lr_schedule is not None:
+            factor_of(self.discr_schedule, 0, 1000)
+
+    def check_optimizers(self) -> None:
+        super().check_optimizers()
+        self.discr_optimizer_options.resolved()
+
+    def _check_dependants(self) -> None:
+        """Raise `UserError` for options that nothing would read, and for an order that cannot be."""
+        if self.update_order == "discriminator_first":
+            self.refuse_set("fresh_reconstruction", because="update_order is discriminator_first")
+            if self.grad_accum_every > 1:
+                raise UserError(
+                    f"update_order discriminator_first is not possible with grad_accum_every {self.grad_accum_every}: "
+                    "both losses are of one reconstruction, and its graph would be kept for all micro-batches; give "
+                    "a larger batch_size, or generator_first"
+                )
+        if not ever_positive(self.lecam_weight):
+            self.refuse_set("lecam", "lecam_decay", because="lecam_weight is 0")
+        if not self.adaptive_weight:
+            self.refuse_set("adaptive_weight_form", because="adaptive_weight is false")
+        if not self.apply_grad_penalty_every:
+            self.refuse_set("grad_penalty", because="apply_grad_penalty_every is 0")
+        if not self.discriminator_start:
+            self.refuse_set("discriminator_before_start", because="discriminator_start is 0")
+
+    @property
+    def discr_schedule(self) -> Any:
+        """The discriminator's own schedule for `learning_rate`, which takes a bare name for one without arguments."""
+        given = self.discr_lr_schedule
+        if given is None or callable(given):
+            return given
+        spec = Spec.of(given, "discr_lr_schedule")
+        return {"class_path": spec.target, "init_args": spec.init_args}
+
+    @property
+    def discr_optimizer_options(self) -> Any:
+        """The same of the discriminator's optimizer; the generator's where nothing was said."""
+        generator = self.optimizer_options
+        given = {"betas": self.discr_adam_betas, "weight_decay": self.discr_weight_decay}
+        said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        optimizer = generator.overridden_by(said.keys()) if self.discr_optimizer is None else self.discr_optimizer
+        lr = self.lr if self.discr_lr is None else self.discr_lr
+        own: dict[str, Any] = {"averaged": False}  # it is not evaluated
+        if self.discr_lr_schedule is not None:
+            own["schedule"] = "discr_lr_schedule", self.discr_lr_schedule
+        if self.discr_lr_warmup_steps is not None:
+            own["warmup_steps"] = self.discr_lr_warmup_steps
+        return replace(generator, **said, **own, given=optimizer, lr=lr, said=frozenset(said), prefix="discr_")
+
+
+# options that are a number or a schedule of the step
+WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
+# all that the configuration adds to every trainer's is about the discriminator, but for this
+OF_THE_GENERATOR = ("quantizer_weight",)
+_OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
+DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]
