@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from vqdist.files import write_json
 
@@ -174,38 +174,69 @@ class StopSignals:
     # launchers pass a Ctrl-C on to processes that the terminal has told already: within a second it is the same one
     SAME_INTERRUPT = 1.0
 
+    # of several trainings at once, the handlers are there from the first to the last
+    _training: ClassVar[list[StopSignals]] = []
+    _noting: ClassVar[list[StopSignals]] = []  # those of the main thread
+    _before: ClassVar[dict[signal.Signals, Any]] = {}
+    _finalizers: ClassVar[_InNoFinalizer]
+
     def __init__(self):
         self.received = 0
         self._interrupted_at: float | None = None
         self._breaks_off = False
-        self._finalizers = _InNoFinalizer(BrokenOff, lambda _: None)  # it is noted, and what was begun ends soon
 
     def __enter__(self) -> StopSignals:
-        self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in heeded()}
-        self._finalizers.__enter__()
+            if not self._noting:
+                self._take_over()
+            self._noting.append(self)
+        self._training.append(self)
         training_flag().fill_(1)
         self.received, UntilTheEnd.kept = UntilTheEnd.kept or self.received, 0
         return self
 
     def __exit__(self, *_exception) -> None:
-        training_flag().fill_(0)
-        self._finalizers.__exit__()
-        for number, handler in self._before.items():
+        self._training.remove(self)
+        if not self._training:
+            training_flag().fill_(0)
+        if self in self._noting:
+            self._noting.remove(self)
+            if not self._noting:
+                self._give_back()
+
+    @classmethod
+    def _take_over(cls) -> None:
+        cls._before = {number: signal.signal(number, cls._note_all) for number in heeded()}
+        # it is noted, and what was begun ends soon
+        cls._finalizers = _InNoFinalizer(BrokenOff, lambda _: None)
+        cls._finalizers.__enter__()
+
+    @classmethod
+    def _give_back(cls) -> None:
+        cls._finalizers.__exit__()
+        for number, handler in cls._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    @classmethod
+    def _note_all(cls, number: int, _frame: FrameType | None) -> None:
+        errors = [signals._note(number) for signals in list(cls._noting)]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _note(self, number: int) -> BaseException | None:
+        """Note a signal; return an exception that is to be raised at once, or None."""
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted_at is not None and now - self._interrupted_at > self.SAME_INTERRUPT:
                 self._interrupted_at, self.received = None, 0  # this ends it: nothing is left to be done
-                raise KeyboardInterrupt
+                return KeyboardInterrupt()
             self._interrupted_at = now
         self.received = number
         if self._breaks_off:
             self._breaks_off = False
-            raise BrokenOff
+            return BrokenOff()
+        return None
 
     @contextmanager
     def breaking_off(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -204,6 +205,51 @@ def test_a_body_that_raised_is_told_from_one_that_ended():
         for one in Watched(seen):
             [][one]
     assert seen == [False, True, True, True]
+
+
+def test_two_trainings_at_once_share_the_signals_and_give_them_back(tmp_path):
+    """Their loops end in the order of their beginning, which no stack of handlers allows."""
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    first, second = (build_dvae_trainer(tmp_path / name, num_train_steps=3) for name in ("first", "second"))
+    early, late = first.steps(), second.steps()
+    next(early), next(late)
+    early.close()
+    assert signal.getsignal(signal.SIGTERM) is not before[0]
+    os.kill(os.getpid(), signal.SIGTERM)  # of the other, which trains still
+    with pytest.raises(Stopped):
+        list(late)
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+    both = zip(first.steps(), second.steps(), strict=True)
+    with pytest.raises(Stopped):
+        for (_, _), (step, _) in both:
+            stop_at(step, 2)
+    assert saved(first) == [2] and signal.getsignal(signal.SIGTERM) is not before[0]
+    del both
+    with pytest.raises(Stopped, match="after step 2"):
+        second.train()
+    assert signal.getsignal(signal.SIGTERM) is before[0]
+    assert first.train()["images"] == second.train()["images"] == 16
+
+
+def test_a_state_that_is_loaded_in_the_middle_forgets_the_steps_after_it(tmp_path):
+    """What was measured and drawn at a step is measured and drawn again when the run comes there anew."""
+    options = {"num_train_steps": 4, "validate_every": 2, "save_results_every": 2, "save_model_every": 2}
+    trainer = build_dvae_trainer(tmp_path / "run", **options)
+    for step, _ in trainer.steps():
+        if step == 3:
+            trainer.save(tmp_path / "state")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    weights, numbers = weights_of(trainer), trainer.report.last_evaluation
+    trainer.picture_path.unlink()
+    trainer.load(tmp_path / "state")
+    assert (trainer.report.last_evaluation, trainer.report.pictured) == ((-1, {}), -1)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines  # to look at a state is no training
+    assert trainer.train() == numbers[1] and trainer.report.last_evaluation == numbers
+    assert trainer.picture_path.is_file()
+    ours = weights_of(trainer)
+    assert all(torch.equal(ours[name], weights[name]) for name in weights)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in lines.splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------------ scripts

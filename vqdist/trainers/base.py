@@ -242,7 +242,6 @@ class Trainer(ABC):
                     self.stop.asked_now()
                     self._stop_if_asked()
                 while self.step < self.num_train_steps:
-                    self.report.reopen()
                     numbers = self.train_step()
                     left = None
                     try:
@@ -263,6 +262,7 @@ class Trainer(ABC):
             This step's numbers on this rank, as 0-d tensors: reading one waits for the device.
         """
         self._in_step = True
+        self.report.reopen()
         micro_batches = self.next_micro_batches()
         self.guard.begin(self.engines)
         numbers = self.update(micro_batches)
@@ -643,6 +643,8 @@ class Trainer(ABC):
         """Restore all that `save` wrote: weights, optimizers, average, codebooks, step, random state, position."""
         self.resume.load(Path(path))
         self.feed.forget()
+        self._in_step = False
+        self.report.close()  # until training goes on from there
 
     def export(self, folder: Path) -> None:
         """Write the averaged model, see `Resume.export`."""

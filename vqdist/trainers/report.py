@@ -56,10 +56,18 @@ class Report:
         self.means = RunningMeans()
         self.log_fn: LogFunction | None = None
         self.bar: tqdm | None = None
+        self.begin_at({})
+
+    def begin_at(self, manifest: Mapping[str, Any]) -> None:
+        """Go on from the step of a checkpoint, or from the start: nothing of another step is measured or drawn yet.
+
+        Args:
+            manifest: of the checkpoint; empty at the start.
+        """
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
-        self.validation_broken_off = False
+        self.validation_broken_off: bool = manifest.get("validation_broken_off", False)
         self.pictured = -1
-        self.picture_broken_off = False
+        self.picture_broken_off: bool = manifest.get("picture_broken_off", False)
         self._undrawn = 0  # the signal that broke off the picture that this rank drew
         self.restart_clock()
 
@@ -76,7 +84,7 @@ class Report:
             self.tracker.close()
 
     def reopen(self) -> None:
-        """Start the sinks again if they were closed, as at a stop, and training goes on."""
+        """Start the sinks again if they were closed, as at a stop, and training goes on; lines of later steps go."""
         if self._closed:
             self.open(*self._sinks)
 

@@ -226,8 +226,7 @@ class Resume:
         self._load_average(path)
         self._load_state_tensors(path)
         self.progress.step, self.progress.position = info["step"], info["position"]
-        self.report.validation_broken_off = info.get("validation_broken_off", False)
-        self.report.picture_broken_off = info.get("picture_broken_off", False)
+        self.report.begin_at(info)
         self.saved = self._resumed_at = self.progress.step
         self._exported = -1
         self._load_rank_state(path, info)
