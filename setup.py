@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -96,6 +98,26 @@ EXTRAS["dev"] = [
     "wheel>=0.43",
 ]
 
+# what lies at the top level of a clone and within the package of a wheel: see vqdist/shipped.py
+SHIPPED = {
+    "recipes": "launch/recipes",
+    "accelerate_configs": "accelerate_configs",
+    "deepspeed_configs": "deepspeed_configs",
+}
+
+
+class BuildWithConfigurations(build_py):
+    """The build of the package, with the recipes and configurations that a clone has beside it."""
+
+    def run(self) -> None:
+        """Build, and copy them; an editable installation finds them in the clone."""
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            for kind, folder in SHIPPED.items():
+                target = Path(self.build_lib) / "vqdist" / "shipped" / kind
+                shutil.copytree(ROOT / folder, target, dirs_exist_ok=True)
+
+
 setup(
     name="vqdist",
     version=read_version(),
@@ -106,6 +128,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["vqdist", "vqdist.*"]),
+    # the default, but said: so an editable installation is the clone's path in a .pth file. What setuptools takes else
+    # comes after the folder of a script, where a clone called vqdist would be found as a namespace package.
+    package_dir={"": "."},
+    cmdclass={"build_py": BuildWithConfigurations},
     package_data={"vqdist": ["py.typed", "data/digits/*"]},
     install_requires=lifted(CORE),
     extras_require={extra: lifted(requirements) for extra, requirements in EXTRAS.items()},

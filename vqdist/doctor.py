@@ -24,8 +24,11 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 EXTRAS = ("deepspeed", "tracking", "data")
 BACKENDS = {"local": "torch", "accelerate": "accelerate", "deepspeed": "deepspeed"}
 
-IMPORT_SECONDS = 120
+IMPORT_SECONDS = 120  # at least; a slow machine gets more, see `allowed`
 GROUP_SECONDS = 60
+TIMES_AS_LONG = 8  # as this process took to import torch: a backend imports about three times as much
+MOST_SECONDS = 1800
+IMPORTED = "imported"  # what a probe prints when the exchange begins
 EXIT_WRONG_SUM = 3  # of a probe's process: the exchange works and its numbers are wrong
 
 
@@ -153,16 +156,47 @@ def check_devices() -> Iterator[Finding]:
 # Backends
 
 
+_import_seconds: float | None = None  # of torch, in this process
+
+
+def measure_import() -> float:
+    """Return how long `import torch` takes here in a fresh process, measured once."""
+    global _import_seconds
+    if _import_seconds is None:
+        began = time.monotonic()
+        start_python("import torch").finish(MOST_SECONDS)
+        _import_seconds = time.monotonic() - began
+    return _import_seconds
+
+
+def allowed(least: float) -> float:
+    """Return the seconds that a check may take on a machine of this speed."""
+    return min(MOST_SECONDS, max(least, TIMES_AS_LONG * measure_import()))
+
+
+def took_too_long(what: str, seconds: float) -> Finding:
+    """Return what is said of a check that was broken off: it has not shown that anything is broken."""
+    return Finding(
+        WARN,
+        f"{what}: not finished after {seconds:.0f} s, and so not known (`import torch` takes {measure_import():.0f} s "
+        "here); the machine or its disk is slow or busy",
+        "run vqdist doctor again when it is idle",
+    )
+
+
 def check_backends() -> Iterator[Finding]:
     """Import each backend in a process of its own, all at once."""
+    limit = allowed(IMPORT_SECONDS)
     started = {name: start_python(f"import {library}, vqdist.backends.{name}") for name, library in BACKENDS.items()}
     for (name, probe), library in zip(started.items(), BACKENDS.values()):
-        code, output = probe.finish(IMPORT_SECONDS)
+        code, output = probe.finish(limit)
         optional = name in EXTRAS and installed_version(library) is None
         if code == 0:
             yield Finding(OK, f"backend {name}")
         elif optional:
             yield Finding(WARN, f"backend {name}: not installed", f"pip install 'vqdist[{name}]'")
+        elif code is None:
+            yield took_too_long(f"import of backend {name}", limit)
         else:
             yield Finding(FAIL, f"backend {name} cannot be imported: {last_line(output)}")
 
@@ -181,6 +215,8 @@ def check_process_group() -> Iterator[Finding]:
         if code == 0:
             seconds = time.monotonic() - start
             yield Finding(OK, f"process group: 2 processes summed over {backend} in {seconds:.0f} s, imports included")
+        elif code is None and IMPORTED not in output:
+            yield took_too_long(f"process group over {backend}", allowed(GROUP_SECONDS))
         else:
             cause, remedy = likely_cause(backend, code, output)
             yield Finding(FAIL, f"process group over {backend}: {cause} ({last_line(output)})", remedy)
@@ -191,11 +227,12 @@ def start_group(backend: str, world_size: int = 2) -> tuple[int | None, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    deadline = time.monotonic() + GROUP_SECONDS
+    deadline = time.monotonic() + allowed(GROUP_SECONDS)
     call = "from vqdist.doctor import sum_over_ranks; sum_over_ranks({!r}, {}, {}, {})"
     started = [start_python(call.format(backend, rank, world_size, port)) for rank in range(world_size)]
     ended = [probe.finish(deadline - time.monotonic()) for probe in started]
-    return min(ended, key=lambda end: (end[0] == 0, end[0] is None))  # a reason says more than a time-out
+    # a reason says more than a time-out, and one who had not come so far more than one who waited
+    return min(ended, key=lambda end: (end[0] == 0, end[0] is None, IMPORTED in end[1]))
 
 
 def sum_over_ranks(backend: str, rank: int, world_size: int, port: int) -> None:
@@ -205,6 +242,7 @@ def sum_over_ranks(backend: str, rank: int, world_size: int, port: int) -> None:
     import torch
     import torch.distributed as dist
 
+    print(IMPORTED, flush=True)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -242,7 +280,10 @@ def likely_cause(backend: str, code: int | None, output: str) -> tuple[str, str]
         return "the port was taken meanwhile", "run vqdist doctor again"
     local = f"export {variable}=lo (one machine) or the interface that joins the nodes, of {interfaces}"
     if code is None:
-        return f"no answer within {GROUP_SECONDS} s: a firewall, or an interface that does not reach itself", local
+        return (
+            f"no answer within {allowed(GROUP_SECONDS):.0f} s: a firewall, or an interface that does not reach itself",
+            local,
+        )
     if any(sign in text for sign in ("connectfullmesh", "refused", "reset by peer", "unreachable", "find address")):
         return f"processes cannot reach each other at the address that the name {host!r} gives", local
     debug = "NCCL_DEBUG=INFO" if backend == "nccl" else "TORCH_DISTRIBUTED_DEBUG=DETAIL"
@@ -346,6 +387,7 @@ def start_python(code: str) -> Probe:
 def last_line(output: str) -> str:
     """The line of a traceback that says what happened; C++ frames and warnings that follow it are left out."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line for line in lines if line != IMPORTED]
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
     return (errors or lines or ["it printed nothing"])[-1][:300]
 

@@ -11,7 +11,7 @@ import socket
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,5 +190,7 @@ def _wait_for_holder(path: Path, deadline: float) -> None:
 def _release(path: Path, descriptor: int, pid: int) -> None:
     if os.getpid() != pid:  # a forked process lets its parent keep it
         return
-    path.unlink(missing_ok=True)  # before others can have it: they look whether the file is still there
-    os.close(descriptor)
+    with suppress(OSError):  # a folder that is gone or read-only: nobody could act on it in a finalizer
+        path.unlink(missing_ok=True)  # before others can have it: they look whether the file is still there
+    with suppress(OSError):
+        os.close(descriptor)

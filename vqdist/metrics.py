@@ -209,7 +209,7 @@ class CodePredictionMetrics:
         """Return the numbers over all ranks' images; every rank calls this and gets the same.
 
         Returns:
-            `nll` (nats per code), `bits_per_dim` (nll / ln 2, a code being a dimension), `perplexity` (exp(nll)),
+            `nll` (nats per code), `bits_per_code` (nll / ln 2), `perplexity` (exp(nll)),
             `accuracy` (share of codes that are the most probable one); with scales also `nll_scale_I` and
             `accuracy_scale_I`, I from 1.
         """
@@ -219,7 +219,7 @@ class CodePredictionMetrics:
         nll = sum(nlls) / codes
         numbers = {
             "nll": nll,
-            "bits_per_dim": nll / math.log(2),
+            "bits_per_code": nll / math.log(2),
             "perplexity": math.exp(min(nll, 700.0)),
             "accuracy": sum(hits) / codes,
         }

@@ -30,7 +30,7 @@ from vqdist.sampling import DrawOptions
 
 IMAGES = 40
 DATA = f"synthetic:{IMAGES}"
-PREDICTION = ["nll", "bits_per_dim", "perplexity", "accuracy"]
+PREDICTION = ["nll", "bits_per_code", "perplexity", "accuracy"]
 RECONSTRUCTION = ["l1", "psnr", "ssim", "codebook_usage", "codebook_perplexity"]
 FIDELITY = ["fid", "kid", "kid_std", "precision", "recall", "samples"]
 
@@ -94,7 +94,7 @@ def test_likelihood_and_accuracy_of_the_codes(name, runs, evaluate):
     nll = cross_entropy(out.logits.transpose(1, 2), out.indices, reduction="none")
     hits = (out.logits.argmax(dim=-1) == out.indices).double()
     assert numbers["nll"] == pytest.approx(nll.mean().item(), rel=1e-5)
-    assert numbers["bits_per_dim"] == pytest.approx(nll.mean().item() / math.log(2), rel=1e-5)
+    assert numbers["bits_per_code"] == pytest.approx(nll.mean().item() / math.log(2), rel=1e-5)
     assert numbers["perplexity"] == pytest.approx(math.exp(nll.mean().item()), rel=1e-5)
     assert numbers["accuracy"] == pytest.approx(hits.mean().item())
     assert numbers["images"] == IMAGES

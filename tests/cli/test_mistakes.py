@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vqdist.cli import main
+from vqdist.tracking import JsonlSink
 
 SMALL = (
     "train vqgan --data synthetic:40 --image_size 16 --data.num_workers 0 --model.dim 16 --model.layers 2 "
@@ -40,6 +41,55 @@ def error_of(arguments: list[str], capsys) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("vqdist: error: ") and not any(line.startswith("Traceback") for line in lines)
     return lines[-1]
+
+
+@pytest.mark.parametrize(
+    "content, line, said",
+    [
+        ("data:\n  folder: digits\n  image_size: [1, 2\ntrainer: {}\n", 4, "no YAML: expected ',' or ']'"),
+        ("data:\n\tfolder: digits\n", 2, "no YAML: found character"),
+        ("# a list\n- 1\n- 2\n", 2, "options by name are expected"),
+        ("data:\n  folder: digits\n  image_size: big\n", 3, 'key "data.image_size"'),
+        ("data:\n  folder: digits\ntrainer:\n  lr: 1e-4\n  batch_size: many\n", 5, 'key "trainer.batch_size"'),
+        ("data:\n  folder: digits\n\n  imagesize: 16\n", 4, "does not accept option 'imagesize'; nearest"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file_and_the_line(content, line, said, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    message = error_of(["train", "dvae", "--config", str(path), "--out", str(tmp_path / "run")], capsys)
+    assert message.startswith(f"vqdist: error: {path}, line {line}: ") and said in message
+    assert "unicode string" not in message
+
+
+def test_a_mistake_on_the_command_line_blames_no_file(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  folder: digits\n  image_size: 16\n")
+    arguments = ["train", "dvae", "--config", str(path), "--data.image_size", "big", "--out", str(tmp_path / "run")]
+    assert str(path) not in error_of(arguments, capsys)
+
+
+@pytest.mark.parametrize("rate", [["--trainer.lr", "1e38"], ["--trainer.lr", "1e300"], ["--trainer.discr_lr", "1e38"]])
+def test_a_rate_beyond_float32_is_one_line(rate, tmp_path, capsys):
+    message = error_of([*SMALL, str(tmp_path / "run"), *rate], capsys)
+    assert "beyond float32 with a learning rate of" in message or "is inf at step" in message, message
+
+
+def test_a_full_disk_names_the_file_and_the_checkpoint_that_the_run_goes_on_from(tmp_path, capsys, monkeypatch):
+    """Log lines end at a disk that is full after the first checkpoint."""
+    run, log = tmp_path / "run", JsonlSink.log
+
+    def full_after_a_step(sink, step, values):
+        if step == 2:
+            sink.file = tmp_path / "full"
+            sink.file.symlink_to("/dev/full")
+        log(sink, step, values)
+
+    monkeypatch.setattr(JsonlSink, "log", full_after_a_step)
+    options = ["--trainer.save_model_every", "1", "--trainer.log_every", "1"]
+    message = error_of([*SMALL, str(run), *options], capsys)
+    assert f"{tmp_path}/full cannot be written: No space left on device" in message
+    assert f"the same command goes on from {run}/checkpoints/step_00000001" in message
 
 
 def test_the_run_folder_is_a_file(tmp_path, capsys):

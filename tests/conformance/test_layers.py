@@ -33,6 +33,7 @@ PARTS = {
     "vqdist.draw_options": {"vqdist.errors"},
     "vqdist.locations": {"vqdist.errors", "vqdist.files"},
     "vqdist.declared": set(),
+    "vqdist.shipped": set(),
     "vqdist.options": {"vqdist.errors"},
     "vqdist.seeding": LEAVES,
     "vqdist.allocator": set(),

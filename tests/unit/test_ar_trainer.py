@@ -145,7 +145,7 @@ def test_validation_is_the_likelihood_of_the_averaged_model(kind, tmp_path):
         out = model(*model.inputs(images, labels if model.num_classes else torch.zeros_like(labels)))
     nll = float(cross_entropy(out.logits.transpose(1, 2), out.indices))
     assert numbers["nll"] == pytest.approx(nll, rel=1e-5)
-    assert numbers["bits_per_dim"] == pytest.approx(nll / 0.6931472, rel=1e-5)
+    assert numbers["bits_per_code"] == pytest.approx(nll / 0.6931472, rel=1e-5)
     assert numbers["accuracy"] == pytest.approx(float((out.logits.argmax(-1) == out.indices).float().mean()))
     assert numbers["images"] == 16
     assert ("psnr" in numbers) == (kind == "vq_ar")

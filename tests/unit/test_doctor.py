@@ -11,6 +11,12 @@ from vqdist import doctor
 from vqdist.backends import build_ops
 
 
+@pytest.fixture(autouse=True)
+def speed(monkeypatch):
+    """A machine on which `import torch` takes a second."""
+    monkeypatch.setattr(doctor, "_import_seconds", 1.0)
+
+
 def lines_of(check) -> list[str]:
     return [str(finding) for finding in doctor.guarded(check)]
 
@@ -72,7 +78,7 @@ def test_interface_that_does_not_exist(monkeypatch):
 @pytest.mark.parametrize(
     ("code", "output", "cause", "remedy"),
     [
-        (None, "", "no answer within", "GLOO_SOCKET_IFNAME=lo"),
+        (None, "imported\n", "no answer within 60 s", "GLOO_SOCKET_IFNAME=lo"),
         (1, "RuntimeError: Gloo connectFullMesh failed", "cannot reach each other", "GLOO_SOCKET_IFNAME=lo"),
         (1, "OSError: [Errno -2] Name or service not known", "does not resolve", "/etc/hosts"),
         (1, "DistNetworkError: EADDRINUSE, address already in use", "port was taken", "run vqdist doctor again"),
@@ -85,6 +91,39 @@ def test_failing_process_group_names_cause_and_cure(monkeypatch, code, output, c
     monkeypatch.setattr(doctor, "start_group", lambda backend: (code, output))
     line = lines_of(doctor.check_process_group)[0]
     assert line.startswith("FAIL ") and cause in line and remedy in line
+
+
+def test_a_time_out_of_an_import_is_no_broken_backend(monkeypatch):
+    """It is said as a time-out, and does not fail: nothing is known of the backend."""
+    monkeypatch.setattr(doctor, "BACKENDS", {"local": "time"})
+    monkeypatch.setattr(doctor, "IMPORT_SECONDS", 0.1)
+    monkeypatch.setattr(doctor, "_import_seconds", 0.01)
+    (line,) = lines_of(doctor.check_backends)
+    assert line.startswith("warn  import of backend local: not finished after 0 s, and so not known")
+    assert "slow or busy" in line and "printed nothing" not in line
+
+
+@pytest.mark.parametrize("backend", ["gloo"])
+def test_a_group_whose_processes_had_not_imported_in_time_blames_no_firewall(monkeypatch, backend):
+    monkeypatch.setattr(doctor, "start_group", lambda backend: (None, "a warning of torch\n"))
+    (line,) = lines_of(doctor.check_process_group)
+    assert line.startswith("warn  process group over gloo: not finished after 60 s") and "firewall" not in line
+
+
+def test_the_limits_follow_the_speed_of_the_machine(monkeypatch):
+    assert doctor.allowed(60) == 60
+    monkeypatch.setattr(doctor, "_import_seconds", 40.0)
+    assert doctor.allowed(60) == 40 * doctor.TIMES_AS_LONG
+    monkeypatch.setattr(doctor, "_import_seconds", 4000.0)
+    assert doctor.allowed(60) == doctor.MOST_SECONDS
+
+
+def test_the_speed_is_measured_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(doctor, "_import_seconds", None)
+    start_python = doctor.start_python
+    monkeypatch.setattr(doctor, "start_python", lambda code: started.append(code) or start_python("pass"))
+    assert doctor.measure_import() == doctor.measure_import() > 0 and started == ["import torch"]
 
 
 def test_hanging_process_is_ended():

@@ -280,7 +280,7 @@ def test_prediction_numbers_are_means_over_codes_and_images():
     hits = (logits.argmax(dim=-1) == indices).float()
     for backend, images in ((LocalBackend(device="cpu"), 3), (Doubling(device="cpu"), 6)):
         numbers = metrics.compute(backend)
-        expected = {"nll": nll.mean(), "bits_per_dim": nll.mean() / math.log(2), "perplexity": nll.mean().exp()}
+        expected = {"nll": nll.mean(), "bits_per_code": nll.mean() / math.log(2), "perplexity": nll.mean().exp()}
         expected |= {"accuracy": hits.mean(), "images": images}
         expected |= {"nll_scale_1": nll[:, 0].mean(), "nll_scale_2": nll[:, 1:].mean()}
         expected |= {"accuracy_scale_1": hits[:, 0].mean(), "accuracy_scale_2": hits[:, 1:].mean()}
@@ -290,7 +290,7 @@ def test_prediction_numbers_are_means_over_codes_and_images():
 def test_prediction_without_images_or_scales():
     metrics = CodePredictionMetrics(5, None, torch.device("cpu"))
     numbers = metrics.compute(LocalBackend(device="cpu"))
-    assert numbers == {"nll": 0, "bits_per_dim": 0, "perplexity": 1, "accuracy": 0, "images": 0}
+    assert numbers == {"nll": 0, "bits_per_code": 0, "perplexity": 1, "accuracy": 0, "images": 0}
 
 
 # ------------------------------------------------------------------------------------------- evaluation

@@ -19,7 +19,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "vqdist")
+SHIPPED = {
+    "recipes": "launch/recipes",
+    "accelerate_configs": "accelerate_configs",
+    "deepspeed_configs": "deepspeed_configs",
+}
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "vqdist", *SHIPPED.values())
 
 
 def call(*command, cwd=ROOT, check=True, **options) -> subprocess.CompletedProcess:
@@ -40,7 +45,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
         elif source.exists():
             shutil.copy(source, folder / name)
     call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", folder, cwd=folder)
@@ -73,6 +78,70 @@ def test_wheel_holds_the_digits(wheel):
     digits = [name for name in wheel.namelist() if re.fullmatch(r"vqdist/data/digits/.*\.gz", name)]
     assert len(digits) == 2, "the images and the labels of the embedded digits"
     assert all(wheel.read(name)[:2] == b"\x1f\x8b" for name in digits)
+
+
+def test_wheel_holds_the_recipes_and_configurations(wheel):
+    for kind, folder in SHIPPED.items():
+        files = {path.name: path.read_bytes() for path in (ROOT / folder).iterdir()}
+        held = {name.rpartition("/")[2] for name in wheel.namelist() if name.startswith(f"vqdist/shipped/{kind}/")}
+        assert held == files.keys() and len(held) > 3
+        for name, content in files.items():
+            assert wheel.read(f"vqdist/shipped/{kind}/{name}") == content
+
+
+def test_an_installed_wheel_trains_by_the_name_of_a_recipe_and_lists_and_copies_them(wheel, tmp_path):
+    """With what is in the wheel alone: no clone is near."""
+    wheel.extractall(tmp_path / "site")
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def vqdist(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+        return call(sys.executable, "-m", "vqdist", *arguments, cwd=work, env=environment, check=check)
+
+    listed = vqdist("recipes").stdout
+    assert "digits_vqgan " in listed and "vqgan  A tokenizer for handwritten digits" in listed
+    assert (
+        str(tmp_path / "site")
+        in call(sys.executable, "-c", "import vqdist; print(vqdist.__file__)", cwd=work, env=environment).stdout
+    )
+    vqdist("recipes", "--copy", "mine")
+    assert {path.name for path in (work / "mine").iterdir()} == set(SHIPPED)
+    assert (work / "mine" / "recipes" / "digits_vqgan.yaml").read_text() == vqdist("recipes", "digits_vqgan").stdout
+    again = vqdist("recipes", "digits_vqgan", "--copy", "mine/recipes", check=False)
+    assert again.returncode == 2 and "digits_vqgan.yaml is there already" in again.stderr
+    nearest = vqdist("recipes", "digits_vqgn", check=False)
+    assert nearest.returncode == 2 and "digits_vqgan" in nearest.stderr
+    printed = vqdist("train", "vqgan", "--config", "digits_vqgan", "--out", "runs/a", "--print_config").stdout
+    assert yaml.safe_load(printed)["data"]["folder"] == "digits"
+    assert (
+        printed
+        == vqdist(
+            *("train", "vqgan", "--config", "launch/recipes/digits_vqgan.yaml", "--out", "runs/a", "--print_config")
+        ).stdout
+    )
+
+
+def test_a_script_in_the_folder_above_the_clone_finds_the_package(tmp_path):
+    """The folder of the clone is called like the package, and has no __init__.py: it must not come before it."""
+    clone = tmp_path / "above" / "vqdist"
+    clone.mkdir(parents=True)
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, clone / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        else:
+            shutil.copy(source, clone / name)
+    call(sys.executable, "setup.py", "--quiet", "editable_wheel", "--dist-dir", tmp_path / "dist", cwd=clone)
+    (built,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "import site; site.addsitedir({!r}); from vqdist import UserError; import vqdist; print(vqdist.__file__)"
+    (tmp_path / "above" / "script.py").write_text(code.format(str(tmp_path / "site")))
+    for folder in (tmp_path / "above", clone, tmp_path):
+        done = call(sys.executable, "-S", "-E", tmp_path / "above" / "script.py", cwd=folder)
+        assert done.stdout.strip() == str(clone / "vqdist" / "__init__.py")
+    assert not (clone / "vqdist" / "shipped").exists()
 
 
 def test_metadata(metadata):

@@ -287,6 +287,35 @@ def test_push_to_hub_uploads_the_export(monkeypatch):
     assert uploads == [("someone/tokenizer", ["README.md", "config.json", "model.safetensors"])]
 
 
+@pytest.mark.parametrize("kind", ["httpx.ConnectError", "builtins.ConnectionResetError", "builtins.TimeoutError"])
+def test_push_to_hub_without_the_hub_is_one_line(kind, monkeypatch):
+    module, name = kind.split(".")  # httpx is the hub's, since its version 1
+    error = getattr(pytest.importorskip(module), name)("[Errno -2] Name or service not known")
+
+    class Unreachable:
+        def __init__(self, token):
+            raise error
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Unreachable)
+    with pytest.raises(UserError, match="someone/tokenizer could not be uploaded to the Hugging Face Hub") as raised:
+        build().push_to_hub("someone/tokenizer")
+    assert type(error).__name__ in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_push_to_hub_refuses_a_name_that_there_cannot_be():
+    with pytest.raises(UserError, match="'a name' cannot be the name of a repository"):
+        build().push_to_hub("a name")
+
+
+def test_a_model_card_says_what_is_known_and_names_no_licence(tmp_path):
+    build().save_pretrained(tmp_path / "plain")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "More Information Needed" not in card and "license" not in card and "mit" not in card.split("---")[1]
+    assert 'VQGanVAE.from_pretrained("' in card and "| codebook_size | `" in card and "library_name: vqdist" in card
+    build().save_pretrained(tmp_path / "chosen", model_card_kwargs={"license": "cc-by-4.0"})
+    assert "license: cc-by-4.0" in (tmp_path / "chosen" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_a_copy_is_equal_and_its_own(quantizer, duplicate):

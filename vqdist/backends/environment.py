@@ -133,6 +133,25 @@ def world_size_of_launcher() -> int:
     return 1 if launch is None else launch.size
 
 
+SIZES = {
+    "torchrun": ("WORLD_SIZE",),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "srun": ("SLURM_STEP_NUM_TASKS",),
+}
+
+
+def origin_of_size() -> str:
+    """Return who says how many processes there are, as "WORLD_SIZE=2"; of `srun --pty` also how to have one."""
+    outer = _read_tasks()
+    launch = read_launch() if outer is None else outer
+    names = () if launch is None else SIZES[launch.by]
+    said = next((f"{name}={os.environ[name]}" for name in names if _is_set(name)), "nobody")
+    if launch is None or launch.by != "srun":
+        return said
+    shell = ", and a shell of `srun --pty` is one of them" if _is_set("SLURM_PTY_PORT") else ""
+    return f"{said} of srun{shell}: for one process start `srun -n 1`, or unset SLURM_STEP_NUM_TASKS"
+
+
 def rank_of_launcher() -> int:
     """This process's index among all of them; 0 without a launcher."""
     launch = read_launch()

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from vqdist.backends.environment import export_launch, resolves, world_size_of_launcher
+from vqdist.backends.environment import export_launch, origin_of_size, resolves, world_size_of_launcher
 from vqdist.errors import EXIT_PEER_LOST, PeerLost, RanksDiverged, UserError
 from vqdist.stopping import Stopped, hold_if_leaving
 
@@ -36,6 +36,7 @@ LEFT = "left"  # the pulse of a rank that is done
 LOOK = 6.0  # seconds after which a pulse that has not moved has stopped
 PROGRESS = 60.0  # seconds in which to say how far this process came: the disk may be gone too
 FIRST_EXCHANGE = timedelta(seconds=60)
+AWAITED = 20.0  # seconds after which a process that waits for others says so
 FAREWELL = 12.0  # seconds in which a rank that leaves before it has met the others tells them
 Progress = Callable[[], tuple[str, str]]
 
@@ -266,13 +267,29 @@ def meet(timeout: timedelta) -> Peers | None:
     hold_if_leaving()
     if _current is None and world_size_of_launcher() > 1:
         try:
-            store, rank, hosts = _gather_hosts(timeout)
+            with _saying_who_is_awaited():
+                store, rank, hosts = _gather_hosts(timeout)
         finally:
             _meetings += 1
         _current = Peers(store, rank, hosts, timeout)
         atexit.register(part)
         _exchange(_current, min(FIRST_EXCHANGE, timeout))
     return _current
+
+
+@contextmanager
+def _saying_who_is_awaited() -> Iterator[None]:
+    """Say on rank 0, after a while, that others are awaited, and who says that there are others."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    words = f"vqdist: waiting for {world_size_of_launcher()} processes at {place} ({origin_of_size()})"
+    timer = threading.Timer(AWAITED, print, (words,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if os.environ["RANK"] == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def part() -> None:
@@ -386,8 +403,8 @@ def _not_met(error: RuntimeError, rank: int, host: str, size: int, timeout: time
     minutes = timeout.total_seconds() / 60
     return (
         f"rank {rank} (host {host}) did not meet all {size} ranks at {address}:{port} within {minutes:g} minutes "
-        f"(dist_timeout): {one_line(error, 120)}; were all of them started, with this address, and does a firewall "
-        "let them through?"
+        f"(dist_timeout): {one_line(error, 120)}; were all of them started ({origin_of_size()}), with this address, "
+        "and does a firewall let them through?"
     )
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from vqdist.cli import convert, encode, evaluate, report, sample, train
+from vqdist.cli import convert, encode, evaluate, recipes, report, sample, train
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
 from vqdist.errors import PeerLost, RanksDiverged, UserError
 from vqdist.parts import unknown
@@ -146,5 +146,6 @@ COMMANDS = {
     "convert": convert.convert,
     "models": convert.models,
     "report": report.report,
+    "recipes": recipes.recipes,
     "doctor": doctor,
 }

@@ -36,7 +36,7 @@ EPILOG = """\
 A tokenizer's numbers: L1, PSNR, SSIM (pixels in [0, 1]), codebook usage and perplexity; with --features also rfid and
 rkid, the distances of its reconstructions from the images.
 
-Those of a prior, VAR or VQ-AR: nll (nats per code), bits_per_dim (nll / ln 2, a code being a dimension), perplexity
+Those of a prior, VAR or VQ-AR: nll (nats per code), bits_per_code (nll / ln 2), perplexity
 and accuracy of the next code, of VAR also for each scale; with --features also fid, kid, precision and recall of
 samples against the images. Samples have the classes of the images, as often as they occur there. VQ-AR has a
 tokenizer's numbers too."""

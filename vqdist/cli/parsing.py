@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from vqdist.cli.config_files import ConfigFiles, with_paths
 from vqdist.cli.parts import Given, Parts, help_asked_for, joined
 from vqdist.errors import UserError
 from vqdist.parts import near, unknown
@@ -86,17 +87,18 @@ def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIA
 
     known = [action.dest for action in parser._actions]
     aliases = {name: alias for name, alias in aliases.items() if alias.option in known}
-    given = list(_read(arguments))
+    given = with_paths(_read(arguments))
     if parts and (text := help_asked_for(given, parts)) is not None:
         print(text)
         raise SystemExit(0)
     _refuse_unknown(given, [*known, *aliases])
+    files = ConfigFiles(given)
     parts = parts or {}
     given = joined(_spell_out(given, aliases), parts)
     try:
         return parser.parse_args(_as_arguments(given, parts))
     except (ArgumentError, UnicodeDecodeError) as error:
-        raise UserError(_one_line(str(error), known, aliases)) from error
+        raise UserError(files.placed(_one_line(str(error), known, aliases))) from error
 
 
 def add_trust_option(parser) -> None:

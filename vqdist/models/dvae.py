@@ -67,7 +67,6 @@ class DiscreteVAE(
     PretrainedModel,
     library_name="vqdist",
     tags=["image-tokenizer", "discrete-vae"],
-    license="mit",
 ):
     """An image tokenizer: images to codes and back.
 

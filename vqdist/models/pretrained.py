@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from huggingface_hub import ModelHubMixin, PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.files import follow_umask, read_json
+from vqdist.files import follow_umask, read_json, reason_of
 from vqdist.locations import FILES, check_location, config_of_folder, find_export
 from vqdist.models.mending import LIVE, mend_codebook
 from vqdist.parts import PATH, Registry, trusting
@@ -40,6 +40,13 @@ MODEL_TYPES = {
 }
 LOG = logging.getLogger(__name__)  # where nobody handles it, a warning is one line on stderr
 FIRST_TYPE = "vqgan"  # of a config.json that names none: they were written before there were others
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Whether an error says that the hub did not answer, or refused; the library beneath has changed over time."""
+    roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    of_client = not roots.isdisjoint({"httpx", "httpcore", "requests", "huggingface_hub"})
+    return of_client or isinstance(error, ConnectionError | TimeoutError)
 
 
 class PretrainedModel(PyTorchModelHubMixin):
@@ -97,6 +104,71 @@ class PretrainedModel(PyTorchModelHubMixin):
         facts = {"model_type": self.model_type, "image_size": self.image_size}
         config = {**self.configuration(), **facts, **(LIVE if self.buffers_are_live else {})}
         (save_directory / "config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return the README.md of an export: facts of the model, and how to load it.
+
+        Args:
+            *args: none.
+            **kwargs: metadata of the hub, as `license`, which is the owner's to choose; none is there by default.
+        """
+        data = self._hub_mixin_info.model_card_data
+        about = ModelCardData(**{**data.to_dict(), **kwargs})
+        return ModelCard(f"---\n{about.to_yaml()}\n---\n\n{self._words_of_card()}")
+
+    def _words_of_card(self) -> str:
+        name = type(self).__name__
+        facts = {"model_type": self.model_type, "image_size": self.image_size, **self.configuration()}
+        rows = [
+            f"| {fact} | `{json.dumps(value, default=str)}` |" for fact, value in facts.items() if value is not None
+        ]
+        own = type(self).__module__.partition(".")[0] == "vqdist"
+        module = "vqdist" if own else type(self).__module__
+        return "\n".join(
+            [
+                f"# {name}",
+                "",
+                "Weights and configuration of a model trained with vqdist. No licence is named here: the owner of the "
+                "weights chooses one.",
+                "",
+                "```python",
+                f"from {module} import {name}",
+                "",
+                f'model = {name}.from_pretrained("THIS REPOSITORY OR FOLDER")',
+                "```",
+                "",
+                "| argument | value |",
+                "| --- | --- |",
+                *rows,
+                "",
+            ]
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the export to a repository `owner/name` of the Hugging Face Hub, which is made if need be.
+
+        Args:
+            repo_id: of the repository.
+            **kwargs: of huggingface_hub's `push_to_hub` (`private`, `token`, `model_card_kwargs`, ...).
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: the hub cannot be reached, or refuses.
+        """
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        except HFValidationError as error:
+            raise UserError(f"{repo_id!r} cannot be the name of a repository ({reason_of(error)})") from error
+        except Exception as error:
+            if not _is_of_network(error):
+                raise
+            raise UserError(
+                f"{repo_id} could not be uploaded to the Hugging Face Hub ({type(error).__name__}: "
+                f"{reason_of(error)}); look at the network and at `hf auth login`, or keep save_pretrained(folder) "
+                "and upload that later"
+            ) from error
 
     @classmethod
     def from_pretrained(

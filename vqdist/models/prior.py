@@ -25,7 +25,6 @@ class Prior(
     coders={Tokenizer: (Tokenizer.fingerprint, str)},
     library_name="vqdist",
     tags=["image-generation", "autoregressive"],
-    license="mit",
 ):
     """Predicts the codes of an image in the order of its rows, from its class and the codes before.
 

@@ -30,7 +30,6 @@ class VAR(
     coders={Tokenizer: (Tokenizer.fingerprint, str)},
     library_name="vqdist",
     tags=["image-generation", "autoregressive"],
-    license="mit",
 ):
     """Predicts the codes of an image scale by scale, from its class and the picture that the coarser scales make.
 

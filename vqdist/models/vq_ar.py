@@ -85,7 +85,6 @@ class VQImageAutoregressiveAutoencoder(
     TokenizerNetwork,
     library_name="vqdist",
     tags=["image-tokenizer", "image-generation", "autoregressive"],
-    license="mit",
 ):
     """A tokenizer and a generator of images in one model.
 

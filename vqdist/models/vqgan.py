@@ -52,7 +52,6 @@ class VQGanVAE(
     PretrainedModel,
     library_name="vqdist",
     tags=["image-tokenizer", "vqgan"],
-    license="mit",
 ):
     """An image tokenizer: images to codes and back.
 

@@ -27,7 +27,6 @@ class SimpleVQVAE(
     PretrainedModel,
     library_name="vqdist",
     tags=["image-tokenizer", "vqvae"],
-    license="mit",
 ):
     """Two stride-2 convolutions, a `VectorQuantizer` at every scale, two transposed convolutions.
 

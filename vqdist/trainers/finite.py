@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdist.backends import Backend, Engine
+from vqdist.errors import UserError
 
 
 class FirstNotFinite:
@@ -103,7 +104,21 @@ class FiniteGuard:
 
         Returns:
             The gradient norm before clipping.
+
+        Raises:
+            UserError: a factor of the update is beyond float32, on every rank alike.
         """
+        try:
+            return self._step(name, engine, numbers, lr=lr)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise UserError(
+                f"the update of {name} goes beyond float32 with a learning rate of {lr:g}; lower the rate or the "
+                "weight decay"
+            ) from error
+
+    def _step(self, name: str, engine: Engine, numbers: Mapping[str, Tensor], *, lr: float) -> Tensor:
         self._owners.update(dict.fromkeys(numbers, name))
         if not self.skip:
             return engine.step(lr=lr)

@@ -1,0 +1,90 @@
+"""Configuration files of the command line: found by name, read, and named with the line where something is wrong."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vqdist.cli.parts import Given
+from vqdist.errors import UserError
+from vqdist.shipped import resolve
+
+SHIPPED = {"config": "recipes", "deepspeed_config": "deepspeed_configs"}
+
+
+def with_paths(given: Iterable[Given]) -> list[Given]:
+    """Return the options with the paths of what comes with vqdist in place of its names."""
+    return [
+        (name, resolve(SHIPPED[name], value)) if name in SHIPPED and value is not None else (name, value)
+        for name, value in given
+    ]
+
+
+class ConfigFiles:
+    """The files of `--config`, with the line of each of their options.
+
+    Args:
+        given: the options of a command line.
+
+    Raises:
+        UserError: a file is no YAML, or no options by name; names the file and the line.
+    """
+
+    def __init__(self, given: Iterable[Given]):
+        given = list(given)
+        self._said = {name for name, _ in given}
+        self._lines: dict[str, tuple[str, int]] = {}  # of each dotted option, its file and line
+        for name, value in given:
+            if name == "config" and value is not None and _is_regular(Path(value)):
+                self._read(value)
+
+    def _read(self, name: str) -> None:
+        import yaml  # type: ignore[import-untyped]
+
+        try:
+            root = yaml.compose(Path(name).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = f"{name}, line {mark.line + 1}" if mark else name
+            raise UserError(f"{where}: no YAML: {' '.join(filter(None, (error.problem, error.context)))}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{name}: no YAML: {' '.join(str(error).split())}") from error
+        except (OSError, RecursionError):
+            return  # the parser says it
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{name}, line {root.start_mark.line + 1}: options by name are expected, as `data:`")
+        if root is not None:
+            self._note(name, root, "")
+
+    def _note(self, name: str, node: Any, prefix: str) -> None:
+        for key, value in node.value:
+            option = f"{prefix}{key.value}" if isinstance(key.value, str) else prefix
+            self._lines[option] = (name, key.start_mark.line + 1)
+            if value.id == "mapping" and option.count(".") < 16:
+                self._note(name, value, f"{option}.")
+
+    def placed(self, message: str) -> str:
+        """Return a message of the parser with the file and the line of the option that it names, if a file says it."""
+        for option in _named(message):
+            if option in self._lines and option not in self._said:
+                file, line = self._lines[option]
+                return f"{file}, line {line}: {message}"
+        return message
+
+
+def _named(message: str) -> list[str]:
+    """Return the options that a message may be about, the likeliest first."""
+    if (found := re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", message)) is not None:
+        return [".".join(found.groups()), found[2]]
+    return re.findall(r"(?:key|option|Option|Key) ['\"]([\w.]+)['\"]", message)
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether a path is a file that can be read to its end: of a pipe nobody knows whether one comes."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
