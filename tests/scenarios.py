@@ -85,6 +85,9 @@ class SmallFeatures(nn.Module):
         return torch.nn.functional.conv2d(x, self.second, stride=2)
 
 
+OF_THE_GAN = ("discr_layers", "use_hinge_loss")
+
+
 def build_vae(quantizer: str = "lfq", **options) -> VQGanVAE:
     """A small model, equal on every call; `quantizer` is a key of QUANTIZERS or a name that the model knows."""
     torch.manual_seed(11)
@@ -104,6 +107,8 @@ def build_vae(quantizer: str = "lfq", **options) -> VQGanVAE:
         ),
         **options,
     }
+    if not (settings.get("use_gan", True) and settings.get("use_vgg_and_gan", True)):  # then nothing reads these
+        settings = {name: value for name, value in settings.items() if name in options or name not in OF_THE_GAN}
     return VQGanVAE(**settings)
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -73,7 +75,7 @@ def check_options(config: Any) -> None:
             choices = ", ".join(facts["one_of"])
             raise UserError(f"{field.name} {value!r} is not known; choose one of {choices}")
         for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, (int, float)) and not isinstance(item, bool) and not _is_within(item, facts):
+            if is_number(item) and not _is_within(item, facts):
                 raise UserError(f"{field.name} {value} is not possible; it must be {_bounds_in_words(facts, item)}")
 
 
@@ -84,6 +86,45 @@ def check_types(config_class: type, options: dict[str, Any]) -> None:
         is_object = name in parts and not isinstance(value, (str, int, float, list, tuple, dict))
         if not is_object and not _is_of(value, kinds[name]):
             raise UserError(f"{name} {value!r} is not possible; give {_in_words(kinds[name])}")
+
+
+def in_one_form(config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as a configuration holds them: numbers of Python, paths as strings, a bare word as a list of one.
+
+    The last is for options that take a list or a string.
+    """
+    kinds, found = get_type_hints(config_class), {}
+    for name, value in options.items():
+        value = plain(os.fspath(value) if isinstance(value, os.PathLike) else value)
+        parts = get_args(kinds.get(name))
+        bare = str in parts and any(get_origin(part) is list for part in parts) and isinstance(value, str)
+        found[name] = [value] if bare else value
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return numbers of other libraries, as of numpy, as Python's, also within lists and dictionaries."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()  # true and false, too
+    if is_whole(value):
+        return int(value)
+    return float(value) if is_number(value) else value
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether a value is a whole number, of Python or of another library; true and false are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, of Python or of another library; true and false are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def names_with(config_class: type, fact: str) -> frozenset[str]:
@@ -126,7 +167,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, (list, tuple)) and all(_is_of(item, parts[0]) for item in value)
     if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return is_whole(value) if kind is int else is_number(value)
     return isinstance(value, get_origin(kind) or kind)
 
 
@@ -134,7 +175,9 @@ def _in_words(kind: Any) -> str:
     """Return an annotation in words: `int | None` is "a whole number or null"."""
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
     if get_origin(kind) in (Union, UnionType):
-        return " or ".join(map(_in_words, get_args(kind)))
+        parts = get_args(kind)
+        is_list = any(get_origin(part) is list for part in parts)  # a bare word in its place goes without saying
+        return " or ".join(_in_words(part) for part in parts if part is not str or not is_list)
     if kind is Any:
         return "a name, an import path, or class_path and init_args"
     if get_origin(kind) is list:

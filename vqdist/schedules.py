@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vqdist.errors import UserError
+from vqdist.options import is_number, is_whole
 from vqdist.parts import PartSpec, Registry, arguments_of, unknown
 
 Schedule = Callable[..., float]
@@ -67,7 +68,7 @@ def _between(min_ratio: float, factor: float) -> float:
 
 
 def _check_share(name: str, value: float, *, above_zero: bool = False) -> None:
-    possible = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    possible = is_number(value) and 0 <= value <= 1
     if not possible or (above_zero and value == 0):
         lowest = "above 0" if above_zero else "of at least 0"
         raise UserError(f"{name} {value!r} of lr_schedule is not possible; give a share {lowest} and at most 1")
@@ -123,7 +124,7 @@ def factor_of(schedule: PartSpec | Schedule, step: int, total_steps: int, epoch:
         factor = schedule(step, total_steps, **({"epoch": epoch} if takes_epoch else {}))
     else:
         factor = SCHEDULES.build(schedule, step, total_steps, epoch=epoch)
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+    if not is_number(factor) or not 0 <= factor < math.inf:
         raise UserError(
             f"lr_schedule {schedule!r} returned {factor!r} at step {step} of {total_steps}; a schedule returns the "
             "factor of the peak rate, a finite number of at least 0"
@@ -177,7 +178,7 @@ class WeightSchedule:
             check_weight(getattr(self, name), f"{name} of {what}")
         for name in ("start", "ramp_steps", "decay_steps"):
             steps = getattr(self, name)
-            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            if not is_whole(steps) or steps < 0:
                 raise UserError(f"{name} of {what} is {steps!r}; give a whole number of at least 0")
         if self.decay not in ("linear", "cosine"):
             raise UserError(f"decay of {what} is {self.decay!r}; choose one of linear, cosine")
@@ -219,7 +220,7 @@ def check_weight(given: Any, what: str = "weight") -> None:
     if isinstance(given, Mapping):
         WeightSchedule.of(given, what)
         return
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
+    if not is_number(given) or not math.isfinite(given):
         raise UserError(f"the {what} is {given!r}; give a finite number, or a schedule as {{value: 0.1, start: 1000}}")
     if given < 0:
         raise UserError(f"the {what} is {given}; it must be at least 0")

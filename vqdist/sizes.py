@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vqdist.errors import UserError
+from vqdist.options import is_whole, plain
 
 ImageSize = int | tuple[int, int]
 """The side of square images in pixels, or (height, width) of others."""
@@ -25,8 +26,8 @@ def image_size_of(given: Any) -> ImageSize:
         UserError: it is anything else. The networks say which single sides are possible.
     """
     pair = isinstance(given, (list, tuple))
-    sides = tuple(given) if pair else (given, given)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    sides = tuple(plain(given)) if pair else (plain(given), plain(given))
+    whole = all(is_whole(side) for side in sides)
     if len(sides) != 2 or not whole or (pair and min(sides) < 1):
         raise UserError(
             f"image_size {given!r} is not possible; give the side in pixels, or height and width, as [256, 384]"

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import not_finite
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,7 +37,8 @@ from vqdist.cli.train import train_options
 from vqdist.data import loader
 from vqdist.models.networks.conv import ResidualBlock
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
-from vqdist.objectives import perceptual
+from vqdist.objectives import Perceptual, perceptual
+from vqdist.options import in_one_form
 from vqdist.trainers import base, networks
 from vqdist.trainers.base import Trainer
 from vqdist.trainers.config import TrainerConfig
@@ -877,9 +879,46 @@ WRONG_OPTIONS = [
     ({"num_train_steps": None, "epochs": "2"}, r"^epochs '2' is not possible; give a number or null$"),
     ({"use_ema": 1}, r"^use_ema 1 is not possible; give true or false$"),
     ({"folder": 64}, r"^folder 64 is not possible; give a string or a dictionary or null$"),
+    ({"trackers": 3}, r"^trackers 3 is not possible; give a list, each item a name, an import"),
     (
-        {"trackers": "wandb"},
-        r"^trackers 'wandb' is not possible; give a list, each item a name, an import",
+        {"adaptive_weight": False, "max_adaptive_weight": 10.0},
+        r"^max_adaptive_weight 10.0 does nothing, because ad",
+    ),
+    (
+        {"apply_grad_penalty_every": 0, "grad_penalty_weight": 1.0},
+        r"^grad_penalty_weight 1.0 does nothing, because apply_grad_penalty_every is 0; leave it out$",
+    ),
+    (
+        {"apply_grad_penalty_every": 2, "grad_penalty_weight": 0.0},
+        r"^apply_grad_penalty_every 2 does nothing, because grad_penalty_weight is 0; leave it out$",
+    ),
+    *(
+        ({"adversarial_weight": 0.0, **option}, r" does nothing, because adversarial_weight is 0; leave it out$")
+        for option in (
+            {"adaptive_weight": False},
+            {"max_adaptive_weight": 10.0},
+            {"discriminator_warmup_steps": 1},
+            {"adversarial_ramp_steps": 1},
+        )
+    ),
+    ({"valid_frac": 0, "random_split_seed": 1}, r"^random_split_seed 1 does nothing, because valid_frac is 0; leave"),
+    ({"num_workers": 0, "prefetch_factor": 3}, r"^prefetch_factor 3 does nothing, because num_workers is 0; leave it"),
+    ({"model": {"use_gan": False, "discr_layers": 3}}, r"^discr_layers 3 does nothing, because the model has no disc"),
+    (
+        {"model": {"use_gan": False, "use_hinge_loss": False}},
+        r"^use_hinge_loss False does nothing, because the mo",
+    ),
+    (
+        {"model": {"use_vgg_and_gan": False, "vgg": None, "perceptual": "lpips"}},
+        r"^perceptual lpips does nothing, because use_vgg_and_gan is false; leave it out$",
+    ),
+    (
+        {"model": {"quantizer": "fsq", "codebook_size": 256, "lookup_free_quantization": False}},
+        r"^lookup_free_quantization False does nothing, because quantizer says which one; leave it out$",
+    ),
+    (
+        {"model": {"use_vgg_and_gan": False, "vgg": None, "terms": ["reconstruction", Perceptual(SmallFeatures())]}},
+        r"^use_vgg_and_gan is false, which turns the perceptual loss off, and terms have Perceptual; leave the term ",
     ),
     ({"exts": ["png", 3]}, r"^exts \['png', 3\] is not possible; give a list, each item a string or null$"),
     ({"accelerate_kwargs": ["cpu"]}, r"^accelerate_kwargs \['cpu'\] is not possible; give a dictionary$"),
@@ -919,6 +958,34 @@ def test_a_wrong_option_is_one_line_before_anything_begins(options, message, tmp
         build_trainer(tmp_path / "run", **options)
     assert "\n" not in str(error.value)
     assert_nothing_began(tmp_path / "run")
+
+
+def test_numbers_of_numpy_stand_for_pythons(tmp_path):
+    options = {"lr": np.float32(0.5), "batch_size": np.int64(2), "adam_betas": (np.float64(0.5), np.float32(0.75))}
+    trainer = build_trainer(tmp_path / "run", **options, use_ema=np.bool_(False), model={"dim": np.int32(32)})
+    assert (trainer.config.lr, trainer.config.batch_size, trainer.config.use_ema) == (0.5, 2, False)
+    assert trainer.config.adam_betas == (0.5, 0.75)
+    kinds = {type(value) for value in (trainer.config.lr, *trainer.config.adam_betas, trainer.config.batch_size)}
+    assert kinds == {float, int}
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["model"]["dim"], written["trainer"]["batch_size"]) == (32, 2)
+    with pytest.raises(UserError, match=r"^batch_size 2.0 is not possible; give a whole number$"):
+        build_trainer(tmp_path / "other", batch_size=np.float64(2))
+    with pytest.raises(UserError, match=r"^batch_size True is not possible; give a whole number$"):
+        build_trainer(tmp_path / "other", batch_size=np.bool_(True))
+
+
+def test_a_bare_word_stands_for_a_list_of_one(tmp_path, monkeypatch):
+    assert build_trainer(tmp_path / "run", trackers="tensorboard").config.trackers == ["tensorboard"]
+    (tmp_path / "run.yaml").write_text("trainer: {trackers: tensorboard}\ndata: {exts: png}\n")
+    for arguments in (
+        ["--config", str(tmp_path / "run.yaml")],
+        ["--trainer.trackers", "tensorboard", "--data.exts", "png"],
+        ["--trainer.trackers", "[tensorboard]", "--data.exts", "[png]"],
+    ):
+        options = train_options("vqgan", ["--data.image_size", "16", "--trainer.batch_size", "2", *arguments])
+        given = {"trackers": options.trainer.trackers, "exts": options.data.exts}
+        assert in_one_form(TrainerConfig, given) == {"trackers": ["tensorboard"], "exts": ["png"]}
 
 
 def test_a_path_may_stand_for_a_string_and_a_tuple_for_a_list(tmp_path):

@@ -11,7 +11,7 @@ from scenarios import IMAGE_SIZE, build_trainer, build_vae
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vqdist import Term, UserError, VQGanVAE, VQGanVAETrainer
+from vqdist import Term, UserError, VQGanVAE, VQGanVAETrainer, losses
 from vqdist.models.autoencoder import ForwardPass
 from vqdist.models.networks.conv import ConvEncoder
 from vqdist.models.pretrained import load_model_of_any_type
@@ -131,6 +131,59 @@ def test_a_term_on_features_gets_them_in_float32():
     cut = Objective([Reconstruction(), term]).at_the_cut(recon, torch.rand(1, 3, 4, 4), out)
     assert term.seen == cut.parts["kept_loss"].dtype == torch.float32
     assert torch.autograd.grad(cut.feature_loss, features)[0].any()
+
+
+class OnBoth(Term):
+    """Reads the reconstruction and the features."""
+
+    def forward(self, recon, image, out):
+        return ((recon - image).mean() * out.features.square().mean()).square() + out.features.sum() * recon.mean()
+
+
+class OnBothAsFeatures(OnBoth):
+    acts_on = "features"
+
+
+class OnReconAsFeatures(Term):
+    acts_on = "features"
+
+    def forward(self, recon, image, out):
+        return (recon - image).square().mean()
+
+
+@pytest.mark.parametrize("kind", [OnBoth, OnBothAsFeatures, OnReconAsFeatures])
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_a_term_gets_its_gradient_at_all_that_it_reads(kind, weight):
+    """Cut and put together by the surrogate it trains encoder and decoder as the whole graph does."""
+    torch.manual_seed(2)
+    encoder, decoder = nn.Linear(6, 5), nn.Linear(5, 12)
+    source, image = torch.randn(4, 6), torch.rand(4, 3, 2, 2)
+    weights = [*encoder.parameters(), *decoder.parameters()]
+
+    def run():
+        features = encoder(source)
+        recon = decoder(features).view(4, 3, 2, 2)
+        return recon, ForwardPass(recon, torch.zeros(4), torch.zeros(()), None, features)
+
+    objective = Objective([Reconstruction(), kind(weight), Kept(0.2)])
+    recon, out = run()
+    expected = torch.autograd.grad(objective.whole(recon, image, out).loss, weights)
+    recon, out = run()
+    cut = objective.at_the_cut(recon.detach().requires_grad_(), image, out)
+    found = torch.autograd.grad(losses.surrogate(recon, cut.gradient, cut.feature_loss), weights)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    alone = Objective([Reconstruction(), Kept(0.2)]).whole(recon, image, out).loss
+    without = torch.autograd.grad(alone, weights)
+    assert not torch.allclose(without[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    "term, reason", [(Kept(reference=True), "it acts on features"), (Flat(0.0, reference=True), "its weight is 0")]
+)
+def test_a_reference_that_is_never_compared_with_is_refused(term, reason):
+    with pytest.raises(UserError, match=f"^reference of term .* does nothing, because {reason}; leave it out$"):
+        Objective([Reconstruction(), term])
 
 
 @pytest.mark.parametrize("name", ["aux", "adversarial", "discr"])

@@ -26,7 +26,7 @@ class DataConfig:
     """Image folder, `digits`, `synthetic`, `torchvision:NAME`, `wds:URL-{000..099}.tar`, `hf:NAME`, `class_path`."""
     image_size: int = option(at_least=1)
     """Side of the square training images in pixels."""
-    exts: list[str] | None = option(None, free=True)
+    exts: list[str] | str | None = option(None, free=True)
     """File name extensions to read from a folder; by default every image format that is known."""
     augment: bool = True
     """Random horizontal flips while training, where the source's images mean the same when mirrored."""

@@ -17,6 +17,7 @@ from vqdist.data.images import BadImageError, check_channels, limited_to
 from vqdist.data.sources import Source, TensorSource, not_empty, open_source
 from vqdist.data.sources.base import checked_fingerprint, checked_index, checked_label
 from vqdist.errors import UserError
+from vqdist.options import is_whole
 from vqdist.seeding import derive_seed
 from vqdist.sizes import ImageSize, image_size_of
 
@@ -64,7 +65,7 @@ class ImageDataset(Dataset):
         max_pixels: int = MAX_PIXELS,
     ):
         sides = image_size if isinstance(image_size, (list, tuple)) else (image_size,)
-        if not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides):
+        if not all(is_whole(side) and 1 <= side <= LARGEST_SIDE for side in sides):
             raise UserError(
                 f"image_size {image_size!r} is not possible; give the side in pixels, a whole number from 1 to "
                 f"{LARGEST_SIDE}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from vqdist.errors import UserError
+from vqdist.options import is_whole
 
 
 def check_whole_numbers(**given: tuple[int, int]) -> None:
     """Each argument, given as `name=(value, least)`, must be a whole number of at least so much."""
     for name, (value, least) in given.items():
-        if not isinstance(value, int):
+        if not is_whole(value):
             raise UserError(f"{name} {value!r} is not possible; give a whole number")
         if value < least:
             raise UserError(f"{name} {value} is not possible; it must be at least {least}")

@@ -22,6 +22,7 @@ from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json, reason_of
 from vqdist.locations import FILES, check_location, config_of_folder, find_export
 from vqdist.models.mending import LIVE, mend_codebook
+from vqdist.options import plain
 from vqdist.parts import PATH, Registry, trusting
 from vqdist.sizes import ImageSize, image_size_of
 from vqdist.storage import save_module
@@ -81,6 +82,12 @@ class PretrainedModel(PyTorchModelHubMixin):
         """Return the type of the class of vqdist that this one derives from: older versions wrote that."""
         own = (base for base in cls.__mro__ if base.__module__.partition(".")[0] == "vqdist")
         return next((vars(base)["model_type"] for base in own if "model_type" in vars(base)), cls.model_type)
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        return super().__new__(cls, *plain(args), **plain(kwargs))  # records them, and leaves out what JSON has not
+
+    def check_all_read(self) -> None:
+        """Raise `UserError` for arguments that were given and that training would not read."""
 
     def saved_part(self) -> nn.Module:
         """Return the module whose tensors are saved; their names begin at it."""

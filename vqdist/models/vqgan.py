@@ -39,7 +39,17 @@ from vqdist.objectives import Objective, Perceptual, PerceptualLoss, Reconstruct
 from vqdist.objectives.adversarial import DISCR_LOSSES, GEN_LOSSES, names_of_losses
 from vqdist.objectives.named import check_image_size as check_perceptual_size
 from vqdist.objectives.named import perceptual_terms
-from vqdist.parts import GIVEN_BUILT, PartSpec, Registry, Spec, UnavailablePart, path_of, recorded, unknown
+from vqdist.parts import (
+    GIVEN_BUILT,
+    PartSpec,
+    Registry,
+    Spec,
+    UnavailablePart,
+    called,
+    path_of,
+    recorded,
+    unknown,
+)
 from vqdist.registries import DECODERS, DISCRIMINATORS, ENCODERS, QUANTIZERS, TERMS
 from vqdist.sizes import ImageSize
 
@@ -282,6 +292,27 @@ class VQGanVAE(
         if not self._terms and not self._vgg and isinstance(self.perceptual, str):
             check_perceptual_size(self.perceptual, size)  # before anything is downloaded
         self.objective().check_image_size(size)
+
+    def check_all_read(self) -> None:
+        """Raise `UserError` for arguments that were given and that training with this model would not read."""
+        given = self.configuration()
+        off: dict[str, str] = {}
+        if self.discriminator is None and "discriminator" not in self._missing:
+            off |= dict.fromkeys(("discr_layers", "use_hinge_loss"), "the model has no discriminator")
+        if not given.get("use_vgg_and_gan", True) and given.get("perceptual") != "none":
+            off["perceptual"] = "use_vgg_and_gan is false"
+        if given.get("quantizer") is not None:
+            off["lookup_free_quantization"] = "quantizer says which one"
+        parameters = inspect.signature(VQGanVAE.__init__).parameters
+        for name, reason in off.items():
+            if given.get(name, parameters[name].default) != parameters[name].default:
+                raise UserError(f"{name} {given[name]} does nothing, because {reason}; leave it out")
+        named = [] if given.get("use_vgg_and_gan", True) else [term for term in self._terms if _is_perceptual(term)]
+        if named:
+            raise UserError(
+                f"use_vgg_and_gan is false, which turns the perceptual loss off, and terms have {called(named[0])}; "
+                "leave the term out, or give use_gan false in place of use_vgg_and_gan"
+            )
 
     def _discriminator_needs(self, size: int, smallest: int) -> str:
         if not isinstance(self.discriminator, PatchDiscriminator):
@@ -534,6 +565,12 @@ def _with_phi_rule(config: dict[str, Any], rule: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         return {**config, "quantizer_kwargs": options}
     return config if given.get(GIVEN_BUILT) else {**config, "quantizer": {**given, "init_args": options}}
+
+
+def _is_perceptual(term: Any) -> bool:
+    """Return whether a term, given in any form, is one of vqdist's perceptual losses."""
+    factory = TERMS.factory(Spec.of(term, "terms").target) if isinstance(term, (str, Mapping)) else type(term)
+    return factory in [TERMS[name] for name in ("perceptual", "lpips", "convnext_s")]
 
 
 class _OnlyAutoencoder(nn.Module):

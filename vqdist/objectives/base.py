@@ -22,8 +22,9 @@ class Term(nn.Module):
     share.
 
     A term on pixels is a function of `recon`. The graph is cut there, so that its gradient is taken once and the
-    autoencoder is not run backward for each term. A term on features is a function of `out.features`; its loss is
-    added to the quantizer's. A term has no weights that are trained: those belong into a network.
+    autoencoder is not run backward for each term. A term on features is a function of `out.features`, where the graph
+    is cut, too; one that reads both gets its gradient at both. A term has no weights that are trained: those belong
+    into a network.
 
     Example:
         class EdgeLoss(Term):

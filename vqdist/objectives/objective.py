@@ -20,9 +20,10 @@ class AtTheCut(NamedTuple):
     """The terms of one micro-batch, with the graph cut at the reconstruction.
 
     Attributes:
-        gradient: (b, c, h, w), of the weighted sum of the terms on pixels with respect to the reconstruction.
+        gradient: (b, c, h, w), of the weighted sum of all terms with respect to the reconstruction.
         reference: (b, c, h, w), the part of it that the adaptive weight compares with.
-        feature_loss: the weighted sum of the terms on features, 0-d, with its graph; None where there are none.
+        feature_loss: 0-d, whose gradient is that of the weighted sum of all terms with respect to the features; its
+            value means nothing. None where no term depends on them.
         parts: each term's loss by `NAME_loss`, unweighted, 0-d; of one with a schedule also its weight, `NAME_weight`.
     """
 
@@ -64,6 +65,10 @@ class Objective:
                 "{class_path: reconstruction, init_args: {kind: l1}}"
             )
         self._on_features = len(on_pixels) < len(self.terms)
+        for term in self.terms:
+            if term.reference and (term.acts_on == "features" or not ever_positive(term.weight)):
+                why = "its weight is 0" if term.acts_on == "pixels" else "it acts on features"
+                raise UserError(f"reference of term {term.name} does nothing, because {why}; leave it out")
         chosen = [term for term in on_pixels if term.reference]
         self._reference = {term.name for term in chosen or on_pixels}
 
@@ -84,9 +89,10 @@ class Objective:
                 term.check_image_size(size)
 
     def at_the_cut(self, recon: Tensor, image: Tensor, out: Any, step: int = 0) -> AtTheCut:
-        """Return the gradients of the terms at a reconstruction without a graph.
+        """Return the gradients of the terms at a reconstruction, and at the features, without a graph.
 
-        Each term on pixels runs backward through itself alone; see `vqdist.losses.surrogate` for the rest of the way.
+        Each term runs backward through itself alone; see `vqdist.losses.surrogate` for the rest of the way. A term may
+        depend on both: what it acts on says what it is checked for, and whether it may be a reference.
 
         Args:
             recon: (b, c, h, w) float32, a leaf that requires a gradient.
@@ -95,9 +101,10 @@ class Objective:
             step: finished updates, for weights with a schedule.
         """
         out = self._ready(recon, image, out)
+        features, out = _cut_at_features(out)
         gradient: Tensor | None = None
         reference: Tensor | None = None
-        feature_loss: Tensor | None = None
+        at_features: Tensor | None = None
         parts = {}
         for term in self.terms:
             weight = weight_at(term.weight, step)
@@ -106,15 +113,12 @@ class Objective:
                 parts[f"{term.name}_weight"] = torch.tensor(weight)
             if not weight:
                 continue
-            if term.acts_on == "features":
-                feature_loss = _plus(feature_loss, weight * loss)
-                continue
-            (own,) = torch.autograd.grad(loss, recon)
-            own = own if weight == 1 else weight * own
-            gradient = _plus(gradient, own)
+            own, of_features = _gradients(loss, weight, recon, None if features is None else out.features)
+            gradient, at_features = _plus(gradient, own), _plus(at_features, of_features)
             if term.name in self._reference:
                 reference = _plus(reference, own)
         gradient = torch.zeros_like(recon) if gradient is None else gradient  # none has started
+        feature_loss = None if features is None or at_features is None else (features * at_features).sum()
         return AtTheCut(gradient, gradient if reference is None else reference, feature_loss, parts)
 
     def whole(self, recon: Tensor, image: Tensor, out: Any, step: int = 0) -> Whole:
@@ -126,9 +130,9 @@ class Objective:
             if not weight:
                 continue
             own = weight * self._loss(term, weight, recon, image, out)
-            loss = _plus(loss, own)
+            loss = own if loss is None else loss + own
             if term.name in self._reference:
-                reference = _plus(reference, own)
+                reference = own if reference is None else reference + own
         loss = 0 * recon.sum() if loss is None else loss  # none has started
         return Whole(loss, loss if reference is None else reference)
 
@@ -158,5 +162,27 @@ class Objective:
         return loss
 
 
-def _plus(total: Tensor | None, value: Tensor) -> Tensor:
-    return value if total is None else total + value
+def _cut_at_features(out: Any) -> tuple[Tensor | None, Any]:
+    """Return the features with their graph, and `out` with a leaf in their place; None where nothing trains them."""
+    features = getattr(out, "features", None)
+    if features is None or not features.requires_grad:
+        return None, out
+    return features, out._replace(features=features.detach().requires_grad_())
+
+
+def _gradients(
+    loss: Tensor, weight: float, recon: Tensor, features: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `weight` * `loss` at the reconstruction and at the features; None where it has none."""
+    if not loss.requires_grad:  # of features that nothing trains
+        return None, None
+    leaves = [recon] if features is None else [recon, features]
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    weighted = [own if own is None or weight == 1 else weight * own for own in found]
+    return weighted[0], None if features is None else weighted[1]
+
+
+def _plus(total: Tensor | None, value: Tensor | None) -> Tensor | None:
+    if total is None or value is None:
+        return value if total is None else total
+    return total + value

@@ -461,6 +461,8 @@ class Trainer(ABC):
         self.dataset, self.valid_dataset = self._open_data(dataset)
         self.split = self._split()
         self.run.identify(self.dataset.fingerprint())
+        if not self.run.has_begun():  # one from before goes on as it was
+            self.model.check_all_read()
         check_trackers(self.config.trackers)
 
     def _meet_ranks(self) -> None:
@@ -528,7 +530,7 @@ class Trainer(ABC):
             self.report.print(f"resumed {newest}: step {self.step} of {self.num_train_steps}")
             self._warn_if_past_the_end()
         self.run.write_configuration()
-        self.report.open(self.config.trackers, self.run.configuration())
+        self.report.open(cast(list[Any], self.config.trackers), self.run.configuration())
 
     def _warn_if_past_the_end(self) -> None:
         epochs, trained = self.config.epochs, self.position / len(self.split.train)

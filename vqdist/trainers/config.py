@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from vqdist.data.config import DataConfig
 from vqdist.errors import UserError
-from vqdist.options import check_options, check_types, default_options, option
+from vqdist.options import check_options, check_types, default_options, in_one_form, option
 from vqdist.parts import Spec, arguments_of, recorded, unknown
 from vqdist.schedules import SCHEDULES, factor_of
 
@@ -98,7 +98,7 @@ class TrainerConfig(DataConfig):
     """The run folder: checkpoints, export, pictures, metrics.jsonl. A run that is in it is resumed."""
     allow_config_change: bool = option(False, free=True)
     """Resume a run although options that shape the result differ from those it began with."""
-    trackers: list[Any] = option(default_factory=list, free=True, part="vqdist.registries.SINKS")
+    trackers: list[Any] | str = option(default_factory=list, free=True, part="vqdist.registries.SINKS")
     """Also log to `tensorboard`, `wandb` or own sinks (class_path, init_args); metrics.jsonl is always written."""
     backend: str = option("auto", free=True)
     """`local`, `accelerate` or `deepspeed`; `auto` is accelerate under a launcher and local without one."""
@@ -133,6 +133,10 @@ class TrainerConfig(DataConfig):
             raise UserError(f"precision {self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
         if not self.use_ema:
             self.refuse_set("ema_beta", "ema_update_after_step", "ema_update_every", because="use_ema is false")
+        if self.valid_frac == 0:
+            self.refuse_set("random_split_seed", because="valid_frac is 0")
+        if self.num_workers == 0:
+            self.refuse_set("prefetch_factor", because="num_workers is 0")
 
     def check_optimizers(self) -> None:
         """Raise `UserError` for an optimizer that cannot be made of what is said of it; imports torch."""
@@ -236,7 +240,7 @@ def build_config(config_class: type[C], options: dict[str, Any]) -> C:
 def make_config(config_class: type[C], options: dict[str, Any]) -> C:
     """Make a configuration; an option that is unknown, missing or of another type is an error that helps.
 
-    A path may stand where a string is expected.
+    A path may stand where a string is expected, a number of numpy for Python's, a bare word for a list of one.
     """
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     for name in options:
@@ -246,7 +250,7 @@ def make_config(config_class: type[C], options: dict[str, Any]) -> C:
     missing = [name for name in required if name not in options]
     if missing:
         raise UserError(f"these options have no default and were not given: {', '.join(missing)}")
-    options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
+    options = in_one_form(config_class, options)
     check_types(config_class, options)
     return config_class(**options)
 

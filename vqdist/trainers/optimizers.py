@@ -29,6 +29,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from vqdist.backends.optimizer import averages_itself
 from vqdist.errors import UserError
+from vqdist.options import is_number
 from vqdist.parts import PartSpec, Spec, called
 from vqdist.registries import OPTIMIZERS
 
@@ -271,7 +272,7 @@ def _by_decay(group: Group, weight_decay: float, names: Mapping[int, str]) -> li
         matrices = [parameter for parameter in group["params"] if parameter.ndim > 1]
         parts = [(matrices, decay), ([parameter for parameter in group["params"] if parameter.ndim <= 1], 0.0)]
     scale = group.get("lr_scale", 1.0)
-    if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+    if not is_number(scale) or not 0 <= scale < float("inf"):
         raise UserError(f"lr_scale {scale!r} of parameter_groups is not possible; give a factor of at least 0")
     return [
         {

@@ -111,14 +111,14 @@ class Run:
         told, accumulation = before.resumed(told, processes)
         return told, dataclasses.replace(config, grad_accum_every=accumulation)
 
-    def _has_begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether there is anything of a run: one that ended before its first step leaves its configuration only."""
         lines = self.folder / "metrics.jsonl"
         return any(self.folder.glob("checkpoints/step_*")) or (lines.is_file() and lines.stat().st_size > 0)
 
     def _refuse_other_configuration(self) -> None:
         path = self.folder / "config.json"
-        if not path.is_file() or not self._has_begun():
+        if not path.is_file() or not self.has_begun():
             return
         before = read_json(path)
         if not all(isinstance(before.get(part), dict) for part in ("trainer", "model", "data")):

@@ -97,9 +97,15 @@ class VQGanTrainerConfig(TrainerConfig):
         if not ever_positive(self.lecam_weight):
             self.refuse_set("lecam", "lecam_decay", because="lecam_weight is 0")
         if not self.adaptive_weight:
-            self.refuse_set("adaptive_weight_form", because="adaptive_weight is false")
+            self.refuse_set("adaptive_weight_form", "max_adaptive_weight", because="adaptive_weight is false")
+        if not ever_positive(self.adversarial_weight):
+            of_weight = ("adaptive_weight", "adaptive_weight_form", "max_adaptive_weight")
+            of_schedule = ("discriminator_warmup_steps", "adversarial_ramp_steps")
+            self.refuse_set(*of_weight, *of_schedule, because="adversarial_weight is 0")
         if not self.apply_grad_penalty_every:
-            self.refuse_set("grad_penalty", because="apply_grad_penalty_every is 0")
+            self.refuse_set("grad_penalty", "grad_penalty_weight", because="apply_grad_penalty_every is 0")
+        if self.grad_penalty_weight == 0:
+            self.refuse_set("apply_grad_penalty_every", "grad_penalty", because="grad_penalty_weight is 0")
         if not self.discriminator_start:
             self.refuse_set("discriminator_before_start", because="discriminator_start is 0")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
+from vqdist.options import is_whole
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
 
@@ -80,7 +81,7 @@ def require_module(network: Any, kind: str) -> nn.Module:
 def whole_number(network: Any, kind: str, attribute: str, least: int = 1) -> int:
     """Return an attribute of a network; raise `UserError` unless it is a whole number, at least the smallest."""
     value = getattr(network, attribute)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value) or value < least:
         raise UserError(
             f"the {attribute} of {kind} {type(network).__name__} is {value!r}; give a whole number of at least {least}"
         )

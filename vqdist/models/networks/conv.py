@@ -161,7 +161,7 @@ def widths_of(width: int, layers: int, mults: list[int] | None) -> list[int]:
 
 def blocks_of(blocks: int | list[int], layers: int) -> list[int]:
     """Return the number of residual blocks of each resolution."""
-    blocks = [*[0] * (layers - 1), blocks] if isinstance(blocks, int) else list(blocks)
+    blocks = list(blocks) if isinstance(blocks, (list, tuple)) else [*[0] * (layers - 1), blocks]
     if any(number < 0 for number in blocks):
         raise UserError(f"encdec_num_resnet_blocks {blocks} is not possible; each must be at least 0")
     if len(blocks) != layers:

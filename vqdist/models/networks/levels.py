@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_whole_numbers
 from vqdist.models.tokenizer import check_image_size
+from vqdist.options import is_whole
 
 
 class Checkpointed(nn.Module):
@@ -54,7 +55,7 @@ def widths_of(option: str, width: int, mults_option: str, mults: Sequence[int], 
         UserError: a width is no multiple of the groups.
     """
     check_whole_numbers(**{option: (width, 1), "groups": (groups, 1)})
-    if not isinstance(mults, (list, tuple)) or not mults or not all(isinstance(m, int) and m > 0 for m in mults):
+    if not isinstance(mults, (list, tuple)) or not mults or not all(is_whole(m) and m > 0 for m in mults):
         raise UserError(
             f"{mults_option} {mults!r} is not possible; give a width for each resolution, as [1, 1, 2, 2, 4]"
         )

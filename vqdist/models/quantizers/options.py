@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any, TypeGuard
 
 from vqdist.errors import UserError
+from vqdist.options import is_whole
 from vqdist.parts import unknown
 
 _LAYOUT = "the layout is fixed: features (b, d, h, w), indices (b, h, w) or (b, h, w, q)"
@@ -241,4 +242,4 @@ def check_projection(name: str, dim: int, inner: int, given: Mapping[str, Any], 
 
 def is_integer(value: Any) -> TypeGuard[int]:
     """Return whether a value is an integer and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    return is_whole(value)
