@@ -173,6 +173,7 @@ def test_a_term_gets_its_gradient_at_all_that_it_reads(kind, weight):
     found = torch.autograd.grad(losses.surrogate(recon, cut.gradient, cut.feature_loss), weights)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+    recon, out = run()
     alone = Objective([Reconstruction(), Kept(0.2)]).whole(recon, image, out).loss
     without = torch.autograd.grad(alone, weights)
     assert not torch.allclose(without[0], expected[0])
