@@ -1,5 +1,10 @@
 """The exceptions that end a command with one line instead of a traceback."""
 
+import re
+
+LONGEST_WORD, LONGEST_LINE = 400, 2000
+"""Characters of one word, and of a whole message, beyond which their middle is left out."""
+
 EXIT_PEER_LOST = 69  # EX_UNAVAILABLE of sysexits.h: not 75, since the same may happen again if nobody looks
 
 
@@ -24,11 +29,28 @@ class UserError(ValueError):
     """A mistake in what the user wrote or gave: one line with what was found, what was expected and what to do.
 
     The command line prints the message alone and exits with 2; in Python it is a `ValueError`. Characters of a
-    file's name that cannot be printed are escaped, see `printable`.
+    file's name that cannot be printed are escaped, see `printable`. Of a very long value the message keeps both ends.
     """
 
     def __init__(self, message: object = ""):
-        super().__init__(printable(str(message)))
+        line = printable(str(message))
+        line = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: shortened(word[0], LONGEST_WORD), line)
+        super().__init__(shortened(line, LONGEST_LINE))
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return a text, without its middle where it has more characters than `longest`."""
+    if len(text) <= longest:
+        return text
+    kept = longest - 40
+    head = kept * 2 // 3
+    return f"{text[:head]}...({len(text) - kept} characters)...{text[len(text) - kept + head :]}"
+
+
+def an(noun: str) -> str:
+    """Return a noun behind its article: "an encoder", "a decoder"; "a UNet" as it is spoken."""
+    vowel = re.match(r"[aeioAEIO]|[uU](?!ni|se|[A-Z])", noun)
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 class RanksDiverged(RuntimeError):

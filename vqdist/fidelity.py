@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vqdist.backends.base import Backend
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.objectives.frozen import IMAGENET_MEAN, IMAGENET_STD, download_weights
 from vqdist.sizes import ImageSize, sides_of
 
@@ -140,7 +140,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_features(features: Tensor, images: int, name: str) -> None:
-    found = f"a {type(features).__name__}"
+    found = f"{an(type(features).__name__)}"
     if isinstance(features, Tensor):
         found = f"a tensor of shape {tuple(features.shape)}"
         if features.ndim == 2 and len(features) == images and features.shape[1] >= 2:

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 
 # what a full disk raises: of the system, of torch, of safetensors, and of those here that say it in words
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # not JSON, or not text, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}); it is damaged or not of vqdist") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; a JSON object is expected")
+        raise UserError(f"{path} holds {an(type(content).__name__)}; a JSON object is expected")
     return content
 
 

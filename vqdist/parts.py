@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from vqdist.errors import PeerLost, RanksDiverged, UserError
+from vqdist.errors import PeerLost, RanksDiverged, UserError, an
 
 T = TypeVar("T")
 
@@ -162,7 +162,7 @@ class Registry(Generic[T]):
         def register(factory: Callable[..., T]) -> Callable[..., T]:
             known = self._factories.get(name)
             if known is not None and _place_of(known) != path_of(factory):
-                raise UserError(f"there is a {self.kind} {name!r} already, {_place_of(known)}; choose another name")
+                raise UserError(f"there is {an(self.kind)} {name!r} already, {_place_of(known)}; choose another name")
             self._factories[name] = factory
             return factory
 
@@ -214,7 +214,7 @@ class Registry(Generic[T]):
             )
         found = import_path(target, self.kind)
         if not callable(found):
-            raise UserError(f"{self.kind} {target} is a {type(found).__name__}; give a class or a function")
+            raise UserError(f"{self.kind} {target} is {an(type(found).__name__)}; give a class or a function")
         if inspect.isclass(found) and self.base is not None and not _may_be(found, self.base):
             raise UserError(f"{self.kind} {target} is no {self.contract}; derive it from {path_of(self.base)}")
         return found

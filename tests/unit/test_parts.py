@@ -13,7 +13,7 @@ import pytest
 
 import vqdist
 from vqdist.cli.parts import joined
-from vqdist.errors import UserError
+from vqdist.errors import LONGEST_LINE, UserError, an
 from vqdist.parts import Registry, Spec, import_path, path_of, recorded, trusting, unknown
 from vqdist.stopping import Stopped
 
@@ -231,3 +231,23 @@ def test_every_part_of_vqdist_is_known_by_name_before_its_module_is_imported():
         assert [name for name in known if known.place(name).startswith(("vqdist.", "torch."))] == fresh[kind].names()
         for name, factory in fresh[kind].items():
             assert fresh[kind].place(name) == path_of(factory), name
+
+
+def test_a_message_keeps_both_ends_of_a_value_of_any_length():
+    for given in ("x" * 100_000, "my." + "y" * 100_000, {"class_path": "z" * 100_000}, ["word " * 30_000]):
+        with pytest.raises(UserError) as error:
+            Registry("encoder").factory(Spec.of(given, "encoder").target)
+        assert len(str(error.value)) <= LONGEST_LINE and "characters)..." in str(error.value)
+    assert str(UserError("x" * 400 + " and what to do")) == "x" * 400 + " and what to do"
+    message = str(UserError(f"option {'x' * 5000} is not possible; give a name"))
+    assert message.startswith("option xxx") and message.endswith("xxx is not possible; give a name")
+    assert len(message) < 450
+
+
+@pytest.mark.parametrize(
+    "noun, spoken",
+    [("encoder", "an encoder"), ("optimizer", "an optimizer"), ("decoder", "a decoder"), ("int", "an int")]
+    + [("UNet", "a UNet"), ("Unfold", "an Unfold"), ("user", "a user"), ("ImageFolder", "an ImageFolder")],
+)
+def test_an_article_is_that_of_the_word_behind_it(noun, spoken):
+    assert an(noun) == spoken

@@ -13,7 +13,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam
 
 from vqdist.backends import state
 from vqdist.backends.base import Backend
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.files import read_json, write_json
 
 ELEMENTWISE = frozenset([Adadelta, Adagrad, Adam, Adamax, AdamW, ASGD, NAdam, RAdam, RMSprop, Rprop, SGD])
@@ -124,10 +124,12 @@ class OptimizerRecord:
             self._refuse(f"names a kind of state {kind!r}; a string without / is expected")
         if not isinstance(value, Tensor):
             if value is not None and not isinstance(value, (bool, int, float)):
-                self._refuse(f"keeps a {type(value).__name__} as its state {kind!r}; tensors and numbers can be saved")
+                self._refuse(
+                    f"keeps {an(type(value).__name__)} as its state {kind!r}; tensors and numbers can be saved"
+                )
             return
         if not type(value).__module__.split(".")[0] == "torch":
-            self._refuse(f"keeps a {type(value).__name__} as its state {kind!r}; plain tensors can be saved")
+            self._refuse(f"keeps {an(type(value).__name__)} as its state {kind!r}; plain tensors can be saved")
         if self.zero_stage and value.ndim and (value.shape, value.dtype) != (weight.shape, torch.float32):
             self._refuse(f"keeps state {kind!r} that is not float32 or not of the weights' shape, as ZeRO needs it")
 
@@ -144,7 +146,7 @@ class OptimizerRecord:
             now = {key: value for key, value in _settings(group).items() if key not in before or before[key] != value}
             for key, value in now.items():
                 if not _is_plain(value):
-                    self._refuse(f"changes {key!r} of a group of weights, which is a {type(value).__name__}")
+                    self._refuse(f"changes {key!r} of a group of weights, which is {an(type(value).__name__)}")
             changed.append(now)
         return changed
 

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a folder that may not be read: the system's words name it
-        return _fail(str(error))
+        return _fail(str(UserError(str(error))))  # a path may be of any length
 
 
 @contextmanager

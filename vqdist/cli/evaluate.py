@@ -14,7 +14,7 @@ from vqdist.cli.sample import add_draw_options, draw_options, given_draw_options
 from vqdist.data.config import CODES
 from vqdist.data.specs import check_spec
 from vqdist.draw_options import DrawOptions
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.files import read_json
 from vqdist.locations import find_local_export
 from vqdist.sizes import ImageSize, image_size_of
@@ -207,7 +207,7 @@ def _open_codes(folder: str, model: AutoregressiveModel, options) -> CodeDataset
     from vqdist.data.codes import CodeDataset
 
     if model.tokenizer is None:
-        raise UserError(f"a {type(model).__name__} makes its codes itself; give images in place of {CODES}{folder}")
+        raise UserError(f"{an(type(model).__name__)} makes its codes itself; give images in place of {CODES}{folder}")
     if options.features is not None:
         raise UserError(f"--features looks at images, and {CODES}{folder} holds none; give the images with --data")
     codes = CodeDataset(folder)

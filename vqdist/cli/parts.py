@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.parts import Registry, Spec, arguments_of
 
 Given = tuple[str | None, str | None]
@@ -54,7 +54,7 @@ def _help(option: str, registry: Registry[Any], target: str | None) -> str:
     if target is None:
         names = "\n".join(f"  {name:<16} {_first_line(factory)}" for name, factory in registry.items())
         return (
-            f"--{option} takes a {registry.kind}: one of these names, or the import path of your own, "
+            f"--{option} takes {an(registry.kind)}: one of these names, or the import path of your own, "
             f"my_module.MyClass.\n{names}\n--{option}.help NAME says what one takes."
         )
     factory = registry.factory(target)

@@ -13,7 +13,7 @@ from typing import Any
 
 from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
 from vqdist.draw_options import DrawOptions
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.locations import check_given
 from vqdist.sizes import sides_of
 
@@ -131,8 +131,8 @@ def open_generator(name_or_path: str, trust_code: bool = False):
     model = load_model_of_any_type(name_or_path, trust_code=trust_code)
     if not isinstance(model, AutoregressiveModel):
         raise UserError(
-            f"{name_or_path} holds a {type(model).__name__}, which makes no images of its own; give a run of a prior, "
-            "var or vq_ar (train a prior over it: `vqdist train prior --tokenizer ...`)"
+            f"{name_or_path} holds {an(type(model).__name__)}, which makes no images of its own; give a run of a "
+            "prior, var or vq_ar (train a prior over it: `vqdist train prior --tokenizer ...`)"
         )
     return model
 
@@ -207,7 +207,9 @@ def _check_tokenizer(model, name_or_path: str, trust_code: bool) -> None:
     from vqdist.models.tokenizer import Tokenizer
 
     if model.tokenizer is None:
-        raise UserError(f"--tokenizer is given but a {type(model).__name__} has its codebook in itself; leave it out")
+        raise UserError(
+            f"--tokenizer is given but {an(type(model).__name__)} has its codebook in itself; leave it out"
+        )
     trained_over = model.tokenizer.fingerprint()
     given = Tokenizer.from_pretrained(name_or_path, fingerprint=trained_over, trust_code=trust_code)
     if given.fingerprint() != trained_over:

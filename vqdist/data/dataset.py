@@ -16,7 +16,7 @@ from vqdist.data.config import MAX_PIXELS
 from vqdist.data.images import BadImageError, check_channels, limited_to
 from vqdist.data.sources import Source, TensorSource, not_empty, open_source
 from vqdist.data.sources.base import checked_fingerprint, checked_index, checked_label
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.options import is_whole
 from vqdist.seeding import derive_seed
 from vqdist.sizes import ImageSize, image_size_of
@@ -209,5 +209,5 @@ def _as_source(
     if source is None or isinstance(source, str | os.PathLike | Mapping):
         return open_source(source, exts=exts)
     if exts is not None:
-        raise UserError(f"exts {exts!r} has no meaning for a {type(source).__name__} that is open; leave it out")
+        raise UserError(f"exts {exts!r} has no meaning for {an(type(source).__name__)} that is open; leave it out")
     return not_empty(source) if isinstance(source, Source) else TensorSource(source)

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.models.pretrained import PretrainedModel, saved_beside
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.sampling import DrawOptions
@@ -210,7 +210,7 @@ class SecondStage(AutoregressiveModel):
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         if not isinstance(tokenizer, Tokenizer):
-            raise UserError(f"the tokenizer is a {type(tokenizer).__name__}; give a vqdist.Tokenizer")
+            raise UserError(f"the tokenizer is {an(type(tokenizer).__name__)}; give a vqdist.Tokenizer")
         self._held = _Held(tokenizer)
         self.image_size = tokenizer.image_size
         self.channels = tokenizer.channels

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.models.pretrained import load_model_of_any_type
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
@@ -161,7 +161,7 @@ class Tokenizer(nn.Module):
         model = load_model_of_any_type(name_or_path, **kwargs)
         if not isinstance(getattr(model, "network", None), TokenizerNetwork):
             raise UserError(
-                f"{name_or_path} holds a {type(model).__name__}, which is no image tokenizer; give a run of one, as "
+                f"{name_or_path} holds {an(type(model).__name__)}, which is no image tokenizer; give a run of one, as "
                 "of vqgan or dvae"
             )
         return cls(cast(TokenizerModel, model), image_size)

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqdist import losses
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.models.arguments import check_channels
 from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
 from vqdist.models.multiscale import MultiScaleResidual
@@ -609,7 +609,7 @@ def _check_conv_options(
         raise UserError("a discriminator is given but use_gan (or use_vgg_and_gan) is false; leave one of them out")
     if conv["dim"] is None and readers["dim"]:
         needs = "discriminator" if not own_ends else "encoder" if encoder is None else "decoder"
-        raise UserError(f"dim is missing, and vqdist's own {needs} needs it; give it, or a {needs} of your own")
+        raise UserError(f"dim is missing, and vqdist's own {needs} needs it; give it, or {an(needs)} of your own")
     if own_ends:
         check_widths(conv["dim"], conv["layers"], conv["encdec_resnet_groups"])
     elif own_critic:
@@ -628,8 +628,8 @@ def _check_fit(encoder: nn.Module, decoder: nn.Module, channels: int) -> None:
         return
     if not isinstance(last, nn.Conv2d) or last.padding_mode != "zeros":
         raise UserError(
-            f"the last_layer of decoder {type(decoder).__name__} is a {type(last).__name__}; give a Conv2d with zero "
-            "padding, or None if forward returns the image"
+            f"the last_layer of decoder {type(decoder).__name__} is {an(type(last).__name__)}; give a Conv2d with "
+            "zero padding, or None if forward returns the image"
         )
     if last.out_channels != channels:
         raise UserError(

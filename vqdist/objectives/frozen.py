@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 
 # torchvision's weights were trained with these, for images in [0, 1]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -127,7 +127,7 @@ def read_weights(path: Path, said: str, network: str) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file raises almost anything
         raise _unreadable(path, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
     if not isinstance(weights, Mapping):
-        raise _unreadable(path, f"it holds a {type(weights).__name__}")
+        raise _unreadable(path, f"it holds {an(type(weights).__name__)}")
     return dict(weights)
 
 

@@ -20,7 +20,7 @@ from vqdist.data.config import CODES
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch
 from vqdist.drawing import draw_numbers
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans
 from vqdist.models.autoregressive import AutoregressiveModel
@@ -61,7 +61,9 @@ class ARTrainer(Trainer):
     def check_model(self) -> None:
         model, config = self.model, self.config
         if not isinstance(model, AutoregressiveModel):
-            raise UserError(f"the model is a {type(model).__name__}; ARTrainer trains a Prior, a VAR or a VQ-AR model")
+            raise UserError(
+                f"the model is {an(type(model).__name__)}; ARTrainer trains a Prior, a VAR or a VQ-AR model"
+            )
         if config.image_size is None:
             self.config = config = replace(config, image_size=cast(int, model.image_size))
         if config.image_size != model.image_size:
@@ -98,7 +100,8 @@ class ARTrainer(Trainer):
     def _check_makes_no_codes(self) -> None:
         if self.model.tokenizer is None:
             raise UserError(
-                f"a {type(self.model).__name__} makes its codes itself and trains on images; {CODES} is for prior, var"
+                f"{an(type(self.model).__name__)} makes its codes itself and trains on images; {CODES} is for prior, "
+                "var"
             )
 
     def _check_labels(self, dataset: ImageDataset | CodeDataset) -> None:

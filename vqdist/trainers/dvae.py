@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqdist.backends import Engine
 from vqdist.data.loader import Batch
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.evaluation import in_eval_mode
 from vqdist.metrics import RunningMeans
 from vqdist.models.dvae import DiscreteVAE
@@ -45,7 +45,7 @@ class DiscreteVAETrainer(TokenizerTrainer):
 
     def check_model(self) -> None:
         if not isinstance(self.model, DiscreteVAE):
-            raise UserError(f"the model is a {type(self.model).__name__}; DiscreteVAETrainer trains a DiscreteVAE")
+            raise UserError(f"the model is {an(type(self.model).__name__)}; DiscreteVAETrainer trains a DiscreteVAE")
         if self.config.image_size is None:
             self.config = replace(self.config, image_size=cast(int, self.model.image_size))
         if self.config.image_size != self.model.image_size:

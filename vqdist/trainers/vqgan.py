@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqdist import losses
 from vqdist.backends import Engine
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.metrics import RunningMeans
 from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
 from vqdist.models.networks.base import logits_of, logits_of_both, running_statistics
@@ -43,7 +43,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     def check_model(self) -> None:
         if not isinstance(self.model, VQGanVAE):
-            raise UserError(f"the model is a {type(self.model).__name__}; VQGanVAETrainer trains a VQGanVAE")
+            raise UserError(f"the model is {an(type(self.model).__name__)}; VQGanVAETrainer trains a VQGanVAE")
         self.model.check_training_size(self.config.image_size)  # missing weights are found out here
         if self.model.discriminator is not None and self.config.adaptive_weight:
             self._require_last_layer()

@@ -18,7 +18,7 @@ from torch import Tensor
 from vqdist.data.files import is_storage_failure, storage_error
 from vqdist.data.images import BadImageError, image_to_tensor
 from vqdist.data.specs import FORMS
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.sizes import ImageSize
 
 IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
@@ -221,7 +221,7 @@ def checked_image(source: Source, index: int) -> Image.Image:
         raise
     if not isinstance(image, Image.Image):
         raise UserError(
-            f"{source.name(index)} is a {type(image).__name__}; return a PIL image, as Image.fromarray(array), "
+            f"{source.name(index)} is {an(type(image).__name__)}; return a PIL image, as Image.fromarray(array), "
             "or give tensors (c, h, w) in [0, 1] as a torch dataset, with dataset= in Python"
         )
     return image

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.options import is_whole
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
@@ -192,7 +192,7 @@ def apply_last_layer(decoder: Any, hidden: Any) -> Tensor:
 def _described(given: Any) -> str:
     """Return dtype and shape of a tensor, and the type of anything else, for messages."""
     if not isinstance(given, Tensor):
-        return f"a {type(given).__name__}"
+        return f"{an(type(given).__name__)}"
     return f"a tensor of {str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
 
 
