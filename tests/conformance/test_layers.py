@@ -29,7 +29,7 @@ PARTS = {
     "vqdist.version": set(),
     "vqdist.parts": {"vqdist.errors"},
     "vqdist.registries": {"vqdist.parts"},
-    "vqdist.sizes": {"vqdist.errors"},
+    "vqdist.sizes": {"vqdist.errors", "vqdist.options"},
     "vqdist.draw_options": {"vqdist.errors"},
     "vqdist.locations": {"vqdist.errors", "vqdist.files"},
     "vqdist.declared": set(),
