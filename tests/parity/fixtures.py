@@ -13,9 +13,15 @@ from torch import Tensor
 FOLDER = Path(__file__).parent.parent / "data" / "parity"
 
 
+def file_of_losses(name: str) -> Path:
+    """Return the file with the tensors `loss.*` of a project's model."""
+    own = FOLDER / name / "losses.safetensors"
+    return own if own.is_file() else FOLDER / name / "weights.safetensors"
+
+
 def weights(name: str, prefix: str = "") -> dict[str, Tensor]:
     """Return a state dict under the names of the code it comes from; of a part, by its prefix."""
-    tensors = load_file(FOLDER / name / "weights.safetensors")
+    tensors = load_file(file_of_losses(name) if prefix.startswith("loss.") else FOLDER / name / "weights.safetensors")
     return {
         key.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor
         for key, tensor in tensors.items()
