@@ -119,6 +119,10 @@ FAMILIES: Registry[Any] = Registry(
         "ibq": "vqdist.models.published.ibq.IBQFiles",
         "diffusers_vqmodel": "vqdist.models.published.hubs.Diffusers",
         "chameleon": "vqdist.models.published.hubs.Chameleon",
+        "maskgit_vqgan": "vqdist.models.published.maskgit.MaskGITFiles",
+        "open_magvit2": "vqdist.models.published.magvit2.OpenMagvit2",
+        "titok": "vqdist.models.published.titok.TiTokFiles",
+        "muse_vqgan": "vqdist.models.published.muse.MuseFiles",
         "janus": "vqdist.models.published.hubs.Janus",
     },
 )

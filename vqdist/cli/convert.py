@@ -94,6 +94,7 @@ def _lines_of(name: str, preset: Preset) -> str:
     with torch.device("meta"):
         model = VQGanVAE.preset(name, use_vgg_and_gan=False)
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    stride = preset.image_size // model.code_shape(preset.image_size)[0]
-    facts = f"{millions:.1f} M parameters, stride {stride}, {model.codebook_size} codes, {preset.image_size} pixels"
+    shape = model.code_shape(preset.image_size)
+    layout = f"stride {preset.image_size // shape[0]}" if len(shape) == 2 else f"{shape[0]} tokens in a row"
+    facts = f"{millions:.1f} M parameters, {layout}, {model.codebook_size} codes, {preset.image_size} pixels"
     return f"{name}\n  {facts}\n  {preset.source}; {preset.numbers}\n  weights: {preset.licence}"

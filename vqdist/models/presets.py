@@ -14,6 +14,7 @@ from vqdist.parts import unknown
 
 IMAGENET = "no licence of its own; trained on ImageNet, whose terms forbid commercial use"
 OPEN_IMAGES = "no licence of its own; trained on OpenImages"
+TITOK = "Apache-2.0 on the Hub, for research use by the project's tables; trained on ImageNet"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,46 @@ def _var(sides: list[int], **facts: Any) -> Preset:
     return Preset(**networks, quantizer=quantizer, family="var_vqvae", licence=OPEN_IMAGES, **facts)
 
 
+def _magvit(ch_mult: list[int], bits: int, image_size: int, **facts: str) -> Preset:
+    """Return an Open-MAGVIT2; that of 14 bits was trained against another discriminator than the others."""
+    network = {"ch_mult": ch_mult, "num_res_blocks": 4}
+    return Preset(
+        encoder=_part("magvit2", **network, z_channels=bits),
+        decoder=_part("magvit2", **network),
+        quantizer=_part("magvit2_lfq", codebook_size=2**bits),
+        family="open_magvit2",
+        licence=IMAGENET,
+        image_size=image_size,
+        discriminator=_part("patchgan") if bits == 18 else _part("blur", pool=None, zero_mean=True),
+        **facts,
+    )
+
+
+TITOK_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
+MASKGIT_PIXELS = {"dim": 256, "hidden_channels": 128, "channel_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2}
+
+
+def _titok(sizes: tuple[str, str], codes: int, numbers: str, *, stage: int | None = None, name: str) -> Preset:
+    """Return a TiTok; with a stage it is one of the first models, which decode by the codes of a MaskGIT-VQGAN."""
+    both = {"image_size": 256, "patch_size": 16, "num_latent_tokens": codes}
+    halves = [dict(zip(("width", "layers", "heads"), TITOK_SIZES[size])) for size in sizes]
+    first = stage is not None
+    quantizer = _part("gradient_vq", codebook_size=4096 if first else 8192, l2_norm=first)
+    decoder: dict[str, Any] = {**both, **halves[1]}
+    if first:
+        decoder |= {"proxy_codebook_size": 1024, "pixel": MASKGIT_PIXELS if stage == 2 else None}
+    return Preset(
+        encoder=_part("titok", **both, **halves[0], token_size=12 if first else 64, legacy=first),
+        decoder=_part("titok_proxy" if first else "titok", **decoder),
+        quantizer=quantizer,
+        family="titok",
+        source=f"bytedance/1d-tokenizer, {name}",
+        numbers=numbers,
+        licence=TITOK,
+        discriminator=_part("blur"),
+    )
+
+
 PRESETS = {
     "taming_vqgan_f16_1024": _taming(
         1024,
@@ -161,5 +202,59 @@ PRESETS = {
     "ibq_8192": _ibq(8192, "rFID 1.87"),
     "ibq_16384": _ibq(16384, "rFID 1.37; pre-trained on 200 M images 2.06"),
     "ibq_262144": _ibq(262144, "rFID 1.00; pre-trained on 200 M images 1.53"),
+    "open_magvit2_128_262144": _magvit(
+        [1, 2, 2, 4],
+        18,
+        128,
+        source="TencentARC/SEED-Voken, Open-MAGVIT2 imagenet_128_L",
+        numbers="rFID 1.18 at 128 pixels, 0.34 at 256; PSNR 25.08",
+    ),
+    "open_magvit2_256_262144": _magvit(
+        [1, 1, 2, 2, 4],
+        18,
+        256,
+        source="TencentARC/SEED-Voken, Open-MAGVIT2 imagenet_256_L",
+        numbers="rFID 1.17; PSNR 21.90",
+    ),
+    "open_magvit2_pretrain_16384": _magvit(
+        [1, 1, 2, 2, 4],
+        14,
+        256,
+        source="TencentARC/SEED-Voken, Open-MAGVIT2 pretrain256_16384",
+        numbers="rFID 2.55; PSNR 22.21",
+    ),
+    "open_magvit2_pretrain_262144": _magvit(
+        [1, 1, 2, 2, 4],
+        18,
+        256,
+        source="TencentARC/SEED-Voken, Open-MAGVIT2 pretrain256_262144",
+        numbers="rFID 1.67; PSNR 22.70",
+    ),
+    "maskgit_vqgan_f16_1024": Preset(
+        encoder=_part("maskgit", z_channels=256),
+        decoder=_part("maskgit"),
+        quantizer=_part("gradient_vq", codebook_size=1024, codebook_loss="legacy"),
+        family="maskgit_vqgan",
+        source="bytedance/1d-tokenizer, maskgit-vqgan-imagenet-f16-256.bin",
+        numbers="rFID 2.28",
+        licence=IMAGENET,
+    ),
+    "titok_l32": _titok(("large", "large"), 32, "rFID 2.21", stage=2, name="tokenizer_titok_l32.bin"),
+    "titok_b64": _titok(("base", "base"), 64, "rFID 1.70", stage=2, name="tokenizer_titok_b64.bin"),
+    "titok_b64_stage1": _titok(("base", "base"), 64, "none published", stage=1, name="TiTok-B-64, first stage"),
+    "titok_s128": _titok(("small", "small"), 128, "rFID 1.71", stage=2, name="tokenizer_titok_s128.bin"),
+    "titok_bl64_vq8k": _titok(("base", "large"), 64, "rFID 2.06", name="TiTok-BL-64, 8192 codes"),
+    "titok_bl128_vq8k": _titok(("base", "large"), 128, "rFID 1.49", name="TiTok-BL-128, 8192 codes"),
+    "titok_sl256_vq8k": _titok(("small", "large"), 256, "rFID 1.03", name="TiTok-SL-256, 8192 codes"),
+    "muse_vqgan_dim256_65536": Preset(
+        encoder=_part("conv", width=256, layers=4),
+        decoder=_part("conv", width=256, layers=4),
+        quantizer=_part("lfq", codebook_size=65536),
+        family="muse_vqgan",
+        source="lucidrains/muse-maskgit-pytorch, VQGanVAE(dim=256)",
+        numbers="none published",
+        licence="no weights are published",
+        discriminator=_part("patch", dim=256, layers=4),
+    ),
 }
 """By name; `vqdist models` lists them."""

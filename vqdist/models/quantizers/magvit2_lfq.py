@@ -68,10 +68,13 @@ class MagvitLFQ(Float32Quantizer):
         self.sample_minimization_weight = sample_minimization_weight
         self.batch_maximization_weight = batch_maximization_weight
         self.traits = f"bits {bits} least significant first"
-        number = torch.arange(len(bits)).repeat_interleave(torch.tensor(bits))
-        places = torch.cat([2 ** torch.arange(count) for count in bits])
-        self.register_buffer("places", places, persistent=False)
-        self.register_buffer("owners", F.one_hot(number, len(bits)).T.contiguous(), persistent=False)
+        places = [2**place for count in bits for place in range(count)]
+        owners = [
+            [int(owner == number) for owner, count in enumerate(bits) for _ in range(count)]
+            for number in range(len(bits))
+        ]
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+        self.register_buffer("owners", torch.tensor(owners), persistent=False)
 
     def forward(self, features: Tensor) -> Quantized:
         """Features (b, d, h, w) -> `Quantized`; the gradient passes straight through."""
