@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(folder: Path, name: str, **options) -> VQGanVAETrainer:
-    """A trainer of a small model; SGD, since Adam makes full steps of gradients that are rounding."""
+    """Return a trainer of a small model; SGD, since Adam makes full steps of gradients that are rounding."""
     arguments = {**SMALL, **MODELS[name]}
     quantizer, init_args = arguments.pop("quantizer")
     parts = {half: {"class_path": "taming", "init_args": arguments} for half in ("encoder", "decoder")}

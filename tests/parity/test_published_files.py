@@ -345,6 +345,9 @@ def test_convert_in_and_out(tmp_path, capsys):
     assert "expected multiscale_vq" in capsys.readouterr().err
     assert main(["convert", str(export), "--to", "taming", "--family", "var", "--out", str(tmp_path / "c")]) == 2
     assert "--family is for reading" in capsys.readouterr().err
+    wide = ["--image_size", "[16, 24]", "--out", str(tmp_path / "wide")]
+    assert main(["convert", str(source), *wide]) == 0
+    assert Tokenizer.from_pretrained(tmp_path / "wide").image_size == (16, 24)
     dalle = FOLDER.parent / "dalle_pytorch" / "rgb" / "vae.pt"
     assert main(["convert", str(dalle), "--image_size", "32", "--out", str(tmp_path / "dalle")]) == 0
     assert Tokenizer.from_pretrained(tmp_path / "dalle").image_size == 32

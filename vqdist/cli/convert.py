@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.errors import UserError
 from vqdist.registries import FAMILIES
+from vqdist.sizes import image_size_of
 
 if TYPE_CHECKING:
     from vqdist.models.presets import Preset
@@ -45,7 +46,12 @@ def _parser():
         default=None,
         help="The project's own configuration of the model, YAML or JSON: it says what shapes of tensors do not.",
     )
-    parser.add_argument("--image_size", type=int | None, default=None, help="Side in pixels, if FILE is for another.")
+    parser.add_argument(
+        "--image_size",
+        type=int | tuple[int, int] | None,
+        default=None,
+        help="Side in pixels, or [height, width], of the export's images; by default what FILE says, or 256.",
+    )
     parser.add_argument("--to", type=str | None, default=None, help="Family to write, see --family.")
     return parser
 
@@ -55,7 +61,7 @@ def _import(options, out: Path) -> None:
 
     model = read_published(options.file, family=options.family, peer_config=options.peer_config)
     if options.image_size is not None:
-        model.image_size = options.image_size
+        model.image_size = image_size_of(options.image_size)
     model.save_pretrained(out)
 
 

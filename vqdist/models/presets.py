@@ -39,9 +39,7 @@ class Preset:
     numbers: str
     licence: str
     image_size: int = 256
-    discriminator: Mapping[str, Any] = field(
-        default_factory=lambda: {"class_path": "patch", "init_args": {"dim": 64, "layers": 3}}
-    )
+    discriminator: Mapping[str, Any] = field(default_factory=lambda: _part("patchgan", width=64, layers=3))
 
     def completed(self, given: Mapping[str, Any], *, with_gan: bool) -> dict[str, Any]:
         """Return the parts of a model, those that are not given from here; without a discriminator where none is."""
@@ -158,6 +156,7 @@ PRESETS = {
         source="CompVis/taming-transformers, vqgan_imagenet_f16_16384",
         numbers="rFID 4.98 (validation), 7.41 (train)",
         licence=IMAGENET,
+        discriminator=_part("patchgan", width=64, layers=2),
     ),
     "taming_gumbel_f8_8192": Preset(
         **_networks(256, **F8_TAMING, z_channels=256),
