@@ -1,16 +1,19 @@
-"""How long a launch takes: seconds from the command to the end of the first step, on two processes, caches warm.
+"""The CPU seconds of a start over those of `import torch`, and the seconds of a launch on two processes.
 
-The model is the smallest there is, so what is measured is the launcher, imports, the meeting of the ranks, and the
-checks before the first step; of a resume also the checks of a checkpoint.
+Starts are measured in turns with `import torch`, so that a busy machine slows both. The model is the smallest there
+is, so a launch is the launcher, imports, the meeting of the ranks, and the checks before the first step. A resume is
+also the checks of a checkpoint. Caches are warm.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +28,26 @@ TRAIN = [
 BACKENDS = {
     "accelerate": ["--backend", "accelerate"],
     "ZeRO 2": ["--backend", "deepspeed", "--deepspeed_config", str(ROOT / "deepspeed_configs" / "zero2.json")],
+}
+TORCH, ADAM = "import torch", "import torch; torch.optim.Adam([torch.zeros(1, requires_grad=True)])"
+COMMAND = "import sys; from vqdist.cli import main; sys.exit(main({arguments!r}.split()))"
+MISSPELT = "train vqgan --data digits --image_size 32 --out RUN --trainer.batch_size 4 --trainer.epoch 2"
+MODEL = "dim=16, layers=1, codebook_size=16, use_vgg_and_gan=False, quantizer='vq', vq_kwargs={'kmeans_init': False}"
+SAVE = f"from vqdist import VQGanVAE; VQGanVAE({MODEL}).save_pretrained(FOLDER)"
+TRAINING = (
+    f"import torch; from vqdist import VQGanVAE, VQGanVAETrainer; vae = VQGanVAE({MODEL})\n"
+    "torch.optim.Adam(vae.parameters())"
+)
+ENCODING = (
+    "import torch; from vqdist import Tokenizer\nTokenizer.from_pretrained(FOLDER, 8).encode(torch.rand(1, 3, 8, 8))"
+)
+# code, what it is compared with, and the bound of the ratio
+STARTS = {
+    "vqdist --help": (COMMAND.format(arguments="--help"), TORCH, 0.5),
+    "vqdist train vqgan --help": (COMMAND.format(arguments="train vqgan --help"), TORCH, 0.5),
+    "a misspelt option": (COMMAND.format(arguments=MISSPELT), TORCH, 0.5),
+    "trainer, model and Adam": (TRAINING, ADAM, 1.2),
+    "a tokenizer's encode": (ENCODING, TORCH, 2.0),
 }
 TIMEOUT = 300.0  # seconds
 
@@ -70,9 +93,37 @@ def start_and_resume(options: list[str]) -> tuple[float, float]:
         return start, seconds_until(saved + 1, run, options)
 
 
+def cpu_seconds(code: str) -> float:
+    """CPU seconds of a new interpreter that runs this code, which may end as a command does for a mistake."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    if "Traceback" in done.stderr:
+        raise RuntimeError(done.stderr)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def rows_of_starts(rounds: int) -> list[Row]:
+    """The median CPU seconds of each start over those of what it is compared with, taken in turns."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        cpu_seconds(SAVE.replace("FOLDER", repr(folder)))
+        taken: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for code in {TORCH, ADAM, *(code for code, _, _ in STARTS.values())}:
+                taken.setdefault(code, []).append(cpu_seconds(code.replace("FOLDER", repr(folder))))
+        for what, (code, base, bound) in STARTS.items():
+            seconds, under = statistics.median(taken[code]), statistics.median(taken[base])
+            over = "import torch" if base is TORCH else "import torch and an Adam"
+            detail = f"{seconds:.2f} against {under:.2f} s of CPU, medians of {rounds}"
+            rows.append(Row(f"{what} / {over}", seconds / under, at_most=bound, detail=detail))
+    return rows
+
+
 def run(quick: bool = False) -> list[Row]:
     """Rows of the table; the first launch of each backend fills the caches and is not counted."""
-    rows = []
+    rows = rows_of_starts(1 if quick else 3)
     for name, options in BACKENDS.items():
         pairs = [start_and_resume(options) for _ in range(2 if quick else 4)][1:]
         for what, numbers in zip(("start", "resume"), zip(*pairs, strict=True), strict=True):

@@ -6,11 +6,13 @@ import inspect
 import json
 import subprocess
 import sys
+import time
 import typing
 
 import pytest
 
 from vqdist import VQGanVAE
+from vqdist.cli.loading import loading
 from vqdist.cli.models import MODELS
 from vqdist.declared import declared
 
@@ -162,3 +164,19 @@ def test_options_read_from_the_file_are_those_of_the_class(name):
         if key not in MODELS[name].no_options:
             assert stood_in[key].annotation == hints[key], key
     assert MODELS[name].options()[1] is MODELS[name].load()[1].config_class
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rank", "imported", "said"),
+    [(0.5, 0, False, True), (0, 0, False, False), (0.5, 1, False, False), (0.5, 0, True, False)],
+)
+def test_a_long_import_is_announced_once_by_rank_0(seconds, rank, imported, said, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    if not imported:
+        monkeypatch.delitem(sys.modules, "torch")
+    with loading("torch and the run", after=0.05):
+        time.sleep(seconds)
+    assert capsys.readouterr().err == ("vqdist: loading torch and the run ...\n" if said else "")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from vqdist.cli import convert, encode, evaluate, recipes, report, sample, train
+from vqdist.cli.loading import rank_of_command
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
 from vqdist.errors import PeerLost, RanksDiverged, UserError
 from vqdist.parts import unknown
@@ -108,7 +109,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _fail(message: str) -> int:
-    rank = _rank()
+    rank = rank_of_command()
     # before the ranks know of each other all make the same mistake and one says it; later it is this one's own
     if rank == 0:
         print(f"vqdist: error: {message}", file=sys.stderr)
@@ -118,15 +119,6 @@ def _fail(message: str) -> int:
         time.sleep(2)  # a launcher ends the others when one exits: if all make this mistake, rank 0 says it
         print(f"vqdist: error: rank {rank}: {message}", file=sys.stderr)
     return _leave(2)
-
-
-def _rank() -> int:
-    from vqdist.backends.environment import rank_of_launcher
-
-    try:
-        return rank_of_launcher()
-    except UserError:  # of a broken environment: that is what is being said
-        return 0
 
 
 def doctor(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.data.specs import check_spec
 from vqdist.errors import UserError
@@ -20,13 +21,14 @@ EXCHANGE_TIMEOUT = 7 * 24 * 60.0  # minutes; one that is silent is given up afte
 def encode(arguments: list[str]) -> int:
     """Store the codes of images: `vqdist encode RUN --data DIR --out codes/`; again to go on."""
     options = parse(_parser(), arguments)
-    _check(options)
-    from vqdist.allocator import keep_freed_memory
-    from vqdist.backends import create_backend
-    from vqdist.backends.peers import naming_lost_peers
-    from vqdist.encoding import CodeWriter
+    with loading("torch and the run"):
+        _check(options)
+        from vqdist.allocator import keep_freed_memory
+        from vqdist.backends import create_backend
+        from vqdist.backends.peers import naming_lost_peers
+        from vqdist.encoding import CodeWriter
 
-    tokenizer, dataset = _open(options)
+        tokenizer, dataset = _open(options)
     writer = CodeWriter(tokenizer, dataset, options.out, batch_size=options.batch_size, shard_size=options.shard_size)
     backend = create_backend(options.backend, dist_timeout=options.dist_timeout, exchange_timeout=EXCHANGE_TIMEOUT)
     keep_freed_memory(backend.device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.cli.sample import add_draw_options, draw_options, given_draw_options
 from vqdist.data.config import CODES
@@ -48,12 +49,13 @@ def evaluate(arguments: list[str]) -> int:
     _check_options(options)
     run, export = Path(options.run).expanduser(), find_local_export(options.run)
 
-    from vqdist.backends import create_backend
-    from vqdist.backends.peers import naming_lost_peers
-    from vqdist.models.autoregressive import AutoregressiveModel
-    from vqdist.models.pretrained import load_model_of_any_type
+    with loading("torch and the run"):
+        from vqdist.backends import create_backend
+        from vqdist.backends.peers import naming_lost_peers
+        from vqdist.models.autoregressive import AutoregressiveModel
+        from vqdist.models.pretrained import load_model_of_any_type
 
-    model = load_model_of_any_type(export, trust_code=options.trust_code)
+        model = load_model_of_any_type(export, trust_code=options.trust_code)
     if isinstance(model, AutoregressiveModel):
         measured: _Run = _open_generator(model, options)
     else:
@@ -80,13 +82,14 @@ def reconstruct(arguments: list[str]) -> int:
         raise UserError(f"--out {options.out} is not the name of a PNG file; give one that ends in .png")
     run, export = Path(options.run).expanduser(), find_local_export(options.run)
 
-    import torch
+    with loading("torch and the run"):
+        import torch
 
-    from vqdist.evaluation import reconstruct as reconstruct_images
-    from vqdist.models.tokenizer import Tokenizer
-    from vqdist.tracking import save_sheet
+        from vqdist.evaluation import reconstruct as reconstruct_images
+        from vqdist.models.tokenizer import Tokenizer
+        from vqdist.tracking import save_sheet
 
-    tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options), trust_code=options.trust_code)
+        tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options), trust_code=options.trust_code)
     dataset = _open_images(options, tokenizer)
     count = min(options.num_images, len(dataset))
     fetched = [dataset.fetch(0, index) for index in range(count)]

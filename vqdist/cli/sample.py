@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vqdist.cli.loading import loading
 from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an
@@ -56,12 +57,13 @@ def sample(arguments: list[str]) -> int:
     options = parse(parser, arguments, {"num_images": Alias("num")})
     _check(options)
 
-    from vqdist.backends import create_backend
-    from vqdist.backends.peers import naming_lost_peers
-    from vqdist.drawing import SampleFolder, draw_batches, gather_images, weights_mark
-    from vqdist.ranks import on_main
+    with loading("torch and the run"):
+        from vqdist.backends import create_backend
+        from vqdist.backends.peers import naming_lost_peers
+        from vqdist.drawing import SampleFolder, draw_batches, gather_images, weights_mark
+        from vqdist.ranks import on_main
 
-    model = open_generator(options.run, options.trust_code)
+        model = open_generator(options.run, options.trust_code)
     if options.tokenizer is not None:
         _check_tokenizer(model, options.tokenizer, options.trust_code)
     _check_sheet(model, options)

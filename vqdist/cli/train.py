@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from vqdist.cli.loading import loading
 from vqdist.cli.models import MODELS, TrainedModel, load_class, model_entry
 from vqdist.cli.parsing import DATA_ALIASES, add_trust_option, make_parser, parse
 from vqdist.cli.parts import Parts
@@ -207,9 +208,10 @@ def _trainer_options(options) -> dict[str, Any]:
 
 def make_trainer(entry: TrainedModel, options):
     """Return the trainer of these options; a run that is in their folder is resumed."""
-    from vqdist.seeding import seed_everything
+    with loading(f"torch and {entry.trainer.partition(':')[2]}"):
+        from vqdist.seeding import seed_everything
 
-    model_class, trainer_class = entry.load()
+        model_class, trainer_class = entry.load()
     model_options = options.model.as_dict()
     if "image_size" in inspect.signature(model_class).parameters:
         model_options["image_size"] = options.data.image_size
