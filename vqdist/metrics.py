@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d, cross_entropy, pad
 
 from vqdist.backends.base import Backend
 from vqdist.models.multiscale import hits_per_scale
-from vqdist.models.tokenizer import TokenizerNetwork
+from vqdist.models.tokenizer import TokenizerNetwork, check_range
 from vqdist.sizes import ImageSize, sides_of
 
 
@@ -59,12 +59,20 @@ class CodeHistogram:
     """
 
     def __init__(self, network: TokenizerNetwork, device: torch.device):
+        self.network = network
         self.codebook_size, self.num_levels, self.scales = network.codebook_size, network.num_levels, network.scales
         parts = self.num_levels if self.scales is None else len(self.scales)
         self.counts = torch.zeros(parts * self.codebook_size, dtype=torch.int64, device=device)
+        self._range = torch.zeros(2, dtype=torch.int64, device=device)  # from the lowest code to the highest
 
     def add(self, ids: Tensor) -> None:
-        """Count codes (b, h, w) or (b, h, w, q), or (b, L) of scales; -1 is not counted."""
+        """Count codes (b, h, w) or (b, h, w, q), or (b, L) of scales; -1 is not counted.
+
+        Those that are not in the codebook are noted; `usage` says so.
+        """
+        if ids.numel():
+            lowest, highest = ids.aminmax()
+            self._range = torch.stack([self._range[0].minimum(lowest), self._range[1].maximum(highest)])
         if self.scales is not None:
             self.counts += hits_per_scale(ids, self.scales, self.codebook_size).flatten()
         else:
@@ -74,7 +82,14 @@ class CodeHistogram:
         """Usage and perplexity of the codebook over all ranks, see `codebook_usage`; every rank calls this.
 
         With scales also `codebook_usage_scale_I`, I from 1: the share of the codebook that each scale uses.
+
+        Raises:
+            UserError: a rank's codes were not all in the codebook.
         """
+        ranges = backend.gather(self._range)
+        # -1 stands for a level that was left out while training
+        least = -1 if self.num_levels > 1 else 0
+        check_range(int(ranges[:, 0].min()), int(ranges[:, 1].max()), self.network, least=least)
         counts = backend.sum(self.counts.clone())
         if self.scales is None:
             usage, perplexity = codebook_usage(counts, self.num_levels)
@@ -91,14 +106,15 @@ class CodeHistogram:
 
 
 def code_histogram(ids: Tensor, *, codebook_size: int, num_levels: int = 1) -> Tensor:
-    """Return how often each code occurs in (b, h, w) or (b, h, w, q); -1 is not counted.
+    """Return how often each code occurs in (b, h, w) or (b, h, w, q); what is not in the codebook is not counted.
 
     Returns:
         (num_levels * codebook_size,) int64; the codes of level i begin at i * codebook_size.
     """
     flat = ids.reshape(-1, num_levels)
     offsets = torch.arange(num_levels, device=ids.device) * codebook_size
-    bins = torch.where(flat < 0, num_levels * codebook_size, flat + offsets).flatten()
+    known = (flat >= 0) & (flat < codebook_size)
+    bins = torch.where(known, flat + offsets, num_levels * codebook_size).flatten()
     counts = torch.zeros(num_levels * codebook_size + 1, dtype=torch.int64, device=ids.device)
     return counts.scatter_add_(0, bins, torch.ones_like(bins))[:-1]  # as bincount, which waits for a CUDA device
 

@@ -232,7 +232,9 @@ class SecondStage(AutoregressiveModel):
         if item.ndim != 4:  # stored codes
             return item
         with torch.autocast(item.device.type, enabled=False):
-            return self.tokenizer.encode(item)
+            if item.device.type == "cpu":
+                return self.tokenizer.encode(item)
+            return self.tokenizer.unchecked_codes(item)  # in a step nothing waits for the device
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self._held.tokenizer.save_pretrained(save_directory / "tokenizer")

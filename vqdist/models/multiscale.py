@@ -296,5 +296,7 @@ def hits_per_scale(indices: Tensor, scales: Sequence[int], codebook_size: int) -
     parts = split_scales(indices, scales)
     counts = torch.zeros(len(scales), codebook_size, dtype=torch.int64, device=indices.device)
     for scale, part in enumerate(parts):
-        counts[scale].scatter_add_(0, part.flatten(), torch.ones_like(part.flatten()))
+        codes = part.flatten()
+        known = (codes >= 0) & (codes < codebook_size)
+        counts[scale].scatter_add_(0, torch.where(known, codes, 0), known.to(torch.int64))
     return counts

@@ -216,12 +216,21 @@ class Tokenizer(nn.Module):
             return sum(side**2 for side in self.network.scales)
         return math.prod(self.code_shape)
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (b, c, h, w) in [0, 1] -> codes (b, n), or (b, n, q) with q levels; rows of the picture in turn.
 
         With scales, the rows of the coarsest map come first.
+
+        Raises:
+            UserError: the images are others than the tokenizer is for, or it gave codes that do not exist.
         """
+        codes = self.unchecked_codes(images)
+        check_codes(codes, self.network)
+        return codes
+
+    @torch.no_grad()
+    def unchecked_codes(self, images: Tensor) -> Tensor:
+        """Return what `encode` does without a look at the codes, which would wait for the device."""
         height, width = sides_of(self.image_size)
         if images.ndim != 4 or images.shape[1:] != (self.channels, height, width):
             expected = f"(batch, {self.channels}, {height}, {width})"
@@ -262,6 +271,29 @@ class Tokenizer(nn.Module):
     def idxBl_to_img(self, idxBl: Sequence[Tensor]) -> Tensor:
         """See `TokenizerNetwork.idxBl_to_img`."""
         return self.network.idxBl_to_img(idxBl)
+
+
+def check_codes(codes: Tensor, network: TokenizerNetwork) -> None:
+    """Raise `UserError` unless a network's codes are whole numbers of its codebook; waits for the device."""
+    if codes.is_floating_point() or codes.dtype == torch.bool:
+        raise UserError(f"{_maker_of_codes(network)} gave codes of {codes.dtype}; expected whole numbers, torch.int64")
+    if codes.numel():
+        lowest, highest = torch.stack(codes.aminmax()).tolist()
+        check_range(lowest, highest, network)
+
+
+def check_range(lowest: int, highest: int, network: TokenizerNetwork, *, least: int = 0) -> None:
+    """Raise `UserError` unless codes that reach from `lowest` to `highest` are those of a network's codebook."""
+    if lowest < least or highest >= network.codebook_size:
+        raise UserError(
+            f"{_maker_of_codes(network)} gave codes from {lowest} to {highest}; expected 0 to "
+            f"{network.codebook_size - 1}, since its codebook_size is {network.codebook_size}: correct one of the two"
+        )
+
+
+def _maker_of_codes(network: TokenizerNetwork) -> str:
+    quantizer = getattr(network, "quantizer", None)
+    return f"network {type(network).__name__}" if quantizer is None else f"quantizer {type(quantizer).__name__}"
 
 
 def check_image_size(size: ImageSize, layers: int, option: str) -> None:
