@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from vqdist.models.vqgan import VQGanVAE
 from vqdist.objectives.adversarial import LeCam
 from vqdist.schedules import ever_positive, linear_ramp, weight_at
 from vqdist.trainers.base import mark_last
+from vqdist.trainers.freezing import freeze, frozen_parts
 from vqdist.trainers.tokenizer import TokenizerTrainer
 from vqdist.trainers.vqgan_config import DISCRIMINATOR_OPTIONS, VQGanTrainerConfig
 
@@ -49,10 +50,23 @@ class VQGanVAETrainer(TokenizerTrainer):
             self._require_last_layer()
         if self.model.discriminator is None:
             self.config.refuse_set(*DISCRIMINATOR_OPTIONS, because="the model has no discriminator (use_gan)")
+        self._resolve_frozen_parts()
+
+    def _resolve_frozen_parts(self) -> None:
+        """Put into the configuration, and so into the run folder, which parts are frozen."""
+        config = self.config
+        frozen = frozen_parts(self.model.autoencoder, config.freeze, config.freeze_codebook)
+        if "decoder" in frozen and self.model.discriminator is not None and config.adaptive_weight:
+            raise UserError(
+                "the decoder is frozen, and its last layer's gradients are what the adaptive weight is made of; give "
+                "--trainer.adaptive_weight false, or leave the discriminator out (--model.use_gan false)"
+            )
+        self.config = replace(config, freeze=frozen)
 
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
         vae.image_size = config.image_size  # what it is trained on, also for who goes on with the model itself
+        freeze(vae.autoencoder, config.freeze)
         self.last_layer = _ConvShape.of(vae.autoencoder.last_layer)
         if config.compile:
             vae.autoencoder.encoder.compile()

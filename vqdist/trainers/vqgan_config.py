@@ -16,6 +16,10 @@ from vqdist.trainers.config import TrainerConfig
 class VQGanTrainerConfig(TrainerConfig):
     """Options of training a VQGAN: those of every trainer, and the two players'."""
 
+    freeze: list[str] = option(default_factory=list)
+    """Parts that stay as they are, of `encoder`, `quantizer` and `decoder`; a frozen encoder freezes the codebook."""
+    freeze_codebook: bool | None = option(None)
+    """Freeze the codebook, by default where the encoder is frozen; `false` lets it follow a frozen encoder."""
     discr_lr: float | None = option(None, at_least=0)
     """Peak learning rate of the discriminator; by default the generator's."""
     discr_optimizer: str | dict[str, Any] | None = option(None, part="vqdist.registries.OPTIMIZERS")
@@ -137,6 +141,6 @@ class VQGanTrainerConfig(TrainerConfig):
 # options that are a number or a schedule of the step
 WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
 # all that the configuration adds to every trainer's is about the discriminator, but for this
-OF_THE_GENERATOR = ("quantizer_weight",)
+OF_THE_GENERATOR = ("quantizer_weight", "freeze", "freeze_codebook")
 _OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
 DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]
