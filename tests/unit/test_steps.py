@@ -232,7 +232,7 @@ def test_two_trainings_at_once_share_the_signals_and_give_them_back(tmp_path):
 
 
 def test_a_state_that_is_loaded_in_the_middle_forgets_the_steps_after_it(tmp_path):
-    """What was measured and drawn at a step is measured and drawn again when the run comes there anew."""
+    """Numbers and pictures of a step are made again when the run comes there anew."""
     options = {"num_train_steps": 4, "validate_every": 2, "save_results_every": 2, "save_model_every": 2}
     trainer = build_dvae_trainer(tmp_path / "run", **options)
     for step, _ in trainer.steps():
