@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import pytest
 import torch
 from launching import ROOT, torchrun
@@ -14,9 +17,13 @@ ALIKE = [name for name in ADVERSARIES if name != "patchgan"]
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> dict:
-    folder, found = tmp_path_factory.mktemp("one"), {}
-    for name in ADVERSARIES:
-        trainer = build_adversary(folder / name, name, batch_size=8)
+    return of_one_process(tmp_path_factory.mktemp("one"), ADVERSARIES)
+
+
+def of_one_process(folder: Path, names: Iterable[str], **options) -> dict:
+    found = {}
+    for name in names:
+        trainer = build_adversary(folder / name, name, batch_size=8, **options)
         for _ in range(4):
             numbers = trainer.train_step()
         found[name], found[f"logs_{name}"] = weights_of(trainer), trainer.backend.mean(numbers)
@@ -45,4 +52,12 @@ def test_two_ranks_are_one_process(tmp_path, reference):
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_ranks_of_deepspeed_are_one_process(stage, tmp_path, reference):
     torchrun([WORKER, str(tmp_path), f"zero{stage}"], timeout=600)
+    check(torch.load(tmp_path / "results.pt"), reference, [name for name in ALIKE if name != "actnorm"])
+
+
+@pytest.mark.nightly
+def test_two_ranks_of_fsdp2_are_one_process(tmp_path):
+    without = {"apply_grad_penalty_every": 0, "grad_penalty": "unit_norm"}
+    torchrun([WORKER, str(tmp_path), "fsdp2"], timeout=600)
+    reference = of_one_process(tmp_path / "one", [name for name in ADVERSARIES if name != "actnorm"], **without)
     check(torch.load(tmp_path / "results.pt"), reference, [name for name in ALIKE if name != "actnorm"])

@@ -1,10 +1,11 @@
 """Run by torchrun from test_two_players.py: two ranks of a backend train with each discriminator and its losses.
 
-usage: adversary_worker.py FOLDER [zero0 | zero1 | zero2]
+usage: adversary_worker.py FOLDER [fsdp2 | zero0 | zero1 | zero2]
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,21 +17,26 @@ from scenarios import ADVERSARIES, build_adversary, weights_of
 def main() -> None:
     folder = Path(sys.argv[1])
     backend = {"backend": "accelerate"}
-    if len(sys.argv) > 2:
+    without = {}
+    if sys.argv[2:] == ["fsdp2"]:  # as `accelerate launch` says it; no penalty reaches a shard
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        os.environ |= {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "500"}
+        without = {"apply_grad_penalty_every": 0, "grad_penalty": "unit_norm"}
+    elif len(sys.argv) > 2:
         shipped = ROOT / "deepspeed_configs" / f"{sys.argv[2]}.json"
         backend = {"backend": "deepspeed", "deepspeed_config": str(shipped) if sys.argv[2] != "zero0" else None}
     results = {}
     names = [name for name in ADVERSARIES if len(sys.argv) == 2 or name != "actnorm"]
     for name in names:
-        trainer = build_adversary(folder / name, name, **backend)
+        trainer = build_adversary(folder / name, name, **backend, **without)
         for _ in range(4):
             numbers = trainer.train_step()  # with a comparison of the ranks after each
         results[name] = weights_of(trainer)
         results[f"logs_{name}"] = trainer.backend.mean(numbers)
-    straight = build_adversary(folder / "straight", "patchgan", save_model_every=2, **backend)
+    straight = build_adversary(folder / "straight", "patchgan", save_model_every=2, **backend, **without)
     for _ in range(4):
         straight.train_step()
-    resumed = build_adversary(folder / "straight", "patchgan", **backend, allow_config_change=True)
+    resumed = build_adversary(folder / "straight", "patchgan", **backend, **without, allow_config_change=True)
     assert resumed.step == 4
     resumed.load(folder / "straight" / "checkpoints" / "step_00000002")
     assert resumed.step == 2
