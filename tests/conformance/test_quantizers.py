@@ -14,8 +14,16 @@ from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
+from vqdist import Tokenizer, VQGanVAE
 from vqdist.errors import UserError
-from vqdist.models.quantizers import DEFAULT_OPTIONS, QUANTIZERS, LibraryQuantizer, build_quantizer, float32_arithmetic
+from vqdist.models.quantizers import (
+    DEFAULT_OPTIONS,
+    QUANTIZERS,
+    LibraryQuantizer,
+    build_quantizer,
+    entropy,
+    float32_arithmetic,
+)
 
 WORLD_SIZE = 2
 STEPS = 20
@@ -269,6 +277,40 @@ def test_defaults_are_the_ancestors():
     assert level.codebook_size == 16 and not level.use_cosine_sim and not level.rotation_trick
     of_library = {name for name, cls in QUANTIZERS.items() if issubclass(cls, LibraryQuantizer)}
     assert set(DEFAULT_OPTIONS) == of_library < set(QUANTIZERS)
+
+
+@pytest.mark.parametrize("case", ["ibq", "gradient_vq l2, entropy"])
+def test_chunks_of_positions_give_the_same_losses_and_gradients(case, monkeypatch):
+    """Products with all codes are made of some positions at a time, and made anew in the backward pass."""
+    results, sizes = [], []
+    checkpointed = entropy.checkpoint
+    monkeypatch.setattr(
+        entropy, "checkpoint", lambda *given, **options: sizes.append(1) or checkpointed(*given, **options)
+    )
+    for chunk in (entropy.CHUNK, 5 * 32):  # 5 of 128 positions
+        monkeypatch.setattr(entropy, "CHUNK", chunk)
+        quantizer, features = build_model(case)[1], torch.cat([batches()[0]] * 2, dim=1).requires_grad_()
+        out = quantizer(features)
+        (out.quantized.sin().sum() + out.aux_loss).backward()
+        results.append((out.indices, out.quantized, out.aux_loss, features.grad, quantizer.embedding.weight.grad))
+    assert len(sizes) in (26, 2 * 26)  # for the entropies, and for ibq also for the codes
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
+    quantizer.eval()
+    with torch.no_grad():
+        assert torch.equal(quantizer(features).indices, results[0][0])
+
+
+def test_what_no_tensor_says_is_in_the_fingerprint():
+    def tokenizer(**options) -> Tokenizer:
+        torch.manual_seed(0)
+        quantizer = {"class_path": "gradient_vq", "init_args": {"codebook_size": 8, **options}}
+        model = VQGanVAE(dim=16, layers=1, quantizer=quantizer, use_vgg_and_gan=False)
+        torch.nn.init.ones_(model.quantizer.embedding.weight)
+        return Tokenizer(model, 8)
+
+    prints = [tokenizer(**options).fingerprint() for options in ({}, {"l2_norm": True}, {"l2_norm_output": True})]
+    assert len(set(prints)) == 3 and tokenizer(beta=1.0).fingerprint() == prints[0]
 
 
 def test_fsq_levels_by_table_and_by_hand():

@@ -79,6 +79,10 @@ def test_averages_of_lightning_have_names_without_dots(tmp_path):
     model = read_published(path, peer_config=CONFIG["ibq"])  # which names the family
     assert torch.equal(model.quantizer.embedding.weight, 0.5 * own["quantize.embedding.weight"])
     assert torch.equal(model.network.encoder.conv_in.weight, 0.5 * own["encoder.conv_in.weight"])
+    assert "give --family ibq or --family taming_vqgan" in refusal(lambda: read_published(path))
+    assert torch.equal(
+        read_published(path, family="ldm").quantizer.embedding.weight, 0.5 * own["quantize.embedding.weight"]
+    )
 
 
 WRAPPED = {

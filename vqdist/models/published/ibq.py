@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from vqdist.errors import UserError
+from vqdist.models.published.files import state_dict_in
 from vqdist.models.published.network import check_taming, codebook_shape
 from vqdist.models.published.taming import TamingFiles
 from vqdist.models.quantizers import IBQ
@@ -30,6 +32,23 @@ class IBQFiles(TamingFiles):
         if not super().fits(tensors, config):
             return False
         return "IBQ" in str(config) or f"encoder.down.0.block.{BLOCKS - 1}.conv1.weight" in tensors
+
+    def recognises(self, content: Any, config: Mapping[str, Any], path: Path) -> bool:
+        """Return whether a file is of IBQ; raise `UserError` where it may as well be one of LDM with averages."""
+        found = super().recognises(content, config, path)
+        if not found and not config and self._is_averaged(content, path):
+            raise UserError(
+                f"{path} has moving averages as files of IBQ and of LDM have, and their names are the same; give "
+                "--family ibq or --family taming_vqgan"
+            )
+        return found
+
+    def _is_averaged(self, content: Any, path: Path) -> bool:
+        try:
+            tensors = state_dict_in(content, self.keys, path)
+        except UserError:
+            return False
+        return super().fits(tensors, {}) and f"model_ema.{self.codebook.replace('.', '')}" in tensors
 
     def quantizer(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
         size = options.get("n_embed") or codebook_shape(tensors, self.codebook)[0]
