@@ -35,7 +35,7 @@ TWO_RANKS = "test_distributed.py"
 PROMISES = {
     "adaptive_weight": Promise(
         "the gradients behind the adaptive weight are averaged over ranks before their norms",
-        "of_reference, of_adversarial = self.backend.average(gradients)",
+        "of_reference, of_adversarial = self.backend.average(layer.gain * gradients)",
         "of_reference, of_adversarial = gradients",
         (f"{TWO_RANKS}::test_weights_are_those_of_one_process",),
     ),
