@@ -245,6 +245,14 @@ def image_size(tmp_path):
 
 
 @case
+def valid(tmp_path):
+    """Other images are validated on, and all of those to train on are trained on."""
+    trainer = build_trainer(tmp_path, valid="synthetic:7", valid_frac=0.05)
+    assert (len(trainer.split.train), len(trainer.split.valid)) == (64, 7)
+    assert sum(len(images) for images in trainer.valid_batches()) == 7
+
+
+@case
 def folder(tmp_path):
     names = [f"{number}.png" for number in range(6)]
     trainer = build_trainer(tmp_path / "run", folder=write_images(tmp_path / "images", names), batch_size=2)
@@ -534,9 +542,9 @@ def _statements_after_fields(cls: type) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("trainer", [VQGanVAETrainer, DiscreteVAETrainer])
 def test_signature_shows_every_option(trainer):
     shown = inspect.signature(trainer).parameters
-    assert list(shown)[:2] == ["vae", "dataset"]
+    assert list(shown)[:3] == ["vae", "dataset", "valid_dataset"]
     options = {field.name: field for field in dataclasses.fields(trainer.config_class)}
-    assert options.keys() == shown.keys() - {"vae", "dataset"}
+    assert options.keys() == shown.keys() - {"vae", "dataset", "valid_dataset"}
     assert shown["lr"].default == options["lr"].default
     batch_size = inspect.Parameter.empty if trainer is VQGanVAETrainer else 8
     assert shown["batch_size"].default == batch_size

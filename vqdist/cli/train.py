@@ -31,6 +31,7 @@ TOP_LEVEL = {
     "dist_timeout": "dist_timeout",
     "seed": "seed",
 }
+IMAGES = ("data.folder", "data.valid")
 KINDS = {"backend": str, "dist_timeout": float, "seed": int}  # of the others: a string or null
 
 
@@ -184,15 +185,17 @@ def refuse_mistakes(entry: TrainedModel, options, parts: Parts) -> None:
     resolve_backend(options.backend)
     _refuse_missing(entry, options)
     for option, registry in parts.items():
-        if option != "data.folder":
+        if option not in IMAGES:
             _refuse_unknown_part(registry, options.get(option))
     make_config(load_class(entry.config), _trainer_options(options)).check_values()
     if entry.over_tokenizer:
         if not options.tokenizer:
             raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
         check_given(options.tokenizer)
-    if not str(options.data.folder).startswith(CODES):
-        check_spec(options.data.folder)
+    for option in IMAGES:
+        given = options.get(option)
+        if given is not None and not str(given).startswith(CODES):
+            check_spec(given)
 
 
 def _refuse_unknown_part(registry: Registry[Any], given: Any) -> None:

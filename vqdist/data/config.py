@@ -36,8 +36,10 @@ class DataConfig:
     """Largest share of the images that `skip` may pass over, but at least one image: a run with more of them ends."""
     max_pixels: int = option(MAX_PIXELS, at_least=1, at_most=MAX_PIXELS, free=True)
     """Pixels of the largest image that is decoded; a larger one counts as one that cannot be."""
+    valid: str | dict[str, Any] | None = option(None, free=True, own=True, part="vqdist.registries.SOURCES")
+    """Images to validate on, as folder, without random flips; by default a share of the training images."""
     valid_frac: float = 0.05
-    """Share of the images to validate on; 0 turns validation off."""
+    """Share of the images to validate on, which are not trained on; 0 turns validation off."""
     random_split_seed: int = 42
     """Seed of the split into training and validation images."""
     num_workers: int | None = option(None, at_least=0, free=True, own=True)

@@ -17,7 +17,6 @@ from vqdist.backends import Engine
 from vqdist.backends.environment import rank_of_launcher
 from vqdist.data.codes import CodeDataset
 from vqdist.data.config import CODES
-from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch
 from vqdist.drawing import draw_numbers
 from vqdist.errors import UserError, an
@@ -30,6 +29,7 @@ from vqdist.seeding import derive_seed
 from vqdist.tracking import Tracker
 from vqdist.trainers.ar_config import IMAGE_OPTIONS, ARTrainerConfig
 from vqdist.trainers.base import Trainer, mark_last
+from vqdist.trainers.data import Images
 
 
 class ARTrainer(Trainer):
@@ -78,24 +78,38 @@ class ARTrainer(Trainer):
                 "set it, to 0.1 for example"
             )
 
-    def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset | CodeDataset, ImageDataset | CodeDataset]:
-        folder = self.config.codes_folder
-        if folder is not None and dataset is None:
-            self._check_makes_no_codes()
-            dataset = CodeDataset(folder)
-        elif isinstance(dataset, CodeDataset):
-            self._check_makes_no_codes()
-            self.config.refuse_set("folder", *IMAGE_OPTIONS, because="codes are given as the dataset")
+    def _open_data(self, dataset: Dataset | None, valid_dataset: Dataset | None) -> tuple[Images, Images]:
+        config = self.config
         if isinstance(dataset, CodeDataset):
-            dataset.check_tokenizer(cast(Tokenizer, self.model.tokenizer).fingerprint())
-            if rank_of_launcher() == 0:  # one reader is enough to find damaged files
-                dataset.verify()
-            opened: tuple[ImageDataset | CodeDataset, ImageDataset | CodeDataset] = dataset, dataset
+            self._check_makes_no_codes()
+            config.refuse_set("folder", *IMAGE_OPTIONS, because="codes are given as the dataset")
+        if config.codes_folder is not None and dataset is None:
+            self._check_makes_no_codes()
+            dataset = CodeDataset(config.codes_folder)
+        if isinstance(dataset, CodeDataset):
+            opened: tuple[Images, Images] = self._checked(dataset), self._codes_to_validate_on(dataset, valid_dataset)
         else:
-            opened = super()._open_data(dataset)
+            opened = super()._open_data(dataset, valid_dataset)
         if self.with_labels:
-            self._check_labels(opened[0])
+            for images in {id(images): images for images in opened}.values():
+                self._check_labels(images)
         return opened
+
+    def _codes_to_validate_on(self, dataset: CodeDataset, valid_dataset: Dataset | None) -> CodeDataset:
+        """Return those that are given, or those that are trained on, which are split."""
+        if valid_dataset is None and self.config.valid is None:
+            return dataset
+        if valid_dataset is None and str(self.config.valid).startswith(CODES):
+            valid_dataset = CodeDataset(str(self.config.valid).removeprefix(CODES))
+        if not isinstance(valid_dataset, CodeDataset):
+            raise UserError(f"codes are trained on, and images were given to validate on; give {CODES}FOLDER, too")
+        return self._checked(valid_dataset)
+
+    def _checked(self, dataset: CodeDataset) -> CodeDataset:
+        dataset.check_tokenizer(cast(Tokenizer, self.model.tokenizer).fingerprint())
+        if rank_of_launcher() == 0:  # one reader is enough to find damaged files
+            dataset.verify()
+        return dataset
 
     def _check_makes_no_codes(self) -> None:
         if self.model.tokenizer is None:
@@ -104,7 +118,7 @@ class ARTrainer(Trainer):
                 "var"
             )
 
-    def _check_labels(self, dataset: ImageDataset | CodeDataset) -> None:
+    def _check_labels(self, dataset: Images) -> None:
         for index in {0, len(dataset) // 2, len(dataset) - 1}:
             self.model.check_label(dataset.label(index))
 

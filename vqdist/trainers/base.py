@@ -20,12 +20,9 @@ from torch.utils.data import Dataset
 from vqdist import seeding, uncaught
 from vqdist.allocator import keep_freed_memory
 from vqdist.backends import Engine, create_backend
-from vqdist.backends.environment import world_size_of_launcher
 from vqdist.backends.peers import account_for, naming_lost_peers
 from vqdist.checkpoint import PATIENCE, CheckpointStore
-from vqdist.data.codes import CodeDataset
-from vqdist.data.dataset import ImageDataset
-from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
+from vqdist.data.loader import Batch, Split
 from vqdist.errors import PeerLost, UserError
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.schedules import learning_rate
@@ -34,6 +31,7 @@ from vqdist.tracking import Tracker, check_trackers
 from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
+from vqdist.trainers.data import Images, RunData, open_images
 from vqdist.trainers.feed import Feed
 from vqdist.trainers.finite import FiniteGuard
 from vqdist.trainers.networks import Networks
@@ -78,6 +76,8 @@ class Trainer(ABC):
         model: what to train; moved to this rank's device.
         dataset: images to train on in place of `folder`: a map-style dataset whose items are tensors (c, h, w) in
             [0, 1], or tuples that begin with one.
+        valid_dataset: likewise, images to validate on in place of `valid` or of a share of those to train on. They
+            are taken as they are: a dataset that crops or flips at random must not do so here.
         **options: the fields of `config_class`.
 
     Attributes:
@@ -86,6 +86,7 @@ class Trainer(ABC):
         with_labels: whether batches come with the classes of their images.
         config: the resolved options; nothing changes them later.
         run: the folder of the run.
+        data: images to train and to validate on.
         progress: step and position.
         networks: the engines and the average.
         report: log lines, validations and pictures.
@@ -109,6 +110,7 @@ class Trainer(ABC):
     config: TrainerConfig
     model: PretrainedModel
     run: Run
+    data: RunData
     progress: Progress
     networks: Networks
     report: Report
@@ -123,9 +125,16 @@ class Trainer(ABC):
         super().__init_subclass__(**kwargs)
         cls.__signature__ = signature_of(cls.config_class, cls.model_argument)
 
-    def __init__(self, model: PretrainedModel, *, dataset: Dataset | None = None, **options: Any):
+    def __init__(
+        self,
+        model: PretrainedModel,
+        *,
+        dataset: Dataset | None = None,
+        valid_dataset: Dataset | None = None,
+        **options: Any,
+    ):
         self.config, self.model = build_config(self.config_class, options), model
-        self._open_run(dataset)
+        self._open_run(dataset, valid_dataset)
         self._meet_ranks()
         self._set_up_networks()
         self._go_on()
@@ -452,15 +461,16 @@ class Trainer(ABC):
 
     # ------------------------------------------------------------------------------------- set-up, in this order
 
-    def _open_run(self, dataset: Dataset | None) -> None:
+    def _open_run(self, dataset: Dataset | None, valid_dataset: Dataset | None) -> None:
         """Check all that can be checked by one process: model, options, folder, data."""
         self.check_model()
         self.run = Run(self.config, self.model)
         self.config = self.run.config
         self.progress = Progress()
-        self.dataset, self.valid_dataset = self._open_data(dataset)
-        self.split = self._split()
-        self.run.identify(self.dataset.fingerprint())
+        train, valid = self._open_data(dataset, valid_dataset)
+        own_valid = valid_dataset is not None or self.config.valid is not None
+        self.data = RunData(self.config, train, valid, own_valid=own_valid)
+        self.run.identify(self.data.fingerprint(), self.data.fingerprint_of_all())
         if not self.run.has_begun():  # one from before goes on as it was
             self.model.check_all_read()
         check_trackers(self.config.trackers)
@@ -520,7 +530,7 @@ class Trainer(ABC):
         self.report = Report(self.backend, self.progress, self.stop, self.run.folder, bad_images)
         trainer = weakref.proxy(self)  # who has the feed: when it goes, both do
         self.feed = Feed(
-            self.backend, self.progress, self.stop, self.report, bad_images, lambda at: trainer._train_loader(at)
+            self.backend, self.progress, self.stop, self.report, bad_images, lambda at: trainer._train_batches(at)
         )
         self.resume = Resume(
             self.run, self.backend, self.networks, self.progress, self.report, self.guard, trained=self
@@ -548,51 +558,12 @@ class Trainer(ABC):
 
     # ------------------------------------------------------------------------------------- data
 
-    def _open_data(self, dataset: Dataset | None) -> tuple[ImageDataset | CodeDataset, ImageDataset | CodeDataset]:
-        config = self.config
-        if (dataset is None) == (config.folder is None):
-            given = "neither" if dataset is None else "both"
-            raise UserError(f"folder or dataset must be given, and {given} was; see `vqdist train --help` for sources")
-        shape = {"image_size": config.image_size, "channels": self.model.channels}
-        skipping = {name: getattr(config, name) for name in ("on_bad_image", "max_bad_frac", "max_pixels")}
-        view: dict[str, Any] = {**shape, **skipping, "seed": config.seed}
-        source: Any = config.folder if dataset is None else dataset
-        train = ImageDataset(source, exts=config.exts, augment=config.augment, **view)
-        return train, ImageDataset(train.source, augment=False, **view)
+    def _open_data(self, dataset: Dataset | None, valid_dataset: Dataset | None) -> tuple[Images, Images]:
+        """Return the images to train on and to validate on, see `open_images`."""
+        return open_images(self.config, self.model.channels, dataset, valid_dataset)
 
-    def _split(self) -> Split:
-        config = self.config
-        split = split_indices(len(self.dataset), valid_frac=config.valid_frac, seed=config.random_split_seed)
-        if config.epochs is not None and round(config.epochs * len(split.train)) < 1:
-            raise UserError(
-                f"epochs {config.epochs:g} of {len(split.train)} images is less than one image; give more, or "
-                "num_train_steps"
-            )
-        world_size = world_size_of_launcher()
-        global_batch = config.batch_size * config.grad_accum_every * world_size
-        if global_batch > len(split.train):
-            raise UserError(
-                f"one optimizer step takes {global_batch} images (batch_size {config.batch_size} x grad_accum_every "
-                f"{config.grad_accum_every} x {world_size} processes) but there are {len(split.train)} to train on; "
-                "lower one of them"
-            )
-        return split
-
-    def _train_loader(self, position: int) -> Generator[Batch, None, None]:
-        config = self.config
-        return train_loader(
-            self.dataset,
-            self.split.train,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            rank=self.backend.rank,
-            world_size=self.backend.world_size,
-            position=position,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            prefetch_factor=config.prefetch_factor,
-            labels=self.with_labels,
-        )
+    def _train_batches(self, position: int) -> Generator[Batch, None, None]:
+        return self.data.train_batches(self.backend, position, labels=self.with_labels)
 
     def valid_batches(self) -> Iterator[Any]:
         """Yield this rank's share of the validation images, as `take` gives them.
@@ -600,19 +571,8 @@ class Trainer(ABC):
         Raises:
             BrokenOff: a rank got a signal; raised on every rank at the same batch, and so only where all are taken.
         """
-        config = self.config
-        loader = valid_loader(
-            self.valid_dataset,
-            self.split.valid,
-            batch_size=config.batch_size,
-            rank=self.backend.rank,
-            world_size=self.backend.world_size,
-            num_workers=self.num_workers if len(self.split.valid) > 512 else 0,
-            pin_memory=self.pin_memory,
-            prefetch_factor=config.prefetch_factor,
-            labels=self.with_labels,
-        )
-        for _ in range(0, len(self.split.valid), config.batch_size * self.backend.world_size):
+        loader = self.data.valid_batches(self.backend, labels=self.with_labels)
+        for _ in range(0, len(self.split.valid), self.config.batch_size * self.backend.world_size):
             self.stop.break_off_if_asked()
             batch = next(loader, None)
             if batch is not None:
@@ -621,10 +581,7 @@ class Trainer(ABC):
 
     def picture_images(self) -> Tensor:
         """Return the images (n, c, h, w) that pictures show, the same at every step, on this rank's device."""
-        indices = self.split.valid if len(self.split.valid) else self.split.train
-        shown = indices[: self.config.num_images_save]
-        images = [self.valid_dataset.fetch(0, int(index), among=indices)[0] for index in shown]
-        return self.to_device(torch.stack(images))
+        return self.to_device(self.data.shown(self.config.num_images_save))
 
     def to_device(self, images: Tensor) -> Tensor:
         """Return images (in the run's memory format) or codes on this rank's device, without waiting."""
@@ -691,6 +648,21 @@ class Trainer(ABC):
     def position(self) -> int:
         """Images of the data order that were used, over all ranks."""
         return self.progress.position
+
+    @property
+    def dataset(self) -> Images:
+        """The images to train on."""
+        return self.data.train
+
+    @property
+    def valid_dataset(self) -> Images:
+        """The images to validate on."""
+        return self.data.valid
+
+    @property
+    def split(self) -> Split:
+        """Indices of the images to train on in `dataset`, and of those to validate on in `valid_dataset`."""
+        return self.data.split
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -771,11 +743,9 @@ class Trainer(ABC):
     @property
     def num_workers(self) -> int:
         """Loader processes of this rank."""
-        if self.config.num_workers is not None:
-            return self.config.num_workers
-        return default_workers()
+        return self.data.num_workers
 
     @property
     def pin_memory(self) -> bool:
         """Whether batches are loaded into page-locked memory."""
-        return self.device.type == "cuda" if self.config.pin_memory is None else self.config.pin_memory
+        return self.data.pin_memory(self.device)

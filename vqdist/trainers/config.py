@@ -256,11 +256,13 @@ def make_config(config_class: type[C], options: dict[str, Any]) -> C:
 
 
 def signature_of(config_class: type[TrainerConfig], first: str) -> inspect.Signature:
-    """Return what `help(Trainer)` shows: the model, the dataset and every option of the configuration."""
+    """Return what `help(Trainer)` shows: the model, the datasets and every option of the configuration."""
     positional = inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    dataset = inspect.Parameter("dataset", inspect.Parameter.KEYWORD_ONLY, default=None)
+    datasets = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("dataset", "valid_dataset")
+    ]
     options = list(inspect.signature(config_class).parameters.values())
-    return inspect.Signature([positional, dataset, *options])
+    return inspect.Signature([positional, *datasets, *options])
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], free: frozenset[str], prefix: str = "") -> list[str]:

@@ -46,7 +46,8 @@ class Run:
         config: with the accumulation that keeps the run's images per step; set once, before training.
         told_batch: what the options said of the batch, for the next start to compare with.
         lock: of the folder, on rank 0 from `open` to `close`.
-        data: fingerprint of the images, from `identify` on.
+        data: fingerprint of the images to train on, from `identify` on.
+        all_data: fingerprint of all images, likewise.
     """
 
     def __init__(self, config: TrainerConfig, model: PretrainedModel):
@@ -54,11 +55,16 @@ class Run:
         self.folder = _folder_of(config)
         self.told_batch, self.config = self._with_global_batch(config)
         self.lock: FolderLock | None = None
-        self.data = ""
+        self.data = self.all_data = ""
 
-    def identify(self, data: str) -> None:
-        """Raise `UserError` if the folder holds a run of another model, configuration or data; `data`: fingerprint."""
-        self.data = data
+    def identify(self, data: str, all_data: str | None = None) -> None:
+        """Raise `UserError` if the folder holds a run of another model, configuration or data.
+
+        Args:
+            data: fingerprint of the images to train on.
+            all_data: that of these and of the images to validate on, which all ranks must see; by default `data`.
+        """
+        self.data, self.all_data = data, all_data or data
         self._refuse_other_configuration()
 
     def open(self, backend: Backend) -> None:
@@ -198,7 +204,7 @@ class Run:
                 f"the run folder {self.folder} of {peers.named([0])} is not seen by {peers.named(unseen)}; give "
                 "one on a shared file system, mounted at the same path on every host"
             )
-        fingerprint = torch.tensor([int(self.data[:15], 16)], device=self.backend.device)
+        fingerprint = torch.tensor([int(self.all_data[:15], 16)], device=self.backend.device)
         others = self._ranks_where(bool((fingerprint != self.backend.gather(fingerprint)[0]).any()))
         if others:
             raise UserError(

@@ -1,0 +1,130 @@
+"""The data of a run: the split, images given to validate on, and that nothing random touches these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scenarios import IMAGE_SIZE, QUIET, build_ar_trainer, build_dvae_trainer, build_trainer
+from torch.utils.data import Dataset, TensorDataset
+
+from vqdist import UserError
+from vqdist.backends.local import LocalBackend
+from vqdist.trainers.config import TrainerConfig, build_config
+from vqdist.trainers.data import RunData, open_images
+
+
+def config_of(**options) -> TrainerConfig:
+    return build_config(TrainerConfig, {**QUIET, "num_train_steps": 2, **options})
+
+
+def data_of(dataset=None, valid_dataset=None, **options) -> RunData:
+    config = config_of(**options)
+    train, valid = open_images(config, 3, dataset, valid_dataset)
+    return RunData(config, train, valid, own_valid=valid_dataset is not None or config.valid is not None)
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    """Images of the left half white to train on, and five of a grey of their own to validate on."""
+    for name, count in (("train", 12), ("valid", 5)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            pixels = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+            pixels[:, : IMAGE_SIZE // 2] = 255 if name == "train" else 100 + index
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    return tmp_path / "train", tmp_path / "valid"
+
+
+class Mirroring(Dataset):
+    """A dataset of one's own that augments by itself: every look at an image is another one."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.looks += 1
+        return torch.full((3, IMAGE_SIZE, IMAGE_SIZE), 1 / (1 + self.looks))
+
+
+def test_a_share_of_the_images_is_held_back():
+    data = data_of(valid_frac=0.25)
+    assert sorted([*data.split.train.tolist(), *data.split.valid.tolist()]) == list(range(64))
+    assert len(data.split.valid) == 16 and data.fingerprint_of_all() == data.fingerprint()
+
+
+def test_images_to_validate_on_are_taken_whole_and_as_they_are(folders):
+    train, valid = folders
+    data = data_of(folder=str(train), valid=str(valid), valid_frac=0.05, augment=True)
+    assert data.split.train.tolist() == list(range(12)) and data.split.valid.tolist() == list(range(5))
+    (batch, rest) = data.valid_batches(LocalBackend(), labels=False)
+    whites = torch.cat([batch.item, rest.item])[:, 0]
+    assert (whites[:, :, : IMAGE_SIZE // 2] > 0.3).all() and (whites[:, :, IMAGE_SIZE // 2 :] == 0).all()
+    assert torch.equal(data.shown(3)[:, 0], whites[:3])
+    # while those to train on are mirrored, some of them
+    batches = data.train_batches(LocalBackend(), 0, labels=False)
+    assert {float(image[0, 0, 0]) for _ in range(6) for image in next(batches).item} == {0.0, 1.0}
+
+
+def test_of_the_same_source_too_nothing_random_touches_what_is_validated_on(folders):
+    data = data_of(folder=str(folders[0]), valid_frac=0.5, augment=True)
+    images = torch.cat([batch.item for batch in data.valid_batches(LocalBackend(), labels=False)])
+    assert len(images) == 6 and (images[:, :, :, : IMAGE_SIZE // 2] == 1).all()
+
+
+def test_a_dataset_to_validate_on_keeps_the_augmentation_of_the_other_away(tmp_path):
+    still = TensorDataset(torch.rand(6, 3, IMAGE_SIZE, IMAGE_SIZE))
+    augmenting = Mirroring()
+    trainer = build_dvae_trainer(
+        tmp_path, folder=None, dataset=augmenting, valid_dataset=still, valid_frac=0.05, num_train_steps=2
+    )
+    assert trainer.train()["images"] == 6
+    assert torch.equal(torch.cat(list(trainer.valid_batches())), still.tensors[0])
+    shown = trainer.picture_images()
+    assert len(shown) == 4 and torch.equal(shown, still.tensors[0][:4])
+    assert augmenting.looks >= 8 and len(trainer.split.train) == 16
+
+
+def test_the_command_validates_on_a_folder(folders, tmp_path):
+    from vqdist.cli import main
+
+    train, valid = folders
+    options = "--image_size 16 --num_tokens 16 --num_layers 2 --hidden_dim 8 --emb_dim 8 --num_resnet_blocks 0"
+    options += " --batch_size 4 --trainer.num_train_steps 1 --data.num_workers 0"
+    command = ["train", "dvae", "--data", str(train), "--data.valid", str(valid), *options.split()]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert '"valid/images": 5' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"valid": "synthetic:8", "valid_frac": 0.2}, "^valid_frac 0.2 does nothing, because images to validate on"),
+        ({"valid": "synthetic:8", "random_split_seed": 1, "valid_frac": 0.05}, "^random_split_seed 1 does nothing"),
+        (
+            {"valid": "synthetic:8", "valid_dataset": TensorDataset(torch.rand(6, 3, 16, 16))},
+            "^valid synthetic:8 does",
+        ),
+        ({"valid": "no/such/folder", "valid_frac": 0.05}, "no/such/folder"),
+        ({"batch_size": 65}, "^one optimizer step takes 65 images"),
+    ],
+)
+def test_mistakes(tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        build_trainer(tmp_path, **options)
+
+
+def test_codes_are_validated_on_codes(tmp_path):
+    from vqdist.data.codes import CodeDataset
+
+    trainer = build_ar_trainer(tmp_path / "images", valid="synthetic:9", valid_frac=0.05, num_train_steps=1)
+    assert trainer.train()["images"] == 9
+    codes = CodeDataset.__new__(CodeDataset)
+    with pytest.raises(UserError, match="codes are trained on, and images were given to validate on"):
+        trainer._codes_to_validate_on(codes, TensorDataset(torch.rand(2, 3, 16, 16)))

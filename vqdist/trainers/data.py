@@ -1,0 +1,154 @@
+"""The data of a run: images to train on, images to validate on, and the batches of a rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vqdist.backends import Backend
+from vqdist.backends.environment import world_size_of_launcher
+from vqdist.data.codes import CodeDataset
+from vqdist.data.dataset import ImageDataset
+from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
+from vqdist.errors import UserError
+
+if TYPE_CHECKING:
+    from vqdist.trainers.config import TrainerConfig
+
+Images = ImageDataset | CodeDataset
+SMALL = 512  # images to validate on for which no loader process is started
+
+
+def open_images(
+    config: TrainerConfig, channels: int, dataset: Dataset | None, valid_dataset: Dataset | None
+) -> tuple[Images, Images]:
+    """Return the images to train on, and those to validate on as they are, without random augmentation.
+
+    Both views are of the same images, which `RunData` splits, unless some to validate on are given.
+
+    Args:
+        config: says where they are, unless datasets do, and how they are looked at.
+        channels: of an image.
+        dataset: in place of `config.folder`.
+        valid_dataset: in place of `config.valid`; a dataset of one's own that augments must not augment here.
+
+    Raises:
+        UserError: none or two are given to train on, or two to validate on; or they cannot be opened.
+    """
+    if (dataset is None) == (config.folder is None):
+        given = "neither" if dataset is None else "both"
+        raise UserError(f"folder or dataset must be given, and {given} was; see `vqdist train --help` for sources")
+    if valid_dataset is not None:
+        config.refuse_set("valid", because="valid_dataset is given")
+    skipping = {name: getattr(config, name) for name in ("on_bad_image", "max_bad_frac", "max_pixels")}
+    view: dict[str, Any] = {"image_size": config.image_size, "channels": channels, "seed": config.seed, **skipping}
+    source: Any = config.folder if dataset is None else dataset
+    train = ImageDataset(source, exts=config.exts, augment=config.augment, **view)
+    chosen: Any = config.valid if valid_dataset is None else valid_dataset
+    if chosen is None:
+        return train, ImageDataset(train.source, augment=False, **view)
+    exts = config.exts if valid_dataset is None else None
+    return train, ImageDataset(chosen, exts=exts, augment=False, **view)
+
+
+class RunData:
+    """The data of a run, the same on every rank.
+
+    Args:
+        config: of the run.
+        train: images to train on.
+        valid: images to validate on, all of them if they are others; else a view of the same, which are split.
+        own_valid: whether they are others.
+
+    Attributes:
+        train: the images to train on.
+        valid: the images to validate on.
+        split: indices into `train` and into `valid`.
+    """
+
+    def __init__(self, config: TrainerConfig, train: Images, valid: Images, *, own_valid: bool):
+        self.config = config
+        self.train = train
+        self.valid = valid
+        self.own_valid = own_valid
+        if own_valid:
+            config.refuse_set("valid_frac", "random_split_seed", because="images to validate on are given")
+            self.split = Split(torch.arange(len(train)), torch.arange(len(valid)))
+        else:
+            self.split = split_indices(len(train), valid_frac=config.valid_frac, seed=config.random_split_seed)
+        self._check_length()
+
+    def _check_length(self) -> None:
+        config, images = self.config, len(self.split.train)
+        if config.epochs is not None and round(config.epochs * images) < 1:
+            raise UserError(
+                f"epochs {config.epochs:g} of {images} images is less than one image; give more, or num_train_steps"
+            )
+        world_size = world_size_of_launcher()
+        global_batch = config.batch_size * config.grad_accum_every * world_size
+        if global_batch > images:
+            raise UserError(
+                f"one optimizer step takes {global_batch} images (batch_size {config.batch_size} x grad_accum_every "
+                f"{config.grad_accum_every} x {world_size} processes) but there are {images} to train on; "
+                "lower one of them"
+            )
+
+    def fingerprint(self) -> str:
+        """Return that of the images to train on, which a resumed run compares."""
+        return self.train.fingerprint()
+
+    def fingerprint_of_all(self) -> str:
+        """Return one of all images, which the ranks compare; of one source it is that of the source."""
+        if not self.own_valid:
+            return self.fingerprint()
+        return hashlib.sha256(f"{self.fingerprint()} {self.valid.fingerprint()}".encode()).hexdigest()
+
+    def train_batches(self, backend: Backend, position: int, *, labels: bool) -> Generator[Batch, None, None]:
+        """Return the micro-batches of this rank from a position of the data order on, without an end."""
+        return train_loader(
+            self.train,
+            self.split.train,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            position=position,
+            num_workers=self.num_workers,
+            **self._loading(backend, labels),
+        )
+
+    def valid_batches(self, backend: Backend, *, labels: bool) -> Iterator[Batch]:
+        """Return this rank's share of the images to validate on; it may be a batch shorter than another's."""
+        return valid_loader(
+            self.valid,
+            self.split.valid,
+            batch_size=self.config.batch_size,
+            num_workers=self.num_workers if len(self.split.valid) > SMALL else 0,
+            **self._loading(backend, labels),
+        )
+
+    def shown(self, count: int) -> Tensor:
+        """Return the images (n, c, h, w) of pictures, at most so many and the same at every step."""
+        indices = self.split.valid if len(self.split.valid) else self.split.train
+        return torch.stack([self.valid.fetch(0, int(index), among=indices)[0] for index in indices[:count]])
+
+    @property
+    def num_workers(self) -> int:
+        """Loader processes of this rank."""
+        return default_workers() if self.config.num_workers is None else self.config.num_workers
+
+    def pin_memory(self, device: torch.device) -> bool:
+        """Return whether batches for a device are loaded into page-locked memory."""
+        return device.type == "cuda" if self.config.pin_memory is None else self.config.pin_memory
+
+    def _loading(self, backend: Backend, labels: bool) -> dict[str, Any]:
+        return {
+            "rank": backend.rank,
+            "world_size": backend.world_size,
+            "pin_memory": self.pin_memory(backend.device),
+            "prefetch_factor": self.config.prefetch_factor,
+            "labels": labels,
+        }
