@@ -54,7 +54,10 @@ class CheckpointStore:
         return complete_steps(self.folder)
 
     def latest(self, patience: float | None = None) -> Path | None:
-        """The newest complete checkpoint; rank 0 waits for the one that it is completing, at most so many seconds."""
+        """Return the newest complete checkpoint, or None.
+
+        Rank 0 waits for the one that it is completing, at most so many seconds.
+        """
         steps = complete_steps(self.folder, patience)
         return self.path(steps[-1]) if steps else None
 
@@ -109,7 +112,7 @@ class CheckpointStore:
         self._unsettled = None  # only now: if rank 0 is lost meanwhile, this one is in doubt
 
     def in_doubt(self) -> Path | None:
-        """The newest checkpoint if rank 0 may still be completing it, and it is not there yet; any rank may ask."""
+        """Return the newest checkpoint while rank 0 may still be completing it, else None; any rank may ask."""
         unsettled = self._unsettled  # once: another thread may ask while it changes
         if unsettled is None:
             return None
@@ -119,10 +122,12 @@ class CheckpointStore:
 
     @contextmanager
     def outlasting_errors(self) -> Iterator[None]:
-        """Within this context an error lets the newest checkpoint be completed first, in `PATIENCE` seconds: a process
-        that knows of other ranks leaves without its usual end, and so without its threads. (`PeerLost` does not: who
-        raises it has asked what is complete, and waited for that.) Of a file that cannot be written the error says
-        where the run goes on."""
+        """Within this context an error lets the newest checkpoint be completed first, in `PATIENCE` seconds.
+
+        A process that knows of other ranks leaves without its usual end, and so without its threads. `PeerLost` does
+        not wait: its caller has waited for a complete checkpoint. The error of a file that cannot be written says
+        where the run goes on.
+        """
         try:
             yield
         except PeerLost:
@@ -151,8 +156,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def complete_steps(folder: Path, patience: float | None = None) -> list[int]:
-    """Steps with a complete checkpoint in this folder, ascending; waits, at most so many seconds, for what this
-    process is completing."""
+    """Return the steps with a complete checkpoint in this folder, ascending.
+
+    Args:
+        folder: holds the checkpoints.
+        patience: seconds to wait at most for those that this process is completing.
+    """
     wait_for_completion(folder, patience)
     return _steps_in(folder)
 

@@ -214,7 +214,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         return numbers
 
     def generator_loss(self, image: Tensor, out: ForwardPass) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to call `backward` on, and the numbers to log.
+        """Return a scalar to call `backward` on, and the numbers to log.
 
         The graph is cut at the reconstruction: each term gives its gradient there, the adaptive weight is made of
         these, and the returned surrogate has the combined gradient. So the loss networks run backward once, the
@@ -236,7 +236,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         return losses.surrogate(out.recon, gradient, self.weighted_aux_loss(out, parts), feature_loss), parts
 
     def weighted_aux_loss(self, out: ForwardPass, parts: dict[str, Tensor]) -> Tensor:
-        """The quantizer's loss times its weight, which is logged where it has a schedule."""
+        """Return the quantizer's loss times its weight, which is logged where it has a schedule."""
         given = self.config.quantizer_weight
         weight = weight_at(given, self.step)
         if isinstance(given, Mapping):
@@ -244,7 +244,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         return out.aux_loss if weight == 1 else weight * out.aux_loss
 
     def scheduled_adversarial_weight(self) -> float:
-        """What the schedule says of the adversarial loss at this step; 0 where it does not reach the generator."""
+        """Return the scheduled weight of the adversarial loss; 0 where it does not reach the generator."""
         config = self.config
         if self.discriminator is None:
             return 0.0
@@ -282,7 +282,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         )
 
     def discriminator_loss(self, image: Tensor, recon: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss on real and reconstructed images (b, c, h, w), and the numbers to log."""
+        """Return the discriminator's loss on real and reconstructed images (b, c, h, w), and the numbers to log."""
         penalised = self.is_penalised
         if penalised and self.critic.capabilities.double_backward:
             image = image.detach().requires_grad_()  # its logits serve the loss and the penalty
@@ -309,7 +309,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         return bool(every) and self._has_started and self.step % every == last
 
     def gradient_penalty(self, logits: list[Tensor], image: Tensor) -> Tensor:
-        """The penalty at real images (b, c, h, w), 0-d; added to the loss, as DDP allows one backward only."""
+        """Return the penalty at real images (b, c, h, w), 0-d; it joins the loss, as DDP allows one backward only."""
         config = self.config
         weight = weight_at(config.grad_penalty_weight, self.step)
         weight = weight * config.apply_grad_penalty_every if config.grad_penalty == "r1" else weight
@@ -334,7 +334,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         return self.config.discr_lr_schedule is not None or self.config.discr_lr_warmup_steps is not None
 
     def discr_learning_rate(self) -> float:
-        """The discriminator's rate in the coming update: on its own schedule from its first update, or the run's."""
+        """Return the discriminator's rate: on its own schedule from its first update, or the run's."""
         config = self.config
         return self.learning_rate(
             self.discr_lr,
@@ -351,7 +351,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
 @dataclass(frozen=True)
 class _ConvShape:
-    """What must be known of the last layer to take gradients at its weight without the weight."""
+    """The shape and options of the last layer: enough to take gradients at its weight without the weight."""
 
     weight_shape: tuple[int, ...]
     options: dict[str, Any]
@@ -370,5 +370,5 @@ class _ConvShape:
 
 
 def _mean(logits: list[Tensor]) -> Tensor:
-    """The mean over outputs, patches and images, in float32, without a gradient: what is logged of a discriminator."""
+    """Return the mean of a discriminator's logits over outputs, patches and images, in float32, without a gradient."""
     return torch.stack([output.detach().to(torch.float32).mean() for output in logits]).mean()
