@@ -84,8 +84,8 @@ def check_types(config_class: type, options: dict[str, Any]) -> None:
     kinds, parts = get_type_hints(config_class), names_with(config_class, "part")
     for name, value in options.items():
         is_object = name in parts and not isinstance(value, (str, int, float, list, tuple, dict))
-        if not is_object and not _is_of(value, kinds[name]):
-            raise UserError(f"{name} {value!r} is not possible; give {_in_words(kinds[name])}")
+        if not is_object and not is_of(value, kinds[name]):
+            raise UserError(f"{name} {value!r} is not possible; give {in_words(kinds[name])}")
 
 
 def in_one_form(config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,29 +157,29 @@ def _bounds_in_words(facts: Any, value: float) -> str:
     return " and ".join([*said, *(["finite"] if value == math.inf and "at_most" not in facts else [])])
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def is_of(value: Any, kind: Any) -> bool:
     """Whether a value is what an annotation says; whole numbers are numbers, but true and false are none."""
     if kind is Any:
         return True
     parts = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
-        return any(_is_of(value, part) for part in parts)
+        return any(is_of(value, part) for part in parts)
     if get_origin(kind) is list:
-        return isinstance(value, (list, tuple)) and all(_is_of(item, parts[0]) for item in value)
+        return isinstance(value, (list, tuple)) and all(is_of(item, parts[0]) for item in value)
     if kind in (int, float):
         return is_whole(value) if kind is int else is_number(value)
     return isinstance(value, get_origin(kind) or kind)
 
 
-def _in_words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """Return an annotation in words: `int | None` is "a whole number or null"."""
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
     if get_origin(kind) in (Union, UnionType):
         parts = get_args(kind)
         is_list = any(get_origin(part) is list for part in parts)  # a bare word in its place goes without saying
-        return " or ".join(_in_words(part) for part in parts if part is not str or not is_list)
+        return " or ".join(in_words(part) for part in parts if part is not str or not is_list)
     if kind is Any:
         return "a name, an import path, or class_path and init_args"
     if get_origin(kind) is list:
-        return f"a list, each item {_in_words(get_args(kind)[0])}"
+        return f"a list, each item {in_words(get_args(kind)[0])}"
     return words.get(kind, "a dictionary")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json, reason_of
 from vqdist.locations import FILES, check_location, config_of_folder, find_export
+from vqdist.models.export_config import check_config
 from vqdist.models.mending import LIVE, mend_codebook
 from vqdist.options import plain
 from vqdist.parts import PATH, Registry, trusting
@@ -246,6 +247,10 @@ class PretrainedModel(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
         written = cls._config_of_this_type(model_id, kwargs)
+        if Path(model_id).is_dir():
+            # the hub's mixin has put what the file says into kwargs, beside what the caller gave in its place
+            used = {key: value for key, value in written.items() if key not in kwargs or kwargs[key] == value}
+            check_config(used, cls, Path(model_id))
         image_size = kwargs.get("image_size", written.get("image_size"))
         for name in {"model_type", "image_size", *LIVE} - cls._hub_mixin_init_parameters.keys():
             kwargs.pop(name, None)  # facts about the model, not arguments of it
