@@ -74,7 +74,7 @@ def _of_header(path: Path) -> tuple[int, int]:
         with safe_open(path, "pt") as file:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118: it is no dictionary
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+        raise UserError(f"{path.parent} holds no model that can be loaded ({error})") from error
     return len(shapes), sum(math.prod(shape) for shape in shapes)
 
 
