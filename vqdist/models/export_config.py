@@ -1,4 +1,4 @@
-"""What an export's config.json says, before anything is built of it: types, and sizes that its weights can have."""
+"""The values of an export's config.json, before anything is built: their types, and sizes that its weights can have."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def _of_header(path: Path) -> tuple[int, int]:
     """Return how many tensors a file has, and how many numbers they have together; nothing is loaded."""
     try:
         with safe_open(path, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118: it is no dictionary
+            names = list(file.keys())
+            shapes = [file.get_slice(name).get_shape() for name in names]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path.parent} holds no model that can be loaded ({error})") from error
     return len(shapes), sum(math.prod(shape) for shape in shapes)
