@@ -1,4 +1,4 @@
-"""The values of an export's config.json, before anything is built: their types, and sizes that its weights can have."""
+"""The values of an export's config.json, before anything is built: types, and sizes that its weights can have."""
 
 from __future__ import annotations
 
