@@ -252,6 +252,15 @@ def test_a_state_that_is_loaded_in_the_middle_forgets_the_steps_after_it(tmp_pat
     assert steps == [json.loads(line)["step"] for line in lines.splitlines()]
 
 
+def test_a_trainer_and_a_batch_show_themselves_in_one_line(tmp_path):
+    trainer = build_dvae_trainer(tmp_path)
+    next(trainer.steps())
+    shown = f"DiscreteVAETrainer(DiscreteVAE, step 1 of 4, 48 images, local x1, {tmp_path})"
+    assert repr(trainer) == shown
+    batch = next(trainer.data.train_batches(trainer.backend, 4, labels=False))
+    assert repr(batch) == "Batch(4 x 3 x 16 x 16 float32, places range(4, 8), bad [])"
+
+
 # ------------------------------------------------------------------------------------------------------ scripts
 
 

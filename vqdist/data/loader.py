@@ -50,6 +50,11 @@ class Batch(NamedTuple):
     bad: list[str]
     places: range = range(0)
 
+    def __repr__(self) -> str:
+        """Return one line, without the numbers."""
+        shape = " x ".join(map(str, self.item.shape))
+        return f"Batch({shape} {str(self.item.dtype).removeprefix('torch.')}, places {self.places}, bad {self.bad})"
+
 
 def split_indices(length: int, *, valid_frac: float, seed: int) -> Split:
     """Split 0 .. length - 1 at random; equal on every rank for equal arguments.

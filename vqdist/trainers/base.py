@@ -620,6 +620,12 @@ class Trainer(ABC):
         self.checkpoints.latest()  # waits for what is being completed
         self.run.lock = self.checkpoints.lock = None
 
+    def __repr__(self) -> str:
+        """Return one line, for a prompt or a notebook: what is trained, how far it is, on what and where."""
+        how_far = f"step {self.step} of {self.num_train_steps}, {len(self.split.train)} images"
+        where = f"{self.backend.title} x{self.backend.world_size}, {self.run.folder}"
+        return f"{type(self).__name__}({type(self.model).__name__}, {how_far}, {where})"
+
     def __enter__(self) -> Self:
         return self
 
