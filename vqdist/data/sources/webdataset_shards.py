@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import math
 import os
-import tarfile
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,7 +25,15 @@ from vqdist.data.sources.base import (
     reason_of,
 )
 from vqdist.data.specs import absolute_path
+from vqdist.data.sources.tar_index import Member, tar_members
 from vqdist.errors import UserError
+
+
+LABEL = re.compile(r"-?[0-9]{1,9}")
+LONGEST_LABEL = 64  # bytes
+MOST_SHARDS = 1_000_000
+RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)(?:\.\.-?[0-9]+)?\}")
+LIST = re.compile(r"\{[^{}]*,[^{}]*\}")
 
 
 class WebDatasetSource(Source):
@@ -62,8 +71,8 @@ class WebDatasetSource(Source):
         shard, (offset, size) = self._places[index, 0], self._places[index, 3:]
         if offset < 0:
             return None
-        text = self._read(index, shard, offset, size).decode("utf-8", "replace").strip()
-        if not text.removeprefix("-").isdecimal():
+        text = self._read(index, shard, offset, min(size, LONGEST_LABEL)).decode("utf-8", "replace").strip()
+        if not LABEL.fullmatch(text) or size > LONGEST_LABEL:
             raise UserError(f"the entry cls of {self.name(index)} is {text[:40]!r}; a whole number is expected")
         return int(text)
 
@@ -89,8 +98,8 @@ class WebDatasetSource(Source):
 
     def _index(self, shard: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
         """(name, place of the image, place of the label or (-1, 0)) of each sample of a tar, in its order."""
-        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-        for member in _tar_members(self.shards[shard]):
+        samples: dict[str, dict[str, Member]] = {}
+        for member in tar_members(self.shards[shard]):
             key, suffix = _sample_key(member.name)
             if key is None:
                 continue
@@ -99,7 +108,7 @@ class WebDatasetSource(Source):
             samples[key][suffix] = member
         return [sample for entries in samples.values() if (sample := self._sample(entries))]
 
-    def _sample(self, entries: dict[str, tarfile.TarInfo]) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
+    def _sample(self, entries: dict[str, Member]) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
         # `jpg` before `mask.jpg`: what belongs to the image has a longer suffix
         images = sorted(
             (suffix.count("."), suffix) for suffix in entries if extension_of(f"image.{suffix}") in self._exts
@@ -107,8 +116,8 @@ class WebDatasetSource(Source):
         if not images:
             return None
         image, label = entries[images[0][1]], entries.get("cls")
-        label_place = (label.offset_data, label.size) if label else (-1, 0)
-        return image.name, (image.offset_data, image.size), label_place
+        label_place = (label.offset, label.size) if label else (-1, 0)
+        return image.name, (image.offset, image.size), label_place
 
 
 def _expand_shards(spec: str) -> list[str]:
@@ -118,6 +127,8 @@ def _expand_shards(spec: str) -> list[str]:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
         raise missing_package(spec, "webdataset") from error
+    if (count := _most_combinations(pattern)) > MOST_SHARDS:
+        raise UserError(f"{spec[:80]!r} names up to {count:.0e} tar files; at most {MOST_SHARDS:,} are opened")
     try:
         urls = expand_urls(pattern)
     except (AssertionError, ValueError) as error:  # an unset ${variable}, unbalanced braces
@@ -126,6 +137,17 @@ def _expand_shards(spec: str) -> list[str]:
     if not shards:
         raise UserError(f"no tar file matches {spec!r}; check the path")
     return shards
+
+
+def _most_combinations(pattern: str) -> float:
+    """Return an upper bound of what a pattern with braces expands to, which is not expanded for it."""
+    count = 1.0
+    for first, last in RANGE.findall(pattern):
+        numbers = (float(first), float(last)) if max(len(first), len(last)) < 20 else (0.0, math.inf)
+        count *= abs(numbers[1] - numbers[0]) + 1
+    for group in LIST.findall(pattern):  # the innermost; of those around them every comma counts once more
+        count *= group.count(",") + 1
+    return count * (1 + LIST.sub("", pattern).count(","))
 
 
 def _matching_files(url: str) -> list[str]:
@@ -160,19 +182,6 @@ def _local_shard(url: str) -> str:
     except Exception as error:  # each scheme has its own errors; a cache that cannot be written
         raise UserError(f"cannot download {url} ({reason_of(error)}); copy the tar files here") from error
     return str(path)
-
-
-def _tar_members(path: str) -> list[tarfile.TarInfo]:
-    if not os.path.isfile(path):
-        raise UserError(f"no such tar file: {path}; check the path and the numbers between the braces")
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return [member for member in tar if member.isfile()]
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"cannot read the tar file {path} ({reason_of(error)}); it must be whole, and not compressed: fetch or "
-            "pack it again"
-        ) from error
 
 
 def _sample_key(name: str) -> tuple[str | None, str]:
