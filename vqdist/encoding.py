@@ -265,7 +265,8 @@ class CodeWriter:
 
         def write_manifest() -> None:
             shards = [self._shard_entry(shard, digests[shard]) for shard in self._shards()]
-            found = {"classes_seen": self._classes_seen(), **numbers, "shards": shards}
+            names = {} if self.dataset.class_names is None else {"classes": self.dataset.class_names}
+            found = {"classes_seen": self._classes_seen(), **names, **numbers, "shards": shards}
             write_json(self.folder / MANIFEST, {**self.plan, **found})
 
         on_main(backend, write_manifest, self._unwritable)
@@ -320,7 +321,14 @@ def make_plan(tokenizer: Tokenizer, dataset: ImageDataset, *, batch_size: int, s
         "count": len(dataset),
         "shard_size": shard_size,
         "batch_size": batch_size,
+        **_order_of_classes(dataset),
     }
+
+
+def _order_of_classes(dataset: ImageDataset) -> dict[str, Any]:
+    """Return the classes where they were once counted in another order: shards of both must not mix."""
+    names, first = dataset.source.class_names, dataset.source.first_class_names
+    return {} if names is None or first is None or list(names) == list(first) else {"classes": list(names)}
 
 
 def check_folder(folder: Path, images: Any = None) -> None:

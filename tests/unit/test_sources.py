@@ -85,9 +85,107 @@ def test_links_are_followed_without_loops(tmp_path):
     (tmp_path / "data/gone.png").symlink_to("nowhere.png")
     (tmp_path / "data/b.png").symlink_to(tmp_path / "elsewhere/2.png")
     source = open_source(tmp_path / "data")
-    assert relative_names(source) == ["a/1.png", "b.png", "b/2.png", "b/back/1.png", "gone.png"]
-    assert "gone.png (FileNotFoundError" in message_of(source.image, 4)
+    assert relative_names(source) == ["a/1.png", "b.png", "b/2.png", "gone.png"]
+    assert "gone.png (FileNotFoundError" in message_of(source.image, 3)
     assert len(source.fingerprint()) == 64
+
+
+def test_every_folder_is_entered_once_however_many_links_lead_to_it(tmp_path):
+    """Twelve folders that link to each other have 12! paths."""
+    for number in range(12):
+        save(tmp_path / f"d{number:02}/1.png")
+    for number in range(12):
+        for other in set(range(12)) - {number}:
+            (tmp_path / f"d{number:02}/l{other:02}").symlink_to(tmp_path / f"d{other:02}")
+    assert relative_names(open_source(tmp_path)) == [f"d{number:02}/1.png" for number in range(12)]
+
+
+def test_of_links_to_one_folder_the_first_is_taken(tmp_path):
+    save(tmp_path / "elsewhere/in/1.png")
+    (tmp_path / "data").mkdir()
+    for name in ("second", "first", "third"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/inner").symlink_to(tmp_path / "elsewhere/in")
+    assert relative_names(open_source(tmp_path / "data")) == ["first/in/1.png"]
+
+
+def test_deep_folders(tmp_path):
+    deepest = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=deepest)
+        inner = os.open("d", os.O_RDONLY, dir_fd=deepest)
+        os.close(deepest)
+        deepest = inner
+    os.close(os.open("1.png", os.O_CREAT | os.O_WRONLY, dir_fd=deepest))
+    os.close(deepest)
+    assert relative_names(open_source(tmp_path)) == ["d/" * 1200 + "1.png"]
+
+
+def test_formats_that_pillow_opens(tmp_path, capsys):
+    names = ["a.jfif", "b.jpe", "c.PPM", "d.pgm", "e.tga", "f.jp2", "g.qoi"]
+    for number, name in enumerate(names):
+        kind = "jpeg" if name in names[:2] else None  # a name by which Pillow does not write
+        Image.new("L" if name == "d.pgm" else "RGB", (4, 4), number).save(tmp_path / name, format=kind)
+    source = open_source(tmp_path)
+    assert relative_names(source) == names and [source.image(index).size for index in range(7)] == [(4, 4)] * 7
+    assert capsys.readouterr().err == ""
+
+
+def test_files_that_are_passed_over_are_said_once(tmp_path, capsys):
+    for name in ["ant/1.png", "ant/2.png", "bee/1.heic", "bee/2.heic", "notes.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "ant/3.png")
+    source = open_source(tmp_path)
+    assert relative_names(source) == ["ant/1.png", "ant/2.png"] and source.class_names == ["ant"]
+    assert capsys.readouterr().err == (
+        f"vqdist: {tmp_path}: 2 images; passed over 2 .heic, 1 .txt, 1 special files; no class without images: 'bee'\n"
+    )
+
+
+def test_one_image_is_a_source(tmp_path):
+    file = save(tmp_path / "a/my.jpg")
+    save(tmp_path / "a/other.jpg")
+    for given in (str(file), file):
+        source = open_source(given)
+        assert relative_names(source) == ["my.jpg"] and source.label(0) is None and source.image(0).size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["10", "9", "0", "1"], ["0", "1", "9", "10"]),
+        (["10", "9", "x"], ["10", "9", "x"]),
+        (["007", "10", "7"], ["007", "7", "10"]),
+    ],
+)
+def test_class_names_in_the_order_of_their_numbers(tmp_path, folders, names):
+    for folder in folders:
+        save(tmp_path / folder / "1.png")
+    source = open_source(tmp_path)
+    assert source.class_names == names and source.first_class_names == sorted(folders)
+    labels = {path.split("/")[0]: source.label(index) for index, path in enumerate(relative_names(source))}
+    assert [labels[name] for name in names] == list(range(len(names)))
+
+
+def test_labels_by_the_names_of_a_model(tmp_path):
+    for name in ("cat", "bee", "10", "9"):
+        save(tmp_path / name / "1.png")
+    dataset = ImageDataset(tmp_path, 4)
+    known = ["ant", "9", "bee", "cat", "10"]
+    assert dataset.use_classes(known) == "warning: no images of 1 of 5 classes: 'ant'"
+    labels = {os.path.basename(os.path.dirname(dataset.name(i))): dataset.fetch_labelled(0, i)[1] for i in range(4)}
+    assert labels == {"cat": 3, "bee": 2, "10": 4, "9": 1} and dataset.class_names == known
+    assert "the images have the class '10', '9', which the model does not know; it knows 'bee', 'cat'" in message_of(
+        ImageDataset(tmp_path, 4).use_classes, ["bee", "cat"]
+    )
+    numbers = tmp_path / "numbers"
+    for name in ("10", "9"):
+        save(numbers / name / "1.png")
+    old = ImageDataset(numbers, 4)
+    assert [old.label(0), old.label(1)] == [1, 0]
+    old.use_classes(None)  # of a model from before names were kept
+    assert [old.label(0), old.label(1)] == [0, 1]
 
 
 def test_odd_file_names(tmp_path):
@@ -117,9 +215,10 @@ def test_folder_errors(tmp_path):
     gone = tmp_path / "gone"
     assert message_of(open_source, str(gone)).startswith(f"no such folder: {gone}; check the path, or give a folder")
     assert message_of(open_source, gone) == f"no such folder: {gone}; check the path"
-    file = save(tmp_path / "a.png")
+    file = tmp_path / "notes.txt"
+    file.touch()
     assert message_of(open_source, str(file)) == (
-        f"{file} is a file, and a folder of images is expected; give the folder it lies in"
+        f"{file} is a file, and a folder of images or an image is expected; give one of both"
     )
     (tmp_path / "b.tar").touch()
     assert message_of(open_source, str(tmp_path / "b.tar")).endswith(f"tar files are given as `wds:{tmp_path}/b.tar`")
@@ -129,7 +228,7 @@ def test_folder_errors(tmp_path):
 def test_empty_folders(tmp_path):
     assert message_of(open_source, tmp_path) == (
         f"no images in {tmp_path}: found no files; expected files ending in bmp, gif, jpeg, jpg, png, tif, tiff, webp "
-        "at any depth"
+        "(or of a rarer format that Pillow opens) at any depth"
     )
     for name in ["a.txt", "b.TXT", "x/c.txt", "d.heic", "README"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)

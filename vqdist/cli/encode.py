@@ -11,8 +11,8 @@ from typing import Any
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.data.specs import check_spec
-from vqdist.errors import UserError
 from vqdist.locations import find_local_export
+from vqdist.errors import UserError, printable
 
 # a rank that has written its last shard waits in an exchange for those that have one more
 EXCHANGE_TIMEOUT = 7 * 24 * 60.0  # minutes; one that is silent is given up after --dist_timeout
@@ -129,7 +129,7 @@ def _progress_bar(backend):
 
         def progress(images: int, *, of: int, replaced: list[str]) -> None:
             for name in replaced:
-                bar.write(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
+                bar.write(f"skipped an image that cannot be decoded: {printable(name)}", file=sys.stderr)
             bar.total = of
             bar.update(images)
 

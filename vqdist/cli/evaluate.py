@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from vqdist.backends.environment import rank_of_launcher
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.cli.sample import add_draw_options, draw_options, given_draw_options
 from vqdist.data.config import CODES
 from vqdist.data.specs import check_spec
 from vqdist.draw_options import DrawOptions
-from vqdist.errors import UserError, an
+from vqdist.errors import UserError, an, printable
 from vqdist.files import read_json
 from vqdist.locations import find_local_export
 from vqdist.sizes import ImageSize, image_size_of
@@ -95,7 +96,7 @@ def reconstruct(arguments: list[str]) -> int:
     fetched = [dataset.fetch(0, index) for index in range(count)]
     images = torch.stack([image for image, _ in fetched])
     for name in (name for _, skipped in fetched for name in skipped):
-        print(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
+        print(f"skipped an image that cannot be decoded: {printable(name)}", file=sys.stderr)
     save_sheet(torch.stack([images, reconstruct_images(tokenizer.network, images)], dim=1), options.out)
     print(options.out)
     return 0
@@ -244,6 +245,10 @@ def _open_generator(model: AutoregressiveModel, options) -> _GeneratorRun:
     folder = options.data.folder
     stored = folder.removeprefix(CODES) if isinstance(folder, str) and folder.startswith(CODES) else None
     dataset = _open_images(options, model) if stored is None else _open_codes(stored, model, options)
+    if model.num_classes:
+        absent = dataset.use_classes(model.class_names)
+        if absent is not None and rank_of_launcher() == 0:
+            print(f"vqdist: {printable(absent)}", file=sys.stderr)
     run = _GeneratorRun(options, model, dataset, _open_extractor(options, model, len(dataset)))
     run.check()
     return run
@@ -311,7 +316,7 @@ class _Run:
         """Say it once of an image, however often the data is gone through."""
         for name in names:
             if name not in self.skipped:
-                print(f"skipped an image that cannot be decoded: {name}", file=sys.stderr)
+                print(f"skipped an image that cannot be decoded: {printable(name)}", file=sys.stderr)
                 self.skipped.add(name)
 
     def reconstruction_numbers(self, network: TokenizerNetwork, image_size: ImageSize) -> dict[str, float]:

@@ -15,6 +15,8 @@ from vqdist.cli.loading import loading
 from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an
+from vqdist.data.classes import number_of
+from vqdist.errors import UserError
 from vqdist.locations import check_given
 from vqdist.sizes import sides_of
 
@@ -34,9 +36,9 @@ def sample(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--class",
-        type=int | None,
+        type=str | int | None,
         default=None,
-        help="Class of all images; by default all classes in turn, where the model knows any.",
+        help="Class of all images, by its name or number; by default all classes in turn, where the model knows any.",
     )
     add_draw_options(parser)
     add_trust_option(parser)
@@ -225,7 +227,10 @@ def _labels(model, options):
     """(num,) int64: the class of each image."""
     import torch
 
-    label = getattr(options, "class")
+    given = getattr(options, "class")
+    if given is not None and model.num_classes:
+        given = number_of(str(given), model.class_names, model.num_classes)
+    label = 0 if isinstance(given, str) else given  # of a model that knows no classes, which says so
     if label is None and model.num_classes:
         return torch.arange(options.num) % model.num_classes
     return model.labels(label, options.num).cpu()

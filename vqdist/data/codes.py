@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vqdist.data.classes import checked_names, missing, numbers_among
 from vqdist.data.sources.base import checked_index
 from vqdist.errors import UserError
 from vqdist.files import read_json, sha256_of
@@ -86,6 +87,7 @@ class CodeDataset(Dataset):
         channels: of the images.
         scales: sides of the token maps of a multi-scale tokenizer, the finest last; None where there is one map.
         code_side: side of that one map; None with scales, of codes in a row, and where the map is not square.
+        class_names: of the labels, or None where they have no names.
         classes_seen: how many different classes the images have; 0 where the source has none.
 
     Raises:
@@ -106,6 +108,8 @@ class CodeDataset(Dataset):
         self.channels: int = manifest["channels"]
         self.classes_seen: int = manifest["classes_seen"]
         self.code_side: int | None = manifest["code_side"]
+        self.class_names = checked_names(manifest.get("classes"), self.folder / MANIFEST)
+        self._numbers: list[int] | None = None  # of these classes, where a model counts them in another way
         self.scales: tuple[int, ...] | None = None if manifest["scales"] is None else tuple(manifest["scales"])
         self._dtypes = {"codes": code_dtype(self.codebook_size), "labels": LABEL_DTYPE}
         self._rows = {"codes": row_shape(self.num_codes, self.num_levels), "labels": ()}
@@ -154,7 +158,19 @@ class CodeDataset(Dataset):
         """Return the class of an image, or None where the source had none."""
         shard, row = divmod(checked_index(index, len(self)), self._manifest["shard_size"])
         label = int(self._maps["labels"](shard)[row])
-        return None if label < 0 else label
+        if label < 0 or self._numbers is None:
+            return None if label < 0 else label
+        if label >= len(self._numbers):
+            raise _damaged(self._path("labels", shard), f"it holds the class {label} of {len(self._numbers)}")
+        return self._numbers[label]
+
+    def use_classes(self, known: Sequence[str] | None) -> str | None:
+        """Let labels be the numbers of a model's classes, see `ImageDataset.use_classes`."""
+        if self.class_names is None or known is None:
+            return None
+        own = self.class_names
+        self._numbers, self.class_names = numbers_among(own, known), list(known)
+        return missing(own, known)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the manifest: equal on two nodes if they see the same codes."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vqdist.data.classes import missing, numbers_among
 from vqdist.data.config import MAX_PIXELS
 from vqdist.data.images import BadImageError, check_channels, limited_to
 from vqdist.data.sources import Source, TensorSource, not_empty, open_source
@@ -84,6 +85,9 @@ class ImageDataset(Dataset):
         self.on_bad_image = on_bad_image
         self.max_bad_frac = max_bad_frac
         self.max_pixels = max_pixels
+        names = self.source.class_names
+        self.class_names = None if names is None else list(names)
+        self._numbers: list[int] | None = None  # of the source's classes, where they are counted in another way
 
     def __len__(self) -> int:
         return len(self.source)
@@ -130,7 +134,7 @@ class ImageDataset(Dataset):
         The image may be the next good one, and then so is the class.
         """
         item, candidate, bad = self._first_good(epoch, index, among)
-        return item, checked_label(self.source, candidate), bad
+        return item, self.label(candidate), bad
 
     def _first_good(
         self, epoch: int, index: int, among: Sequence[int] | Tensor | None
@@ -154,7 +158,27 @@ class ImageDataset(Dataset):
 
     def label(self, index: int) -> int | None:
         """Return the class of the image at an index (of this very index, also where a broken image is replaced)."""
-        return checked_label(self.source, checked_index(index, len(self)))
+        label = checked_label(self.source, checked_index(index, len(self)))
+        return label if label is None or self._numbers is None else self._numbers[label]
+
+    def use_classes(self, known: Sequence[str] | None) -> str | None:
+        """Let labels be the numbers of the classes of a model, by their names.
+
+        Args:
+            known: the model's names; None for a model from before names were kept.
+
+        Returns:
+            A line about classes without images, or None.
+
+        Raises:
+            UserError: the images have a class that the model does not know.
+        """
+        own = self.source.class_names
+        known = self.source.first_class_names if known is None else known
+        if own is None or known is None:  # then numbers are all there is
+            return None
+        self._numbers, self.class_names = numbers_among(own, known), list(known)
+        return missing(own, known)
 
     def name(self, index: int) -> str:
         """Return the path or name of the image at an index."""

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vqdist.data.classes import checked_names
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json, reason_of
 from vqdist.locations import FILES, check_location, config_of_folder, find_export
@@ -59,12 +60,14 @@ class PretrainedModel(PyTorchModelHubMixin):
             config.json.
         image_size: side in pixels of the images that the model was trained on, or (height, width) of images that are
             not square, or None if nobody said; written too.
+        class_names: of the classes that the model knows, or None where they have no names; written too.
         buffers_are_live: whether the codebook is the one of training and no average of it; written too.
     """
 
     model_type: ClassVar[str]
     image_size: ImageSize | None = None
     buffers_are_live: bool = True
+    class_names: list[str] | None = None
 
     if TYPE_CHECKING:  # an attribute or a property of each model
 
@@ -110,6 +113,8 @@ class PretrainedModel(PyTorchModelHubMixin):
         save_module(self.saved_part(), path)
         follow_umask(path)
         facts = {"model_type": self.model_type, "image_size": self.image_size}
+        if self.class_names is not None:
+            facts["class_names"] = self.class_names
         config = {**self.configuration(), **facts, **(LIVE if self.buffers_are_live else {})}
         (save_directory / "config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
 
@@ -252,9 +257,11 @@ class PretrainedModel(PyTorchModelHubMixin):
             used = {key: value for key, value in written.items() if key not in kwargs or kwargs[key] == value}
             check_config(used, cls, Path(model_id))
         image_size = kwargs.get("image_size", written.get("image_size"))
-        for name in {"model_type", "image_size", *LIVE} - cls._hub_mixin_init_parameters.keys():
+        names = checked_names(written.get("class_names"), f"config.json of {model_id}")
+        for name in {"model_type", "image_size", "class_names", *LIVE} - cls._hub_mixin_init_parameters.keys():
             kwargs.pop(name, None)  # facts about the model, not arguments of it
         model = super()._from_pretrained(model_id=model_id, **kwargs)
+        model.class_names = names
         model.image_size = model.image_size if image_size is None else image_size_of(image_size)
         model.follow_before({**written, **{name: value for name, value in kwargs.items() if name in written}})
         model.buffers_are_live = LIVE.items() <= written.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from vqdist.data.config import CODES
 from vqdist.data.loader import Batch
 from vqdist.drawing import draw_numbers
 from vqdist.errors import UserError, an
+from vqdist.errors import UserError, printable
 from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans
 from vqdist.models.autoregressive import AutoregressiveModel
@@ -48,6 +50,7 @@ class ARTrainer(Trainer):
     config: ARTrainerConfig
     model: AutoregressiveModel
     model_argument = "model"
+    _absent_classes: str | None = None  # a line about them
     picture_name = "samples"
 
     def __init__(self, model: AutoregressiveModel, **options):
@@ -91,9 +94,22 @@ class ARTrainer(Trainer):
         else:
             opened = super()._open_data(dataset, valid_dataset)
         if self.with_labels:
+            self._count_classes(*opened)
             for images in {id(images): images for images in opened}.values():
                 self._check_labels(images)
         return opened
+
+    def _count_classes(self, *datasets: Images) -> None:
+        """Let classes have the numbers that they had when the run began; the model keeps their names."""
+        names = self.run.classes_before(datasets[0].class_names)
+        for dataset in dict.fromkeys(reversed(datasets)):  # of those to train on last, whose absence counts
+            self._absent_classes = dataset.use_classes(names)
+        self.model.class_names = datasets[0].class_names
+
+    def _go_on(self) -> None:
+        super()._go_on()
+        if self._absent_classes is not None:
+            self.report.print(printable(self._absent_classes))
 
     def _codes_to_validate_on(self, dataset: CodeDataset, valid_dataset: Dataset | None) -> CodeDataset:
         """Return those that are given, or those that are trained on, which are split."""
@@ -106,7 +122,7 @@ class ARTrainer(Trainer):
         return self._checked(valid_dataset)
 
     def _checked(self, dataset: CodeDataset) -> CodeDataset:
-        dataset.check_tokenizer(cast(Tokenizer, self.model.tokenizer).fingerprint())
+        dataset.check_made_by(cast(Tokenizer, self.model.tokenizer))
         if rank_of_launcher() == 0:  # one reader is enough to find damaged files
             dataset.verify()
         return dataset

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from vqdist.backends import Backend, peers
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.checkpoint import checkpoint_path, complete_steps
+from vqdist.data.classes import checked_names
 from vqdist.data.sources import folder_of
 from vqdist.errors import UserError
 from vqdist.files import LEASE_SECONDS, FolderLock, lock_folder, read_json, write_json
@@ -87,8 +88,23 @@ class Run:
             "model_type": self._model_type,
             "trainer": self.config.recorded(),
             "model": self.model.configuration(),
-            "data": {"images": self.data},  # in place of their path, which may differ between machines
+            "data": {
+                "images": self.data,
+                **self._classes(),
+            },  # in place of their path, which may differ between machines
         }
+
+    def _classes(self) -> dict[str, Any]:
+        names = getattr(self.model, "class_names", None)
+        return {} if names is None else {"classes": names}
+
+    def classes_before(self, now: Sequence[str] | None) -> Sequence[str] | None:
+        """Return the class names by which the run began; None where they were not kept, `now` for a new run."""
+        path = self.folder / "config.json"
+        if not path.is_file() or not self._has_begun():
+            return now
+        data = read_json(path).get("data")
+        return checked_names(data.get("classes") if isinstance(data, dict) else None, path)
 
     def write_configuration(self) -> None:
         """Write config.json; from then on the folder is this run's."""
@@ -145,6 +161,7 @@ class Run:
         # an option that did not exist when the run began has had its default's meaning
         before["trainer"] = {**default_options(type(self.config)), **before["trainer"]}
         now = json.loads(json.dumps(self.configuration()))
+        before["data"] = {**now["data"], **before["data"]}  # class names were not kept at first
         if complete_steps(self.folder / "checkpoints"):  # then `_with_global_batch` has compared these
             for name in ("batch_size", "grad_accum_every"):
                 before["trainer"][name] = now["trainer"][name]

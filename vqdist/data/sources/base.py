@@ -6,7 +6,7 @@ import hashlib
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from vqdist.data.files import is_storage_failure, storage_error
-from vqdist.data.images import BadImageError, image_to_tensor
 from vqdist.data.specs import FORMS
 from vqdist.errors import UserError, an
+from vqdist.data.images import EXTENSIONS, BadImageError, image_to_tensor
+from vqdist.errors import UserError
 from vqdist.sizes import ImageSize
 
-IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+USUAL_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+IMAGE_EXTENSIONS = tuple(sorted(extension for names in EXTENSIONS.values() for extension in names))
 
 DIGIT_LIKE = re.compile(r"mnist|svhn|usps|semeion|omniglot|gtsrb|sst2|digits", re.IGNORECASE)
 """Published datasets of digits, letters, text and traffic signs: mirrored, they mean something else."""
@@ -50,10 +52,17 @@ class Source:
     Attributes:
         spec: the source in messages; by default the name of the class.
         flip: whether a mirrored image is as good as the image.
+        class_names: of the labels 0, 1, ..., or None where they have no names.
+        first_class_names: the order in which they were numbered before names were kept, for runs of that time.
     """
 
     spec: str
     flip: bool = True
+    class_names: Sequence[str] | None = None
+
+    @property
+    def first_class_names(self) -> Sequence[str] | None:
+        return self.class_names
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -131,8 +140,15 @@ def normalise_extensions(exts: Iterable[str] | str | None) -> tuple[str, ...]:
         return IMAGE_EXTENSIONS
     names = exts.replace(",", " ").split() if isinstance(exts, str) else list(exts)
     if not names:
-        raise UserError(f"exts is empty; give extensions such as {', '.join(IMAGE_EXTENSIONS)}, or leave it out")
+        raise UserError(f"exts is empty; give extensions such as {', '.join(USUAL_EXTENSIONS)}, or leave it out")
     return tuple(sorted({name.removeprefix("*").removeprefix(".").lower() for name in names}))
+
+
+def words_of(exts: tuple[str, ...]) -> str:
+    """Return extensions for a message."""
+    if exts == IMAGE_EXTENSIONS:
+        return f"{', '.join(USUAL_EXTENSIONS)} (or of a rarer format that Pillow opens)"
+    return ", ".join(exts)
 
 
 def extension_of(path: str) -> str:

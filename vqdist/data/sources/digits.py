@@ -18,6 +18,7 @@ class DigitsSource(Source):
     """The 10,000 MNIST test images of this package: 28 x 28 grey, labels 0 to 9, not to be mirrored."""
 
     flip = False
+    class_names = tuple("0123456789")
 
     def __init__(self, spec: str = "digits"):
         if spec != "digits":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
 
+from vqdist.data.classes import in_order, listed
 from vqdist.data.images import open_image
 from vqdist.data.sources.base import (
     PackedStrings,
@@ -16,15 +18,17 @@ from vqdist.data.sources.base import (
     digest_of,
     extension_of,
     normalise_extensions,
+    words_of,
 )
 from vqdist.data.specs import absolute_path
-from vqdist.errors import UserError
+from vqdist.errors import UserError, printable
 
 
 class FolderSource(Source):
-    """Every image below a folder, sorted by its relative path.
+    """Every image below a folder, sorted by its relative path; or one image file.
 
-    The label is the number of the first-level subfolder, in sorted order, when every image lies in one.
+    The label is the number of the first-level subfolder when every image lies in one: in sorted order, or in that of
+    their numbers where all are called by numbers. Files that are passed over are counted in a line on standard error.
 
     Args:
         folder: path; `~` is expanded.
@@ -33,9 +37,14 @@ class FolderSource(Source):
 
     def __init__(self, folder: str | os.PathLike, *, exts: Iterable[str] | str | None = None):
         self.spec = os.fspath(folder)
-        self.folder = absolute_path(self.spec)
-        self._paths = PackedStrings(_list_images(self.folder, normalise_extensions(exts)))
-        self._labels = _subfolder_labels(list(self._paths))
+        self.folder, images = _find_images(absolute_path(self.spec), normalise_extensions(exts))
+        self._paths = PackedStrings(images)
+        self.class_names, self._labels = _classes(images)
+
+    @property
+    def first_class_names(self) -> list[str] | None:
+        """Return the names in sorted order, by which folders that are called by numbers were counted, too."""
+        return None if self.class_names is None else sorted(self.class_names)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -53,35 +62,89 @@ class FolderSource(Source):
         return digest_of(f"{path}\0{_size(os.path.join(self.folder, path))}" for path in self._paths)
 
 
+def _find_images(path: str, exts: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Return the folder of a source, and the paths of its images below it."""
+    if os.path.isdir(path):
+        return path, _list_images(path, exts)
+    if not os.path.exists(path):
+        raise UserError(f"no such folder: {path}; check the path")
+    if extension_of(path) in exts:
+        return os.path.dirname(path), [os.path.basename(path)]
+    hint = f"; tar files are given as `wds:{path}`" if path.lower().endswith(".tar") else ""
+    raise UserError(f"{path} is a file, and a folder of images or an image is expected; give one of both{hint}")
+
+
 def _list_images(folder: str, exts: tuple[str, ...]) -> list[str]:
-    if not os.path.exists(folder):
-        raise UserError(f"no such folder: {folder}; check the path")
-    if not os.path.isdir(folder):
-        hint = f"; tar files are given as `wds:{folder}`" if folder.lower().endswith(".tar") else ""
-        raise UserError(f"{folder} is a file, and a folder of images is expected; give the folder it lies in{hint}")
-    files = list(_walk(folder, "", (os.path.realpath(folder),)))
-    images = sorted(path for path in files if extension_of(path) in exts)
+    files = list(_walk(folder))
+    images = sorted(path for path, regular in files if regular and extension_of(path) in exts)
     if not images:
         raise UserError(
-            f"no images in {folder}: {_census(files)}; expected files ending in {', '.join(exts)} at any depth"
+            f"no images in {folder}: {_census(files)}; expected files ending in {words_of(exts)} at any depth"
         )
+    if len(images) < len(files):
+        _say_what_is_passed_over(folder, images, files)
     return images
 
 
-def _walk(folder: str, prefix: str, ancestors: tuple[str, ...]) -> Iterator[str]:
-    """Relative posix paths of all files, unsorted. A link is followed unless it leads to a folder that encloses it."""
+def _say_what_is_passed_over(folder: str, images: list[str], files: list[tuple[str, bool]]) -> None:
+    """Write a line about the files that are no images, and the class folders of which nothing is left."""
+    if int(os.environ.get("RANK") or 0):
+        return
+    taken = set(images)
+    others = [(path, regular) for path, regular in files if path not in taken]
+    line = f"{folder}: {len(images)} images; {_census(others).replace('found', 'passed over')}"
+    if all("/" in path for path in images):
+        lost = {path.partition("/")[0] for path, _ in others if "/" in path} - {p.partition("/")[0] for p in images}
+        line += f"; no class without images: {listed(sorted(lost))}" if lost else ""
+    print(f"vqdist: {printable(line)}", file=sys.stderr)
+
+
+def _walk(folder: str) -> Iterator[tuple[str, bool]]:
+    """Yield all files below a folder, unsorted: the relative posix path, and whether it can be a regular file.
+
+    Every folder is entered once, however many links lead to it: by its own path if that lies below the folder, else by
+    the first link in sorted order.
+    """
+    seen = {_identity(folder)}
+    folders, links = [""], []
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+        prefix = folders.pop() if folders else links.pop()
+        path = os.path.join(folder, prefix)
+        if prefix and not _is_new(path, seen):
+            continue
+        for entry in _entries(path):
+            if _is_folder(entry):
+                (links if entry.is_symlink() else folders).append(f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name, entry.is_symlink() or entry.is_file()
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as scan:
-            entries = [entry for entry in scan if not entry.name.startswith(".")]
+            return [entry for entry in scan if not entry.name.startswith(".")]
     except OSError as error:
         raise UserError(f"cannot list the folder {folder} ({error.strerror}); mend its permissions") from error
-    for entry in entries:
-        if not _is_folder(entry):
-            yield prefix + entry.name
-            continue
-        real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(ancestors[-1], entry.name)
-        if real not in ancestors:
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*ancestors, real))
+
+
+def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
+    """Note a folder as seen; return whether it was not before."""
+    identity = _identity(folder)
+    new = identity not in seen
+    seen.add(identity)
+    return new
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot look at the folder {folder} ({error.strerror}); mend it, or its permissions"
+        ) from error
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -91,21 +154,27 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _census(files: list[str]) -> str:
+def _census(files: list[tuple[str, bool]]) -> str:
     """Describe the files in place of images: `found 3 .txt and 1 .csv files`."""
     if not files:
         return "found no files"
-    counts = Counter(f".{extension_of(path)}" if extension_of(path) else "(no extension)" for path in files)
-    found = [f"{count} {extension}" for extension, count in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))]
+    counts = Counter(_kind_of(path) if regular else "special" for path, regular in files)
+    found = [f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))]
     return f"found {', '.join(found[:8])}{', ...' if len(found) > 8 else ''} file{'s' if len(files) > 1 else ''}"
 
 
-def _subfolder_labels(paths: list[str]) -> np.ndarray | None:
+def _kind_of(path: str) -> str:
+    return f".{extension_of(path)}" if extension_of(path) else "(no extension)"
+
+
+def _classes(paths: list[str]) -> tuple[list[str] | None, np.ndarray | None]:
+    """Return the names of the classes and the label of each image, or None where some image lies in no subfolder."""
     if any("/" not in path for path in paths):
-        return None
+        return None, None
     folders = [path.partition("/")[0] for path in paths]
-    numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
-    return np.array([numbers[folder] for folder in folders], dtype=np.int32)
+    names = in_order(list(set(folders)))
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, np.array([numbers[folder] for folder in folders], dtype=np.int32)
 
 
 def _size(path: str) -> int:

@@ -1,7 +1,7 @@
 """The regular files of a tar, from its headers alone; a broken, cut or hostile archive is said in one line.
 
-Python's `tarfile` takes a cut header for the end, follows sizes below zero and recurses over long names. Here every size
-is compared with that of the file, and the end must be marked by an empty block, as POSIX has it.
+Python's `tarfile` takes a cut header for the end, follows sizes below zero and recurses over long names. Here every
+size is compared with that of the file, and the end must be marked by an empty block, as POSIX has it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _header(file: BinaryIO, at: int, length: int) -> bytes | None:
     header = file.read(BLOCK)
     if len(header) < BLOCK:
         raise _Broken(
-            f"it ends at byte {length} without the empty block that marks the end of a tar" if length else "it is empty"
+            f"it ends at byte {length} without the empty block that marks the end of a tar"
+            if length
+            else "it is empty"
         )
     if not any(header):
         return None
@@ -90,11 +92,13 @@ def _header(file: BinaryIO, at: int, length: int) -> bytes | None:
 
 
 def _check_end(file: BinaryIO, at: int, length: int) -> None:
-    """Raise `_Broken` where something follows the mark of the end, as in archives that were written behind one another."""
+    """Raise `_Broken` where something follows the mark of the end, as in archives put behind one another."""
     rest = length - at
     file.seek(at)
     if rest > AFTER_THE_END or any(file.read(rest)):
-        raise _Broken(f"its end is marked at byte {at}, and {rest} bytes follow, as of archives put behind one another")
+        raise _Broken(
+            f"its end is marked at byte {at}, and {rest} bytes follow, as of archives put behind one another"
+        )
 
 
 def _size(header: bytes, extended: dict[str, str], at: int) -> int:
@@ -127,7 +131,7 @@ def _content(file: BinaryIO, start: int, size: int) -> bytes:
 
 
 def _records(content: bytes) -> dict[str, str]:
-    """Return the extended headers of the next entry: `LENGTH KEY=VALUE` and a line end each, the length of all of it."""
+    """Return the extended headers of the next entry: `LENGTH KEY=VALUE` and a line end each."""
     records: dict[str, str] = {}
     while content.strip(b"\0"):
         digits, _, _ = content[:20].partition(b" ")

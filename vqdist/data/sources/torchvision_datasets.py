@@ -47,6 +47,7 @@ class TorchvisionSource(Source):
                 raise UserError(f"{spec!r} sets {key}, which vqdist decides itself; leave it out")
         self.root = absolute_path(self._options.pop("root", str(data_cache() / "torchvision")))
         self._dataset = self._open_or_download()
+        self.class_names = _names_of(getattr(self._dataset, "classes", None))
 
     def __len__(self) -> int:
         return len(self._opened())
@@ -155,6 +156,12 @@ def _torchvision_class(name: str) -> type:
     if name not in classes:
         raise unknown("dataset", name, classes, "; see torchvision.datasets for the names", of="torchvision")
     return classes[name]
+
+
+def _names_of(classes: Any) -> list[str] | None:
+    """Return the attribute `classes` of a dataset, if it is names; of some it is a table, or pairs."""
+    names = list(classes) if isinstance(classes, list | tuple) else []
+    return names if names and all(isinstance(name, str) for name in names) and len(set(names)) == len(names) else None
 
 
 def _literal(value: str) -> Any:

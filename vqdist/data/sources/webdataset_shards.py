@@ -15,6 +15,7 @@ from PIL import Image
 
 from vqdist.data.images import open_image, undecodable
 from vqdist.data.sources.base import (
+    USUAL_EXTENSIONS,
     PackedStrings,
     Source,
     data_cache,
@@ -23,11 +24,11 @@ from vqdist.data.sources.base import (
     missing_package,
     normalise_extensions,
     reason_of,
+    words_of,
 )
 from vqdist.data.specs import absolute_path
 from vqdist.data.sources.tar_index import Member, tar_members
 from vqdist.errors import UserError
-
 
 LABEL = re.compile(r"-?[0-9]{1,9}")
 LONGEST_LABEL = 64  # bytes
@@ -55,7 +56,7 @@ class WebDatasetSource(Source):
         if not samples:
             raise UserError(
                 f"no images in the {len(self.shards)} tar files of {spec!r}; expected entries ending in "
-                f"{', '.join(self._exts)}"
+                f"{words_of(self._exts)}"
             )
         self._names = PackedStrings(name for _, name, _, _ in samples)
         self._places = np.array([(shard, *image, *label) for shard, _, image, label in samples], dtype=np.int64)
@@ -111,11 +112,13 @@ class WebDatasetSource(Source):
     def _sample(self, entries: dict[str, Member]) -> tuple[str, tuple[int, int], tuple[int, int]] | None:
         # `jpg` before `mask.jpg`: what belongs to the image has a longer suffix
         images = sorted(
-            (suffix.count("."), suffix) for suffix in entries if extension_of(f"image.{suffix}") in self._exts
+            (suffix.count("."), extension_of(f"image.{suffix}") not in USUAL_EXTENSIONS, suffix)
+            for suffix in entries
+            if extension_of(f"image.{suffix}") in self._exts
         )
         if not images:
             return None
-        image, label = entries[images[0][1]], entries.get("cls")
+        image, label = entries[images[0][-1]], entries.get("cls")
         label_place = (label.offset, label.size) if label else (-1, 0)
         return image.name, (image.offset, image.size), label_place
 
