@@ -27,13 +27,14 @@ from vqdist.data.codes import (
     MANIFEST,
     PLAN,
     code_dtype,
+    facts_of,
     map_array,
     num_shards,
     row_shape,
     shard_file,
     shard_range,
 )
-from vqdist.data.dataset import ImageDataset
+from vqdist.data.dataset import ImageDataset, most_bad, too_many_bad
 from vqdist.data.loader import Batch, default_workers, listed_loader
 from vqdist.data.sources import folder_of
 from vqdist.errors import UserError
@@ -86,6 +87,7 @@ class CodeWriter:
         check_folder(self.folder)
         self.tokenizer = tokenizer
         self.dataset = dataset
+        self._bad: set[str] = set()  # images that could not be decoded
         self.plan = make_plan(tokenizer, dataset, batch_size=batch_size, shard_size=shard_size)
         self._refuse_other_plan()
 
@@ -233,6 +235,9 @@ class CodeWriter:
     def _replaced(self, batch: Batch, indices: range) -> list[str]:
         """Names of the images of a batch that could not be decoded; the loader also names others on the way."""
         bad = set(batch.bad)
+        self._bad |= bad
+        if len(self._bad) > most_bad(len(self.dataset), self.dataset.max_bad_frac):
+            raise too_many_bad(len(self._bad), len(self.dataset), self.dataset.max_bad_frac, sorted(self._bad))
         return [self.dataset.name(index) for index in indices if self.dataset.name(index) in bad] if bad else []
 
     def _write_shard(self, shard: int, codes: Tensor, labels: Tensor) -> None:
@@ -305,18 +310,10 @@ def make_plan(tokenizer: Tokenizer, dataset: ImageDataset, *, batch_size: int, s
     The batch size is a part of it: how a convolution adds up may depend on the size of the batch, and a code on the
     last bit. The treatment of broken images is not: a run that met one may go on with `on_bad_image="skip"`.
     """
-    scales = tokenizer.network.scales
     return {
         "version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint(),
-        "model_type": tokenizer.model_type,
-        "image_size": list(size) if isinstance(size := tokenizer.image_size, tuple) else size,
-        "channels": tokenizer.channels,
-        "codebook_size": tokenizer.codebook_size,
-        "num_codes": tokenizer.num_codes,
-        "num_levels": tokenizer.num_levels,
-        "code_side": tokenizer.code_side if scales is None else None,
-        "scales": None if scales is None else list(scales),
+        **facts_of(tokenizer),
         "data": dataset.fingerprint(),
         "count": len(dataset),
         "shard_size": shard_size,

@@ -135,3 +135,26 @@ def test_hf_offline(tmp_path, monkeypatch):
     assert message_of(open_source, f"hf:{tmp_path}/gone").startswith(
         f"no such folder: {tmp_path}/gone; check the path"
     )
+
+
+@pytest.mark.parametrize("form", ["struct", "bytes"])
+@pytest.mark.parametrize("column", ["image", "jpg"])
+def test_hf_parquet_of_others(tmp_path, form, column):
+    """The bytes of files alone or beside a path, in columns of no special type."""
+    parquet, arrow = importlib.import_module("pyarrow.parquet"), importlib.import_module("pyarrow")
+    files = [encoded(i) for i in range(4)]
+    images = [{"bytes": file, "path": f"{i}.png"} for i, file in enumerate(files)] if form == "struct" else files
+    table = arrow.table({column: images, "cls": [2, 0, 1, 2], "caption": list("abcd")})
+    (tmp_path / "data").mkdir()
+    parquet.write_table(table, tmp_path / "data/train-00000.parquet")
+    source = open_source(f"hf:{tmp_path}/data")
+    assert [source.image(i).getpixel((0, 0)) for i in range(4)] == [0, 1, 2, 3]
+    assert [source.label(i) for i in range(4)] == [2, 0, 1, 2] and source.class_names is None
+    named = open_source(f"hf:{tmp_path}/data?label=caption")
+    assert [named.label(i) for i in range(4)] == [0, 1, 2, 3] and named.class_names == list("abcd")
+    assert "no image column 'cls'" in message_of(open_source, f"hf:{tmp_path}/data?image=cls")
+
+
+def test_hf_class_names(tmp_path, pictures):
+    pictures.save_to_disk(tmp_path / "saved")
+    assert open_source(f"hf:{tmp_path}/saved").class_names == ["a", "b", "c"]

@@ -12,6 +12,7 @@ from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.data.specs import check_spec
 from vqdist.locations import find_local_export
+from vqdist.data.config import MAX_BAD_FRAC
 from vqdist.errors import UserError, printable
 
 # a rank that has written its last shard waits in an exchange for those that have one more
@@ -62,6 +63,12 @@ def _parser():
         help="What to do with a file that cannot be decoded (short: --on_bad_image): `raise`, or `skip`, which puts "
         "the next good image in its place.",
     )
+    parser.add_argument(
+        "--data.max_bad_frac",
+        type=float,
+        default=MAX_BAD_FRAC,
+        help="Largest share of the images that `skip` may pass over, but at least one (short: --max_bad_frac).",
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="Images per batch of one process.")
     parser.add_argument("--shard_size", type=int, default=8192, help="Images per file of codes.")
     parser.add_argument(
@@ -89,6 +96,8 @@ def _check(options) -> None:
         number = getattr(options, name)
         if number is not None and number < least:
             raise UserError(f"{name} {number} is not possible; it must be at least {least}")
+    if not 0 <= options.data.max_bad_frac <= 1:
+        raise UserError(f"max_bad_frac {options.data.max_bad_frac} is not possible; give a share from 0 to 1")
     if not 0 < options.dist_timeout <= 525_600:  # a year
         raise UserError(f"dist_timeout {options.dist_timeout} is not possible; it must be above 0 and at most 525600")
     if not options.out:
@@ -116,6 +125,7 @@ def _open(options):
         channels=tokenizer.channels,
         augment=False,
         on_bad_image=options.data.on_bad_image,
+        max_bad_frac=options.data.max_bad_frac,
     )
     return tokenizer, dataset
 

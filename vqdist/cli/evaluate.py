@@ -13,7 +13,7 @@ from vqdist.backends.environment import rank_of_launcher
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.cli.sample import add_draw_options, draw_options, given_draw_options
-from vqdist.data.config import CODES
+from vqdist.data.config import CODES, MAX_BAD_FRAC
 from vqdist.data.specs import check_spec
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an, printable
@@ -121,6 +121,12 @@ def _run_parser(program: str, description: str, epilog: str | None = None):
     parser.add_argument(
         "--data.on_bad_image", type=str, default="raise", help="`raise` or `skip` (short: --on_bad_image)."
     )
+    parser.add_argument(
+        "--data.max_bad_frac",
+        type=float,
+        default=MAX_BAD_FRAC,
+        help="Largest share of the images that `skip` may pass over, but at least one (short: --max_bad_frac).",
+    )
     add_trust_option(parser)
     return parser
 
@@ -203,6 +209,7 @@ def _open_images(options, model: Tokenizer | AutoregressiveModel) -> ImageDatase
         channels=model.channels,
         augment=False,
         on_bad_image=options.data.on_bad_image,
+        max_bad_frac=options.data.max_bad_frac,
     )
 
 
@@ -215,7 +222,7 @@ def _open_codes(folder: str, model: AutoregressiveModel, options) -> CodeDataset
     if options.features is not None:
         raise UserError(f"--features looks at images, and {CODES}{folder} holds none; give the images with --data")
     codes = CodeDataset(folder)
-    codes.check_tokenizer(model.tokenizer.fingerprint())
+    codes.check_made_by(model.tokenizer)
     return codes
 
 
@@ -245,6 +252,7 @@ def _open_generator(model: AutoregressiveModel, options) -> _GeneratorRun:
     folder = options.data.folder
     stored = folder.removeprefix(CODES) if isinstance(folder, str) and folder.startswith(CODES) else None
     dataset = _open_images(options, model) if stored is None else _open_codes(stored, model, options)
+
     if model.num_classes:
         absent = dataset.use_classes(model.class_names)
         if absent is not None and rank_of_launcher() == 0:
@@ -314,10 +322,15 @@ class _Run:
 
     def report_skipped(self, names: list[str]) -> None:
         """Say it once of an image, however often the data is gone through."""
+        from vqdist.data.dataset import most_bad, too_many_bad
+
         for name in names:
             if name not in self.skipped:
                 print(f"skipped an image that cannot be decoded: {printable(name)}", file=sys.stderr)
                 self.skipped.add(name)
+        share, total = self.options.data.max_bad_frac, len(self.dataset)
+        if len(self.skipped) > most_bad(total, share):
+            raise too_many_bad(len(self.skipped), total, share, sorted(self.skipped))
 
     def reconstruction_numbers(self, network: TokenizerNetwork, image_size: ImageSize) -> dict[str, float]:
         """Measure the reconstructions of the images."""

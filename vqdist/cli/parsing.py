@@ -54,6 +54,7 @@ DATA_ALIASES = {
     "data": Alias("data.folder"),
     "image_size": Alias("data.image_size"),
     "on_bad_image": Alias("data.on_bad_image"),
+    "max_bad_frac": Alias("data.max_bad_frac"),
 }
 
 

@@ -7,7 +7,7 @@ A folder of codes, in version 1 of the format:
 | `encode.json` | the plan, written before the first shard: what was encoded, by what, in which batches |
 | `codes_00000.npy`, ... | (rows, n), or (rows, n, q) with q levels, in the smallest fitting type of uint8, 16, 32 |
 | `labels_00000.npy`, ... | (rows,) int64: the classes, -1 where the source has none |
-| `manifest.json` | written last: the plan, and of every shard file its size in bytes and its SHA-256 |
+| `manifest.json` | written last: the plan, names of classes, and of every shard file its size and its SHA-256 |
 
 Row r of shard s belongs to the image s * shard_size + r, so the last shard may be shorter. With the maps of several
 scales, a row is the coarsest map first. Every file is written under a name that ends in `.partial` and renamed when it
@@ -168,7 +168,7 @@ class CodeDataset(Dataset):
         """Let labels be the numbers of a model's classes, see `ImageDataset.use_classes`."""
         if self.class_names is None or known is None:
             return None
-        own = self.class_names
+        own = self._manifest["classes"]
         self._numbers, self.class_names = numbers_among(own, known), list(known)
         return missing(own, known)
 
@@ -183,6 +183,16 @@ class CodeDataset(Dataset):
                 f"the codes in {self.folder} were made by the tokenizer {self.tokenizer[:12]}, and {fingerprint[:12]} "
                 "is given: other weights or another image size; give the tokenizer that made them, or encode again"
             )
+
+    def check_made_by(self, tokenizer: Any) -> None:
+        """Raise `UserError` unless the codes were made by this `Tokenizer`, and the manifest agrees with it."""
+        self.check_tokenizer(tokenizer.fingerprint())
+        for name, value in facts_of(tokenizer).items():
+            if name != "model_type" and self._manifest[name] != value:
+                raise UserError(
+                    f"{self.folder / MANIFEST} is damaged: its {name} is {self._manifest[name]!r:.40}, and the "
+                    f"tokenizer that made the codes has {value!r:.40}; encode the images again"
+                )
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the manifest's; `UserError` naming the first that differs."""
@@ -222,6 +232,21 @@ class CodeDataset(Dataset):
 
 
 # --------------------------------------------------------------------------------------------- the format
+
+
+def facts_of(tokenizer: Any) -> dict[str, Any]:
+    """Return what a manifest says of the `Tokenizer` that made the codes, besides its fingerprint, as JSON."""
+    scales = tokenizer.network.scales
+    return {
+        "model_type": tokenizer.model_type,
+        "image_size": list(size) if isinstance(size := tokenizer.image_size, tuple) else size,
+        "channels": tokenizer.channels,
+        "codebook_size": tokenizer.codebook_size,
+        "num_codes": tokenizer.num_codes,
+        "num_levels": tokenizer.num_levels,
+        "code_side": tokenizer.code_side if scales is None else None,
+        "scales": None if scales is None else list(scales),
+    }
 
 
 def shard_file(kind: str, shard: int) -> str:

@@ -2,7 +2,7 @@
 
 | spec | images |
 | --- | --- |
-| `DIR` | every jpg jpeg png webp bmp tif tiff gif below a folder, in any letter case and nesting |
+| `DIR` | every image below a folder, of every format that Pillow opens, in any letter case and nesting; or one file |
 | `digits` | the 10,000 MNIST test images that come with the package, 28 x 28 grey, with labels |
 | `synthetic`, `synthetic:LENGTH` | 64 x 64 colour pictures computed from their index (100 if no length is given) |
 | `torchvision:NAME[:SPLIT][?key=value&...]` | a class of `torchvision.datasets` |
@@ -10,8 +10,8 @@
 | `hf:NAME[:SPLIT][?key=value&...]` | a Hugging Face dataset: of the Hub, of a folder, or saved by `save_to_disk` |
 | `my_data.MySource`, `{class_path: my_data.MySource, init_args: {...}}` | a `Source` of one's own, see there |
 
-- Folders: hidden files and folders (a leading dot) are passed over; symbolic links are followed, except back to a
-  folder that encloses them. A folder that is called like another spec is written `./digits`.
+- Folders: hidden files and folders (a leading dot) are passed over; symbolic links are followed, and each folder is
+  entered once. Classes are the first-level folders. A folder that is called like another spec is written `./digits`.
 - `torchvision`: `SPLIT` is given to the class as `split` or `image_set`, or as `train` (`train` or `test`). `root` is
   the folder of the files; every other key goes to the class: `torchvision:EMNIST:test?split=letters&root=/data`. Files
   that are absent are downloaded, once.

@@ -22,6 +22,9 @@ from vqdist.data.sources.base import (
 from vqdist.data.specs import absolute_path
 from vqdist.errors import UserError
 
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel", "pixel_values")
+BINARY = ("binary", "large_binary")
+
 
 class HuggingFaceSource(Source):
     """A dataset of the `datasets` library: the images stay in its memory-mapped files.
@@ -44,6 +47,7 @@ class HuggingFaceSource(Source):
         self._features = repr(sorted(dataset.features.items()))
         self._images = _encoded_images(dataset, self._image_column)
         self._labels = dataset.with_format(None).select_columns([self._label_column]) if self._label_column else None
+        self.class_names = _class_names(dataset, self._label_column)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -58,7 +62,12 @@ class HuggingFaceSource(Source):
         raise undecodable(self.name(index), "the sample is empty")
 
     def label(self, index: int) -> int | None:
-        return None if self._labels is None else as_label(self._labels[index][self._label_column])
+        if self._labels is None:
+            return None
+        label = self._labels[index][self._label_column]
+        if isinstance(label, str) and self.class_names is not None:
+            return self.class_names.index(label)
+        return as_label(label)
 
     def fingerprint(self) -> str:
         """By length, columns and a few labels; not by the folder, which may differ between nodes."""
@@ -102,15 +111,35 @@ def _choose_split(spec: str, loaded: Any, split: str) -> Any:
 
 
 def _image_column(spec: str, dataset: Any, wanted: str | None) -> str:
+    """Return the column of images: of type Image, or as others write them, bytes alone or beside a path."""
     from datasets import Image as ImageFeature
 
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+    found = images or [name for name, feature in dataset.features.items() if _holds_files(feature)]
     if not found or (wanted and wanted not in found):
-        columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items())
+        columns = ", ".join(f"{name} ({_type_of(feature)})" for name, feature in dataset.features.items())
         missing = f"no image column {wanted!r}" if wanted else "no column of images"
-        raise UserError(f"{spec!r} has {missing}; its columns are {columns}; name one of type Image with ?image=")
-    preferred = [name for name in ("image", "img", "pixel", "pixel_values") if name in found]
+        raise UserError(
+            f"{spec!r} has {missing}; its columns are {columns}; name one of type Image, or of the bytes of files, "
+            "with ?image="
+        )
+    preferred = [name for name in IMAGE_COLUMNS if name in found]
     return wanted or (preferred + found)[0]
+
+
+def _holds_files(feature: Any) -> bool:
+    """Return whether a column that is not said to be one of images holds the bytes of files."""
+    if isinstance(feature, dict):
+        return _is_value(feature.get("bytes"), *BINARY) and feature.keys() <= {"bytes", "path"}
+    return _is_value(feature, *BINARY)
+
+
+def _is_value(feature: Any, *dtypes: str) -> bool:
+    return getattr(feature, "dtype", None) in dtypes
+
+
+def _type_of(feature: Any) -> str:
+    return f"of {', '.join(feature)}" if isinstance(feature, dict) else type(feature).__name__
 
 
 def _label_column(spec: str, dataset: Any, wanted: str | None) -> str | None:
@@ -120,8 +149,20 @@ def _label_column(spec: str, dataset: Any, wanted: str | None) -> str | None:
         raise UserError(f"{spec!r} has no column {wanted!r}; its columns are {', '.join(dataset.features)}")
     classes = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
     preferred = [name for name in ("label", "labels") if name in classes]
-    plain = ["label"] if "label" in dataset.features else []
+    plain = [name for name in ("label", "cls") if name in dataset.features]
     return wanted or next(iter(preferred + classes + plain), None)
+
+
+def _class_names(dataset: Any, column: str | None) -> list[str] | None:
+    """Return the names of the classes: of a column of classes, or the sorted texts of one of texts."""
+    from datasets import ClassLabel
+
+    feature = dataset.features[column] if column else None
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    if feature is None or not _is_value(feature, "string", "large_string"):
+        return None
+    return sorted(text for text in dataset.unique(column) if text is not None)
 
 
 def _encoded_images(dataset: Any, column: str) -> Any:
