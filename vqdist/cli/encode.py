@@ -10,10 +10,10 @@ from typing import Any
 
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
-from vqdist.data.specs import check_spec
-from vqdist.locations import find_local_export
 from vqdist.data.config import MAX_BAD_FRAC
+from vqdist.data.specs import check_spec
 from vqdist.errors import UserError, printable
+from vqdist.locations import find_local_export
 
 # a rank that has written its last shard waits in an exchange for those that have one more
 EXCHANGE_TIMEOUT = 7 * 24 * 60.0  # minutes; one that is silent is given up after --dist_timeout

@@ -112,7 +112,7 @@ class PretrainedModel(PyTorchModelHubMixin):
         path = save_directory / "model.safetensors"
         save_module(self.saved_part(), path)
         follow_umask(path)
-        facts = {"model_type": self.model_type, "image_size": self.image_size}
+        facts: dict[str, Any] = {"model_type": self.model_type, "image_size": self.image_size}
         if self.class_names is not None:
             facts["class_names"] = self.class_names
         config = {**self.configuration(), **facts, **(LIVE if self.buffers_are_live else {})}

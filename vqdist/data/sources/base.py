@@ -19,6 +19,7 @@ from vqdist.data.files import is_storage_failure, storage_error
 from vqdist.data.specs import FORMS
 from vqdist.errors import UserError, an
 from vqdist.data.images import EXTENSIONS, BadImageError, image_to_tensor
+from vqdist.data.specs import FORMS
 from vqdist.errors import UserError
 from vqdist.sizes import ImageSize
 

@@ -106,7 +106,7 @@ def _walk(folder: str) -> Iterator[tuple[str, bool]]:
     the first link in sorted order.
     """
     seen = {_identity(folder)}
-    folders, links = [""], []
+    folders, links = [""], list[str]()
     while folders or links:
         if not folders:
             links.sort(reverse=True)

@@ -52,7 +52,8 @@ def tar_members(path: str) -> list[Member]:
 
 
 def _members(file: BinaryIO, length: int) -> Iterator[Member]:
-    at, extended, long_name = 0, {}, None
+    extended: dict[str, str] = {}
+    at, long_name = 0, None
     while (header := _header(file, at, length)) is not None:
         kind, start = header[156:157], at + BLOCK
         size = _size(header, extended, at)

@@ -26,8 +26,8 @@ from vqdist.data.sources.base import (
     reason_of,
     words_of,
 )
-from vqdist.data.specs import absolute_path
 from vqdist.data.sources.tar_index import Member, tar_members
+from vqdist.data.specs import absolute_path
 from vqdist.errors import UserError
 
 LABEL = re.compile(r"-?[0-9]{1,9}")
