@@ -13,11 +13,9 @@ from typing import Any
 
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
-from vqdist.draw_options import DrawOptions
-from vqdist.errors import UserError, an
 from vqdist.data.classes import number_of
 from vqdist.draw_options import DrawOptions
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.locations import check_given
 from vqdist.sizes import sides_of
 

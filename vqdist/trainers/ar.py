@@ -20,8 +20,7 @@ from vqdist.data.codes import CodeDataset
 from vqdist.data.config import CODES
 from vqdist.data.loader import Batch
 from vqdist.drawing import draw_numbers
-from vqdist.errors import UserError, an
-from vqdist.errors import UserError, printable
+from vqdist.errors import UserError, an, printable
 from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reconstruct
 from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans
 from vqdist.models.autoregressive import AutoregressiveModel

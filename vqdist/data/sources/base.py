@@ -16,11 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from vqdist.data.files import is_storage_failure, storage_error
-from vqdist.data.specs import FORMS
-from vqdist.errors import UserError, an
 from vqdist.data.images import EXTENSIONS, BadImageError, image_to_tensor
 from vqdist.data.specs import FORMS
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.sizes import ImageSize
 
 USUAL_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
