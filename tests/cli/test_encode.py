@@ -19,10 +19,10 @@ from source_files import message_of, save
 from test_tokenizer import build
 from workers import killed_while_encoding
 
-from vqdist import Tokenizer, cores
+from vqdist import Tokenizer
 from vqdist.backends import create_backend
 from vqdist.cli import main
-from vqdist.data import loader
+from vqdist.data import cores, loader
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.encoding import CodeWriter, say_nothing

@@ -20,7 +20,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 # What each part may import of vqdist, besides itself; `cli -> trainers -> {...} -> leaves`.
 LEAVES = {
     *("vqdist.errors", "vqdist.files", "vqdist.options", "vqdist.parts", "vqdist.registries", "vqdist.storage"),
-    *("vqdist.draw_options", "vqdist.locations", "vqdist.sizes", "vqdist.version"),
+    *("vqdist.classes", "vqdist.draw_options", "vqdist.locations", "vqdist.sizes", "vqdist.version"),
 }
 PARTS = {
     "vqdist.errors": set(),
@@ -29,6 +29,7 @@ PARTS = {
     "vqdist.version": set(),
     "vqdist.parts": {"vqdist.errors"},
     "vqdist.registries": {"vqdist.parts"},
+    "vqdist.classes": {"vqdist.errors"},
     "vqdist.sizes": {"vqdist.errors", "vqdist.options"},
     "vqdist.draw_options": {"vqdist.errors"},
     "vqdist.locations": {"vqdist.errors", "vqdist.files"},

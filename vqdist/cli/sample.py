@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vqdist.classes import number_of
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
-from vqdist.data.classes import number_of
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an
 from vqdist.locations import check_given

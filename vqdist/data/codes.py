@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqdist.data.classes import checked_names, missing, numbers_among
+from vqdist.classes import checked_names, missing, numbers_among
 from vqdist.data.sources.base import checked_index
 from vqdist.errors import UserError
 from vqdist.files import read_json, sha256_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqdist.data.classes import missing, numbers_among
+from vqdist.classes import missing, numbers_among
 from vqdist.data.config import MAX_PIXELS
 from vqdist.data.images import BadImageError, check_channels, limited_to
 from vqdist.data.sources import Source, TensorSource, not_empty, open_source

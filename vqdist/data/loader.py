@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from vqdist.cores import cores_of_rank
 from vqdist.data.codes import CodeDataset
+from vqdist.data.cores import cores_of_rank
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.workers import Workers
 from vqdist.errors import UserError

@@ -13,7 +13,6 @@ import itertools
 import mmap
 import multiprocessing
 import os
-import pickle
 import random
 import resource
 import signal
@@ -24,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -283,7 +283,7 @@ def _failure(error: Exception) -> _Failure:
     mistake = isinstance(error, UserError)
     text = "" if mistake else "in a loader process:\n" + "".join(traceback.format_exception(error))
     try:
-        pickle.loads(pickle.dumps(error))
+        ForkingPickler.loads(ForkingPickler.dumps(error))  # as the connection does
     except Exception:  # an exception may hold anything
         error = UserError(str(error)) if mistake else RuntimeError(f"{type(error).__name__}: {error}")
     return _Failure(error, text)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqdist.data.classes import checked_names
+from vqdist.classes import checked_names
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json, reason_of
 from vqdist.locations import FILES, check_location, config_of_folder, find_export

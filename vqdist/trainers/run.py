@@ -16,7 +16,7 @@ import torch
 from vqdist.backends import Backend, peers
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.checkpoint import checkpoint_path, complete_steps
-from vqdist.data.classes import checked_names
+from vqdist.classes import checked_names
 from vqdist.data.sources import folder_of
 from vqdist.errors import UserError
 from vqdist.files import LEASE_SECONDS, FolderLock, lock_folder, read_json, write_json
@@ -101,7 +101,7 @@ class Run:
     def classes_before(self, now: Sequence[str] | None) -> Sequence[str] | None:
         """Return the class names by which the run began; None where they were not kept, `now` for a new run."""
         path = self.folder / "config.json"
-        if not path.is_file() or not self._has_begun():
+        if not path.is_file() or not self.has_begun():
             return now
         data = read_json(path).get("data")
         return checked_names(data.get("classes") if isinstance(data, dict) else None, path)

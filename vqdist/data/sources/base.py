@@ -61,6 +61,7 @@ class Source:
 
     @property
     def first_class_names(self) -> Sequence[str] | None:
+        """Return the names in the order in which they were numbered before names were kept."""
         return self.class_names
 
     def __init_subclass__(cls, **kwargs: Any):

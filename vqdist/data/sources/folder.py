@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-from vqdist.data.classes import in_order, listed
+from vqdist.classes import in_order, listed
 from vqdist.data.images import open_image
 from vqdist.data.sources.base import (
     PackedStrings,
