@@ -1,6 +1,7 @@
 """What all tests share: one thread, so that the machine's cores are for the processes that tests start."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and tests send it
 
 
 # relative to tests/: killed and stopped processes, clusters

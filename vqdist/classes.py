@@ -9,6 +9,7 @@ from vqdist.errors import UserError
 
 SHOWN = 8  # names in a message
 MOST_NAMES = 1_000_000
+MOST_DIGITS = 9  # of a number of a class
 
 
 def in_order(names: Sequence[str]) -> list[str]:
@@ -48,7 +49,7 @@ def number_of(given: str, names: Sequence[str] | None, num_classes: int) -> int:
     """
     if names and given in names:
         return list(names).index(given)
-    if given.isascii() and given.isdecimal() and int(given[:9]) == int(given) < num_classes:
+    if given.isascii() and given.isdecimal() and len(given) <= MOST_DIGITS and int(given) < num_classes:
         return int(given)
     known = f"0 to {num_classes - 1}" + (f", by name {listed(names)}" if names else "")
     raise UserError(f"class {given} is asked for; the model knows {known}")

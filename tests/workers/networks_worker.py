@@ -1,4 +1,4 @@
-"""Run by torchrun from test_networks.py: two steps of networks whose activations are computed anew.
+"""Run by torchrun from test_checkpointing.py: two steps of networks whose activations are computed anew.
 
 usage: networks_worker.py BACKEND FOLDER   (BACKEND is accelerate, fsdp2 or zero2, zero3)
 

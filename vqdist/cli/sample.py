@@ -227,12 +227,13 @@ def _labels(model, options):
     import torch
 
     given = getattr(options, "class")
-    if given is not None and model.num_classes:
-        given = number_of(str(given), model.class_names, model.num_classes)
-    label = 0 if isinstance(given, str) else given  # of a model that knows no classes, which says so
-    if label is None and model.num_classes:
+    if not model.num_classes:
+        if given is not None:
+            raise UserError(f"class {given} is asked for but the model knows no classes; leave it out")
+        return model.labels(None, options.num).cpu()
+    if given is None:
         return torch.arange(options.num) % model.num_classes
-    return model.labels(label, options.num).cpu()
+    return model.labels(number_of(str(given), model.class_names, model.num_classes), options.num).cpu()
 
 
 def _save_sheet(images, options) -> None:

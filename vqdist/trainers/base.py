@@ -43,10 +43,8 @@ from vqdist.trainers.run import Run
 from vqdist.trainers.steps import Left, Steps
 from vqdist.trainers.stop_request import FAULT, StopRequest
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 T = TypeVar("T")
+TrainerT = TypeVar("TrainerT", bound="Trainer")
 
 
 def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -626,7 +624,7 @@ class Trainer(ABC):
         where = f"{self.backend.title} x{self.backend.world_size}, {self.run.folder}"
         return f"{type(self).__name__}({type(self.model).__name__}, {how_far}, {where})"
 
-    def __enter__(self) -> Self:
+    def __enter__(self: TrainerT) -> TrainerT:
         return self
 
     def __exit__(

@@ -26,7 +26,7 @@ __all__ = ["FAMILIES", "Family", "family_named", "is_published", "read_published
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
 OWN_WEIGHTS = "model.safetensors"
 FOREIGN_KEYS = {"_class_name", "vq_config"}
-FOREIGN_TYPES = {"chameleon", "chameleon_vqgan", "janus", "janus_vqgan", "janus_vqmodel"}
+FOREIGN_TYPES = ("chameleon", "chameleon_vqgan", "janus", "janus_vqgan", "janus_vqmodel")
 
 
 def read_published(
@@ -87,8 +87,13 @@ def is_published(path: str | Path) -> bool:
     found = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not found:
         return False
-    config = _config_in(path)
-    if found[0].name != OWN_WEIGHTS or config.keys() & FOREIGN_KEYS or config.get("model_type") in FOREIGN_TYPES:
+    if found[0].name != OWN_WEIGHTS:
+        return True
+    try:
+        config = read_json(path / "config.json")
+    except UserError:  # an export that is damaged: whoever loads it says so
+        return False
+    if config.keys() & FOREIGN_KEYS or config.get("model_type") in FOREIGN_TYPES:
         return True
     return "model_type" not in config and not (config.keys() & LIVE.keys()) and not _holds_own_names(found[0])
 
