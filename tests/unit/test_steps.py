@@ -176,6 +176,16 @@ def test_a_training_that_goes_on_after_a_stop_has_its_trackers_again(tmp_path):
     assert lines.steps == [1, 2, 3, 4, 4] and lines.closed == 2  # the last is the validation's
 
 
+class Unreadable:
+    """An iterator that raises, as a loader of one's own may."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise OSError
+
+
 def test_a_body_that_raised_is_told_from_one_that_ended():
     class Watched:
         """An iterator that notes whether an error was on its way."""
@@ -204,7 +214,16 @@ def test_a_body_that_raised_is_told_from_one_that_ended():
     with pytest.raises(IndexError):
         for one in Watched(seen):
             [][one]
-    assert seen == [False, True, True, True]
+    for _ in zip(range(2), Watched(seen), strict=False):  # which ends while the other goes on
+        pass
+    with pytest.raises(OSError):  # of a loop in the body
+        for _ in Watched(seen):
+            for _ in Unreadable():
+                pass
+    with pytest.raises(OSError):
+        for _ in zip(Watched(seen), Unreadable(), strict=False):
+            pass
+    assert seen == [False, True, True, True, False, True, True]
 
 
 def test_two_trainings_at_once_share_the_signals_and_give_them_back(tmp_path):

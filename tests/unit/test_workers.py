@@ -57,6 +57,16 @@ def test_a_batch_stays_what_it_was_when_later_ones_are_read():
     assert [int(items) for items in kept] == [number**2 for number in range(12)]
 
 
+def test_requests_and_replies_longer_than_a_pipe_do_not_wait_for_one_another():
+    names = [[number] * 60_000 for number in range(6)]
+    signal.alarm(60)  # which ends this process, if they do
+    try:
+        loaded = list(loading(names, count=1, prefetch=4, nbytes=8))
+    finally:
+        signal.alarm(0)
+    assert [int(items[-1]) for items, _ in loaded] == [number**2 for number in range(6)]
+
+
 def test_an_endless_stream_is_read_only_as_far_as_it_is_kept_ready():
     asked = []
     stream = loading((asked.append(number) or [number] for number in itertools.count()), prefetch=3)

@@ -13,10 +13,12 @@ import itertools
 import mmap
 import multiprocessing
 import os
+import queue
 import random
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -245,13 +247,36 @@ def _serve(
     set_up()
     _seed(number)
     parent = os.getppid()
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+    # read in a thread, at any time: a parent that waits to send a long request takes no reply, and a reply that waits
+    # to be taken would keep this process from the request
+    requests: queue.SimpleQueue[tuple[Any] | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
+    with contextlib.suppress(OSError, KeyboardInterrupt):
         for turn in itertools.count():
-            while not connection.poll(LOOK):
-                if os.getppid() != parent:
-                    return
-            slot = slots[turn % len(slots)] if slots else None
-            connection.send(_answer(load, connection.recv(), slot))
+            request = _next_of(requests, parent)
+            if request is None:
+                return
+            connection.send(_answer(load, *request, slots[turn % len(slots)] if slots else None))
+
+
+def _receive(connection: Connection, requests: queue.SimpleQueue[tuple[Any] | None]) -> None:
+    """Queue requests until the parent closes the connection, and None then."""
+    try:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                requests.put((connection.recv(),))
+    finally:
+        requests.put(None)
+
+
+def _next_of(requests: queue.SimpleQueue[tuple[Any] | None], parent: int) -> tuple[Any] | None:
+    """Return the next request; None where the parent has closed the connection or is gone."""
+    while True:
+        try:
+            return requests.get(timeout=LOOK)
+        except queue.Empty:
+            if os.getppid() != parent:
+                return None
 
 
 def _seed(number: int) -> None:

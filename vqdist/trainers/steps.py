@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import sys
 from collections.abc import Generator, Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 
 from torch import Tensor
 
@@ -82,6 +83,18 @@ def left_by_error(frame: FrameType | None) -> bool:
     while frame is not None:
         name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
         if name not in WAITING:
-            return name not in DROPPING
+            return name not in DROPPING or (name == "FOR_ITER" and _has_raised(frame))
         frame = frame.f_back
     return True
+
+
+def _has_raised(frame: FrameType) -> bool:
+    """Return whether an error came out of the instruction at which a frame is, as a traceback still says.
+
+    The iterator of a loop within the body may raise; `FOR_ITER` also drops an iterator when another one ends, as of
+    `zip`. To find the traceback takes some ten milliseconds, once.
+    """
+    return any(
+        isinstance(found, TracebackType) and found.tb_frame is frame and found.tb_lasti == frame.f_lasti
+        for found in gc.get_referrers(frame)
+    )
