@@ -155,6 +155,15 @@ def test_the_share_of_broken_images_is_limited_and_counted(tmp_path, share, ends
         assert counted == sorted(counted) and counted[-1] == 4  # 120 images are more than all
 
 
+def test_broken_images_of_the_last_validation_end_no_run(tmp_path):
+    folder = images(tmp_path / "images", 20)
+    options = {**QUICK, "folder": folder, "valid_frac": 0.05, "num_train_steps": 2, "validate_every": 2}
+    trainer = build_trainer(tmp_path / "run", valid=images(tmp_path / "valid", 8, bad=(3, 5)), **options)
+    trainer.save_pictures = lambda path: None
+    assert trainer.train()["images"] == 8
+    assert complete_steps(tmp_path / "run/checkpoints") == [2]
+
+
 def test_one_broken_image_of_few_is_skipped(tmp_path):
     folder = images(tmp_path / "images", 12, bad=(3,))
     build_trainer(tmp_path / "run", folder=folder, **{**QUICK, "num_train_steps": 4}).train()

@@ -65,9 +65,12 @@ class Feed:
         return self._held.popleft()
 
     def read_ahead(self, steps: int, count: int, images: int) -> None:
-        """Read as far as the next steps need it, at most so many; an error becomes the `problem`."""
+        """Read as far as the next steps need it, at most so many; an error becomes the `problem`.
+
+        After the last step nothing can be one: too many broken images, which a validation may find, end no run there.
+        """
         depth = min(steps, 1 if self.backend.world_size == 1 else 2)
-        if self.problem is None:
+        if self.problem is None and depth > 0:
             try:
                 with self.report.waiting_for_data(), self.stop.breaking_off():
                     self.bad_images.check()
