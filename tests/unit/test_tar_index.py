@@ -57,6 +57,17 @@ def test_links_and_folders_are_passed_over(tmp_path):
     assert tar_members(str(tmp_path / "a.tar")) == []
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE])
+def test_what_has_no_content_may_say_a_size(tmp_path, kind):
+    """A link that of its file, a folder the room that it may take: the next header follows at once."""
+    path = tmp_path / "a.tar"
+    sized = header(kind=(156, kind), size=(124, b"00000001274\0"))
+    path.write_bytes(sized + write(path).read_bytes())
+    with tarfile.open(path) as tar:
+        expected = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+    assert [tuple(member) for member in tar_members(str(path))] == expected and len(expected) == 3
+
+
 def test_no_cut_is_silent(tmp_path):
     content = write(tmp_path / "a.tar").read_bytes()
     end = 3 * (512 + 1024)

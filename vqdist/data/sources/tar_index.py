@@ -17,6 +17,8 @@ LARGEST_EXTENSION = 2**20  # bytes of a long name or of extended headers
 LONGEST_NAME = 4096
 AFTER_THE_END = 2**20  # bytes that may follow the mark of the end: writers fill up to the size of a record
 REGULAR = (b"0", b"\0", b"7")
+WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, folders and pipes: no content follows, whatever size a header says, as of the file of a link."""
 LONG_NAME, LONG_LINK, EXTENDED, GLOBAL = b"L", b"K", b"x", b"g"
 SPARSE = (b"S",)
 
@@ -56,7 +58,7 @@ def _members(file: BinaryIO, length: int) -> Iterator[Member]:
     at, long_name = 0, None
     while (header := _header(file, at, length)) is not None:
         kind, start = header[156:157], at + BLOCK
-        size = _size(header, extended, at)
+        size = 0 if kind in WITHOUT_CONTENT else _size(header, extended, at)
         if start + size > length:
             raise _Broken(f"it ends {start + size - length} bytes too early: the entry at byte {at} has {size} bytes")
         at = start + -(-size // BLOCK) * BLOCK
@@ -134,14 +136,15 @@ def _content(file: BinaryIO, start: int, size: int) -> bytes:
 def _records(content: bytes) -> dict[str, str]:
     """Return the extended headers of the next entry: `LENGTH KEY=VALUE` and a line end each."""
     records: dict[str, str] = {}
-    while content.strip(b"\0"):
-        digits, _, _ = content[:20].partition(b" ")
+    content, at = content.rstrip(b"\0"), 0
+    while at < len(content):
+        digits, _, _ = content[at : at + 20].partition(b" ")
         length = int(digits) if digits.isdigit() else 0
-        key, equals, value = content[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals or not len(digits) < length <= len(content):
+        key, equals, value = content[at + len(digits) + 1 : at + length - 1].partition(b"=")
+        if not equals or not len(digits) < length <= len(content) - at:
             raise _Broken("an extended header is broken")
         records[_text(key)] = _text(value)
-        content = content[length:]
+        at += length
     return records
 
 
