@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,10 +20,28 @@ def derive_seed(*parts: int | str) -> int:
 
 def seed_everything(*parts: int | str) -> None:
     """Seed Python's, NumPy's and torch's global generators (all devices) from these parts."""
+    seed_host(*parts)
+    torch.manual_seed(derive_seed(*parts))
+
+
+def seed_host(*parts: int | str) -> None:
+    """Seed Python's, NumPy's and torch's global generators from these parts; those of devices stay as they are."""
     seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def host_generators_kept() -> Iterator[None]:
+    """Let the global generators of the host go on after this context as if nothing had been drawn in it."""
+    python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
 
 
 def generator_states() -> dict[str, Tensor]:

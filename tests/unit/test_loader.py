@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,16 +72,18 @@ def test_an_impossible_split_is_refused(length, valid_frac):
         split_indices(length, valid_frac=valid_frac, seed=0)
 
 
-def batches(num_workers: int, count: int = 6) -> list[torch.Tensor]:
-    dataset = ImageDataset("synthetic:10", 16, augment=True, seed=3)
+def batches(
+    num_workers: int, count: int = 6, *, source="synthetic:10", batch_size=4, rank=0, world_size=1, position=0
+) -> list[torch.Tensor]:
+    dataset = ImageDataset(source, 16, augment=True, seed=3)
     loader = train_loader(
         dataset,
         torch.arange(10),
         seed=3,
-        batch_size=4,
-        rank=0,
-        world_size=1,
-        position=0,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        position=position,
         num_workers=num_workers,
         pin_memory=False,
         prefetch_factor=2,
@@ -92,12 +96,33 @@ def test_images_do_not_depend_on_the_number_of_workers():
         assert torch.equal(alone, with_workers)
 
 
-def test_loading_leaves_the_global_random_state_alone():
+class AtRandom(torch.utils.data.Dataset):
+    """A dataset that draws from every global generator, as augmentations of one's own do."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        drawn = torch.rand(1).item(), random.random(), np.random.rand()
+        return torch.tensor(drawn)[:, None, None].expand(3, 16, 16)
+
+
+def test_chance_in_a_dataset_of_ones_own_belongs_to_the_image():
+    alone = torch.cat(batches(0, source=AtRandom()))
+    assert len(alone[:, 0, 0, 0].unique()) == len(alone)  # other numbers in every epoch
+    assert torch.equal(torch.cat(batches(2, source=AtRandom())), alone)
+    ranks = [batches(1, source=AtRandom(), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    assert torch.equal(torch.cat([half for both in zip(*ranks, strict=True) for half in both]), alone)
+    assert torch.equal(torch.cat(batches(1, 3, source=AtRandom(), position=12)), alone[12:])
+
+
+@pytest.mark.parametrize("source", ["synthetic:10", AtRandom()], ids=["a source", "a dataset"])
+def test_loading_leaves_the_global_random_state_alone(source):
     torch.manual_seed(0)
-    before = torch.get_rng_state()
-    batches(0)
-    batches(1, count=2)
-    assert torch.equal(before, torch.get_rng_state())
+    before = torch.get_rng_state(), random.getstate()
+    batches(0, source=source)
+    batches(1, count=2, source=source)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
 
 
 def test_validation_counts_each_image_once_over_ranks():

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch.utils.data import Sampler
 from vqdist.data.codes import CodeDataset
 from vqdist.data.cores import cores_of_rank
 from vqdist.data.dataset import ImageDataset
+from vqdist.data.sources import TensorSource
 from vqdist.data.workers import Workers
 from vqdist.errors import UserError
-from vqdist.seeding import derive_seed
+from vqdist.seeding import derive_seed, host_generators_kept, seed_host
 from vqdist.stopping import protect_worker, training_flag
 
 
@@ -111,19 +112,28 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
 
 
 class _Fetcher:
-    """Loads a batch of (epoch, index) from one split of the dataset; what a loader process runs."""
+    """Loads a batch of (epoch, index) from one split of the dataset; what a loader process runs.
+
+    A dataset of tensors of one's own may crop or flip at random. It draws from the global generators, which are seeded
+    for each image: so it gives the same on any rank, in any process, and after a resume.
+    """
 
     def __init__(self, dataset: ImageDataset | CodeDataset, indices: Tensor, labels: bool):
         self.dataset = dataset
         self.indices = indices
         self.labels = labels
+        own = isinstance(dataset, ImageDataset) and isinstance(dataset.source, TensorSource)
+        self._seed = cast(ImageDataset, dataset).seed if own else None
 
     def __call__(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, tuple[list[int], list[str]]]:
         """Return the items (b, ...), their classes, and the names of the images that were replaced."""
-        items, labels, bad = zip(*(self._fetch(*place) for place in places), strict=True)
+        with nullcontext() if self._seed is None else host_generators_kept():
+            items, labels, bad = zip(*(self._fetch(*place) for place in places), strict=True)
         return torch.stack(items), (list(labels), [name for names in bad for name in names])
 
     def _fetch(self, epoch: int, index: int) -> tuple[Tensor, int, tuple[str, ...]]:
+        if self._seed is not None:
+            seed_host("dataset", self._seed, epoch, index)
         if not self.labels:
             item, bad = self.dataset.fetch(epoch, index, among=self.indices)
             return item, -1, bad

@@ -14,7 +14,6 @@ import mmap
 import multiprocessing
 import os
 import queue
-import random
 import resource
 import signal
 import sys
@@ -28,7 +27,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,9 +100,9 @@ class Workers:
         self._workers: list[_Worker] = []
         raise_limit_of_descriptors()
         try:
-            for number in range(count):
+            for _ in range(count):
                 ends = [worker.connection for worker in self._workers]
-                self._workers.append(_Worker(load, number, prefetch, nbytes, set_up, ends))
+                self._workers.append(_Worker(load, prefetch, nbytes, set_up, ends))
         except OSError as error:
             self.close()
             raise LoaderLost(
@@ -195,7 +193,6 @@ class _Worker:
     def __init__(
         self,
         load: Load,
-        number: int,
         prefetch: int,
         nbytes: int,
         set_up: Callable[[], None],
@@ -207,7 +204,7 @@ class _Worker:
         forked = multiprocessing.get_start_method() == "fork"
         self.slots = [mmap.mmap(-1, max(1, nbytes)) for _ in range(prefetch)] if forked else []
         self._next = 0
-        arguments = (load, number, theirs, self.slots, set_up, [*inherited, self.connection] if forked else [])
+        arguments = (load, theirs, self.slots, set_up, [*inherited, self.connection] if forked else [])
         self.process = multiprocessing.Process(target=_serve, args=arguments, daemon=True)
         try:
             self.process.start()
@@ -235,7 +232,6 @@ class _Worker:
 
 def _serve(
     load: Load,
-    number: int,
     connection: Connection,
     slots: list[mmap.mmap],
     set_up: Callable[[], None],
@@ -245,7 +241,6 @@ def _serve(
     for other in inherited:
         other.close()
     set_up()
-    _seed(number)
     parent = os.getppid()
     # read in a thread, at any time: a parent that waits to send a long request takes no reply, and a reply that waits
     # to be taken would keep this process from the request
@@ -277,13 +272,6 @@ def _next_of(requests: queue.SimpleQueue[tuple[Any] | None], parent: int) -> tup
         except queue.Empty:
             if os.getppid() != parent:
                 return None
-
-
-def _seed(number: int) -> None:
-    """Let chance in a dataset of one's own differ between processes."""
-    torch.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number)
 
 
 def _answer(load: Load, batch: Any, slot: mmap.mmap | None) -> _Batch | _Failure:
