@@ -19,6 +19,7 @@ from vqdist.data.files import StorageError
 from vqdist.data.sources import Source
 from vqdist.errors import UserError
 from vqdist.stopping import Stopped
+from vqdist.trainers.stop_request import FAULT
 
 
 class Failing(Source):
@@ -107,6 +108,17 @@ def test_a_signal_breaks_off_the_wait_for_images(tmp_path, num_workers, number):
     with pytest.raises(Stopped):
         trainer.train()
     assert time.monotonic() - began < 10 and complete_steps(tmp_path / "run/checkpoints") == [2]
+
+
+def test_a_loop_that_is_left_while_a_rank_has_no_images_ends_alike(tmp_path):
+    """Ranks may learn of it in a validation of the step after which the body breaks."""
+    trainer = trainer_of(tmp_path, raising(SYSTEM[0]), after=100)
+    loop = trainer.steps()
+    next(loop)
+    trainer.stop.number = FAULT  # of another rank
+    with pytest.raises(UserError, match=r"another rank has no images to train on, and says why; step 1 is saved"):
+        loop.close()
+    assert complete_steps(tmp_path / "run/checkpoints") == [1]
 
 
 def test_nothing_is_read_beyond_the_last_step(tmp_path):

@@ -13,13 +13,14 @@ PROC = Path("/proc/self/cgroup")
 def cores_of_rank() -> int:
     """Return the cores that one rank may use: its share of those that the ranks on this node have together.
 
-    Tasks that Slurm started have cores of their own, so nothing is divided there.
+    Tasks that Slurm started have cores of their own, so nothing is divided there. They are as many as
+    `--cpus-per-task` says, or those that the task is bound to, as by `--cpus-per-gpu`.
     """
-    cores = cores_of_process()
-    tasks = _number("SLURM_CPUS_PER_TASK")
-    if tasks and _is_slurm_task():
-        return max(1, min(cores, tasks))
-    on_node = _number("SLURM_CPUS_ON_NODE")
+    cores, on_node = cores_of_process(), _number("SLURM_CPUS_ON_NODE")
+    if _is_slurm_task():
+        tasks = _number("SLURM_CPUS_PER_TASK")
+        if tasks or cores < on_node:
+            return max(1, min(cores, tasks or cores))
     if on_node:
         cores = min(cores, on_node)
     return max(1, cores // max(1, _number("LOCAL_WORLD_SIZE")))

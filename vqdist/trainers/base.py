@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -408,14 +408,12 @@ class Trainer(ABC):
     def _stop_if_asked(self) -> None:
         """Save and raise `Stopped` once all ranks know that one of them received a signal."""
         number = self.stop.asked()
-        if number == FAULT:
-            self._end_without_data()
         # what is left of a run after its last step is `finish`
         broken_off = self.report.validation_broken_off or self.report.picture_broken_off
-        if number and (self.step != self.num_train_steps or broken_off):
+        if number and (number == FAULT or self.step != self.num_train_steps or broken_off):
             self._stop(number)
 
-    def _end_without_data(self) -> None:
+    def _end_without_data(self) -> NoReturn:
         """Save, and raise what keeps a rank from the images of a coming step; every rank calls this."""
         problem = self.feed.problem
         self.feed.forget()
@@ -448,7 +446,10 @@ class Trainer(ABC):
                 self.resume.checkpoint_unless_saved()
                 self.resume.settle()
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, number: int) -> NoReturn:
+        """Save, and raise `Stopped`, or what keeps a rank from its images; every rank calls this."""
+        if number == FAULT:
+            self._end_without_data()
         self.resume.checkpoint_unless_saved()
         self.resume.settle()
         self.report.close()
