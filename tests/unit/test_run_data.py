@@ -39,6 +39,21 @@ def folders(tmp_path) -> tuple[Path, Path]:
     return tmp_path / "train", tmp_path / "valid"
 
 
+class AtRandom(Dataset):
+    """A dataset of one's own that draws from torch's generator."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int):
+        return torch.rand(3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_pictures_show_the_same_and_draw_nothing_from_the_run():
+    data, before = data_of(AtRandom(), folder=None), torch.get_rng_state()
+    assert torch.equal(data.shown(3), data.shown(3)) and torch.equal(torch.get_rng_state(), before)
+
+
 class Mirroring(Dataset):
     """A dataset of one's own that augments by itself: every look at an image is another one."""
 

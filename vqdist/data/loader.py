@@ -232,6 +232,11 @@ def listed_loader(
     )
 
 
+def first_items(dataset: ImageDataset | CodeDataset, indices: Tensor, count: int) -> Tensor:
+    """Return the items (n, ...) at the first of these indices, at most so many, the same at each call."""
+    return _Fetcher(dataset, indices, labels=False)([(0, int(index)) for index in indices[:count]])[0]
+
+
 def default_workers() -> int:
     """Loader processes of a rank where the user says nothing: up to 4, as its cores allow."""
     return max(0, min(4, cores_of_rank() - 1))

@@ -14,7 +14,15 @@ from vqdist.backends import Backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
-from vqdist.data.loader import Batch, Split, default_workers, split_indices, train_loader, valid_loader
+from vqdist.data.loader import (
+    Batch,
+    Split,
+    default_workers,
+    first_items,
+    split_indices,
+    train_loader,
+    valid_loader,
+)
 from vqdist.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +141,7 @@ class RunData:
     def shown(self, count: int) -> Tensor:
         """Return the images (n, c, h, w) of pictures, at most so many and the same at every step."""
         indices = self.split.valid if len(self.split.valid) else self.split.train
-        return torch.stack([self.valid.fetch(0, int(index), among=indices)[0] for index in indices[:count]])
+        return first_items(self.valid, indices, count)
 
     @property
     def num_workers(self) -> int:
