@@ -187,9 +187,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            if not self._noting:
+            self._noting.append(self)  # first: a signal may come as soon as the handlers are there
+            if len(self._noting) == 1:
                 self._take_over()
-            self._noting.append(self)
         self._training.append(self)
         training_flag().fill_(1)
         self.received, UntilTheEnd.kept = UntilTheEnd.kept or self.received, 0

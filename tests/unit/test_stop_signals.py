@@ -135,6 +135,20 @@ def test_a_process_that_is_the_command_is_deaf_at_its_end(monkeypatch):
             signal.signal(number, handler)
 
 
+def test_a_signal_while_the_handlers_are_set_is_noted(monkeypatch):
+    setting = signal.signal
+
+    def set_and_get_one(number, handler):
+        before = setting(number, handler)
+        if number == signal.SIGTERM and handler == StopSignals._note_all:
+            os.kill(os.getpid(), number)
+        return before
+
+    monkeypatch.setattr(signal, "signal", set_and_get_one)
+    with StopSignals() as signals:
+        assert signals.received == signal.SIGTERM
+
+
 def test_signals_are_noted_and_given_back():
     before = {number: signal.getsignal(number) for number in CODES}
     with StopSignals() as signals:
