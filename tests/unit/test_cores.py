@@ -32,7 +32,7 @@ def machine(tmp_path, monkeypatch):
         (1, {"LOCAL_WORLD_SIZE": "8"}, 1),
         (96, {**TASK, "SLURM_CPUS_PER_TASK": "6"}, 6),
         (4, {**TASK, "SLURM_CPUS_PER_TASK": "6"}, 4),
-        (12, TASK, 12),  # as --cpus-per-gpu binds them
+        (12, TASK, 12),  # as --cpus-per-gpu binds them; scripts export LOCAL_WORLD_SIZE
         (96, TASK, 12),  # of a cluster that binds no task
         (96, {**TASK, "SLURM_STEP_NUM_TASKS": "1"}, 12),  # torchrun in one task
         (96, {"LOCAL_WORLD_SIZE": "many"}, 96),

@@ -92,7 +92,7 @@ def _has_raised(frame: FrameType) -> bool:
     """Return whether an error came out of the instruction at which a frame is, as a traceback still says.
 
     The iterator of a loop within the body may raise; `FOR_ITER` also drops an iterator when another one ends, as of
-    `zip`. To find the traceback takes some ten milliseconds, once.
+    `zip`. To find the traceback takes a tenth of a second, once.
     """
     return any(
         isinstance(found, TracebackType) and found.tb_frame is frame and found.tb_lasti == frame.f_lasti
