@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from vqdist import UserError
 from vqdist.backends.local import LocalBackend
+from vqdist.trainers import data as data_module
 from vqdist.trainers.config import TrainerConfig, build_config
 from vqdist.trainers.data import RunData, open_images
 
@@ -37,6 +38,19 @@ def folders(tmp_path) -> tuple[Path, Path]:
             pixels[:, : IMAGE_SIZE // 2] = 255 if name == "train" else 100 + index
             Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
     return tmp_path / "train", tmp_path / "valid"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "dist_timeout", "expected"), [(1, 10.0, 1800), (2, 10.0, 480), (2, 600.0, 1800), (2, 0.5, 60)]
+)
+def test_a_loader_that_hangs_is_given_up_before_the_other_ranks_give_up_this_one(world_size, dist_timeout, expected):
+    backend = LocalBackend()
+    backend.world_size = world_size
+    given = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_module, "train_loader", lambda *_, **options: given.update(options))
+        data_of(dist_timeout=dist_timeout).train_batches(backend, 0, labels=False)
+    assert given["patience"] == expected
 
 
 class AtRandom(Dataset):

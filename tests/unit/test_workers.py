@@ -91,12 +91,13 @@ def test_a_process_that_ends_is_said_in_one_line(number, expected):
     assert multiprocessing.active_children() == []
 
 
-def test_a_process_that_hangs_is_said_and_given_up(monkeypatch, capsys):
+@pytest.mark.parametrize("patience", [None, 0.4])
+def test_a_process_that_hangs_is_said_and_given_up(monkeypatch, capsys, patience):
     monkeypatch.setattr(workers, "LOOK", 0.05)
     monkeypatch.setattr(workers, "SLOW", 0.1)
-    monkeypatch.setattr(workers, "GIVE_UP", 0.4)
+    monkeypatch.setattr(workers, "GIVE_UP", 0.4 if patience is None else 600.0)
     with pytest.raises(LoaderLost, match="gave nothing for 0 minutes while it read .*hang"):
-        list(loading([[0], ["hang"]]))
+        list(loading([[0], ["hang"]], patience=patience))
     assert capsys.readouterr().err.count("vqdist: warning: waiting for images since") == 1
     assert multiprocessing.active_children() == []
 

@@ -159,6 +159,7 @@ def train_loader(
     pin_memory: bool,
     prefetch_factor: int,
     labels: bool = False,
+    patience: float | None = None,
 ) -> Generator[Batch, None, None]:
     """Return an endless loader of this rank's micro-batches from a position of the stream on."""
     sampler = PositionSampler(
@@ -171,6 +172,7 @@ def train_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
+        patience=patience,
     )
     with closing(batches):
         for batch, places in zip(batches, sampler.places()):
@@ -188,6 +190,7 @@ def valid_loader(
     pin_memory: bool = False,
     prefetch_factor: int = 2,
     labels: bool = False,
+    patience: float | None = None,
 ) -> Iterator[Batch]:
     """Return this rank's share of the images, each once over all ranks.
 
@@ -202,6 +205,7 @@ def valid_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor,
+        patience=patience,
     )
 
 
@@ -250,6 +254,7 @@ def _loader(
     num_workers: int,
     pin_memory: bool,
     prefetch_factor: int,
+    patience: float | None = None,
 ) -> Generator[Batch, None, None]:
     pin_memory = pin_memory and torch.cuda.is_available()
     if not num_workers:
@@ -265,6 +270,7 @@ def _loader(
         set_up=partial(_set_up_worker, training=training_flag()),
         describe=fetcher.names,
         pin_memory=pin_memory,
+        patience=patience,
     )
     with closing(workers):
         for items, (labels, bad) in workers:

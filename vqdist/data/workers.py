@@ -80,6 +80,7 @@ class Workers:
         set_up: called in each process first.
         describe: what a batch's name stands for, in messages.
         pin_memory: whether items come in page-locked memory.
+        patience: seconds of waiting for a batch after which a process counts as lost; by default `GIVE_UP`.
     """
 
     def __init__(
@@ -93,10 +94,12 @@ class Workers:
         set_up: Callable[[], None],
         describe: Callable[[Any], str],
         pin_memory: bool = False,
+        patience: float | None = None,
     ):
         self.batches = iter(batches)
         self.describe = describe
         self.pin_memory = pin_memory
+        self.patience = GIVE_UP if patience is None else patience
         self._workers: list[_Worker] = []
         raise_limit_of_descriptors()
         try:
@@ -151,7 +154,7 @@ class Workers:
             if worker.connection not in ready and worker.process.sentinel in ready and not worker.connection.poll():
                 raise self._lost(worker)
             waited = time.monotonic() - began
-            if waited > GIVE_UP:
+            if waited > self.patience:
                 raise LoaderLost(
                     f"loader process {worker.process.pid} gave nothing for {waited / 60:.0f} minutes while it read "
                     f"{self.describe(worker.asked[0])}; look at the storage, and start the same command again"

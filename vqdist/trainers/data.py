@@ -23,12 +23,14 @@ from vqdist.data.loader import (
     train_loader,
     valid_loader,
 )
+from vqdist.data.workers import GIVE_UP, SLOW
 from vqdist.errors import UserError
 
 if TYPE_CHECKING:
     from vqdist.trainers.config import TrainerConfig
 
 Images = ImageDataset | CodeDataset
+SHARE_OF_TIMEOUT = 0.8  # of `dist_timeout`, for a loader process that gives nothing
 SMALL = 512  # images to validate on for which no loader process is started
 
 
@@ -159,4 +161,14 @@ class RunData:
             "pin_memory": self.pin_memory(backend.device),
             "prefetch_factor": self.config.prefetch_factor,
             "labels": labels,
+            "patience": self._patience(backend),
         }
+
+    def _patience(self, backend: Backend) -> float:
+        """Return the seconds in which a loader process must give a batch.
+
+        They end before the other ranks, which wait in an exchange, give up this one: then all can still save.
+        """
+        if backend.world_size == 1:
+            return GIVE_UP
+        return min(GIVE_UP, max(SLOW, SHARE_OF_TIMEOUT * 60 * self.config.dist_timeout))
