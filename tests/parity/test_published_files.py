@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -278,7 +279,164 @@ def test_a_model_that_a_project_has_no_form_for(family, tmp_path):
         )
 
 
+MOVED = {"class_path": "cvq", "init_args": {"codebook_size": 8}}
+FREE, NORMED = (
+    {"class_path": "gradient_vq", "init_args": {"codebook_size": 8, "l2_norm": on}} for on in (False, True)
+)
+NO_FORM = {
+    **{f"{family}, moved codes": (family, MOVED) for family in ("taming", "llamagen", "diffusers")},
+    "taming, codes of length 1": ("taming", NORMED),
+    "llamagen, codes of any length": ("llamagen", FREE),
+    "janus": ("janus", FREE),
+    "chameleon": ("chameleon", FREE),
+}
+
+
+@pytest.mark.parametrize("case", NO_FORM)
+def test_codes_that_a_file_could_not_say_are_not_written(case, tmp_path):
+    family, quantizer = NO_FORM[case]
+    model = taming_network(quantizer)
+    reason = "are read and not written" if family in ("janus", "chameleon") else "has no form in"
+    assert reason in refusal(lambda: write_published(model, family, tmp_path / "out"))
+
+
+def taming_network(quantizer, **changes) -> VQGanVAE:
+    arguments = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [128], "z_channels": 4}
+    parts = {half: {"class_path": "taming", "init_args": {**arguments, **changes}} for half in ("encoder", "decoder")}
+    return VQGanVAE(**parts, quantizer=quantizer, use_vgg_and_gan=False).eval()
+
+
+# files that were made to do harm
+
+
+BAD_TENSORS = {
+    "numbers that the file has not": torch.zeros(1).half().expand(10**12, 6),
+    "sparse": torch.eye(24, 6).to_sparse(),
+    "no numbers at all": torch.zeros(24, 6, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_tensors_without_all_their_numbers_are_refused(case, tmp_path):
+    path = saved(tmp_path, {"state_dict": changed(**{"quantize.embedding.weight": BAD_TENSORS[case]})})
+    assert "has quantize.embedding.weight of shape" in refusal(lambda: read_published(path))
+    assert "without all its numbers" in refusal(lambda: read_published(path, family="taming"))
+
+
+BAD_SHAPES = {
+    "no rank": {"encoder.conv_in.weight": torch.zeros(())},
+    "no channels": {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)},
+    "a row of codes": {"quantize.embedding.weight": torch.zeros(24)},
+    "a billion blocks": {"decoder.up.0.block.999999999.norm1.weight": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHAPES)
+def test_shapes_that_say_no_network_are_refused(case, tmp_path):
+    path = saved(tmp_path, changed(**BAD_SHAPES[case]))
+    expected = (
+        "too few for num_res_blocks 999999999" if "blocks" in case else "a shape of its tensors is none of taming"
+    )
+    assert expected in refusal(lambda: read_published(path))
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused(tmp_path):
+    path, bomb = saved(tmp_path, weights("taming_vqgan")), tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in whole.namelist():
+            packed.writestr(entry, bytes(10**5) if "/data/" in entry else whole.read(entry))
+    assert "would unpack to" in refusal(lambda: read_published(bomb))
+    assert read_published(path).codebook_size == 24
+
+
+TOO_LARGE = {
+    "codes": {"n_embed": 10**13},
+    "channels": {"ddconfig": {"z_channels": 10**12}},
+    "blocks": {"ddconfig": {"num_res_blocks": 10**7}},
+    "width": {"ddconfig": {"ch": 10**9}},
+}
+NOT_SO = {
+    "a number for a group": ("taming_vqgan", {"ddconfig": 5}),
+    "a word for a number": ("var_vqvae", {"quant_resi": "half", "v_patch_nums": [1, 2, 8]}),
+    "a number for a list": ("var_vqvae", {"v_patch_nums": 5}),
+    "a group of images": ("open_magvit2", {"ddconfig": 3}),
+    "sizes": ("titok_stage1", {"sizes": {"enc": [1]}}),
+    "a side": ("maskgit_vqgan", {"resolution": "large"}),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_sizes_are_compared_before_memory_is_taken(case, tmp_path):
+    path = saved(tmp_path, weights("taming_vqgan"))
+    refusal(lambda: read_published(path, peer_config=TOO_LARGE[case]))
+
+
+@pytest.mark.parametrize("case", NOT_SO)
+def test_options_of_another_type_are_refused(case, tmp_path):
+    family, config = NOT_SO[case]
+    path = FOLDER / family / "weights.safetensors"
+    message = refusal(lambda: read_published(path, peer_config=config))
+    assert "option of its configuration, is none of" in message or "image_size 'large' is not possible" in message
+
+
 # configurations
+
+
+ALONE = {
+    "llamagen_vq": ({"codebook_l2_norm": False}, lambda model: model.quantizer.l2_norm is False),
+    "taming_gumbel": ({"kl_weight": 0.5}, lambda model: model.quantizer.kl_weight == 0.5),
+    "ibq": ({"entropy_temperature": 0.5, "a": "IBQ"}, lambda model: model.quantizer.entropy_temperature == 0.5),
+    "titok_rgb": (
+        {"use_l2_norm": True, "sizes": {}},
+        lambda model: model.quantizer.l2_norm,
+    ),
+    "muse_vqgan": ({"l2_recon_loss": True}, lambda model: model.l2_recon_loss),
+}
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_one_option_alone_is_read(family):
+    config, holds = ALONE[family]
+    folder = FOLDER / family
+    path = next(folder / name for name in ("weights.safetensors", "vae.0.pt") if (folder / name).is_file())
+    if "sizes" in config:
+        config = {**config, "sizes": json.loads((folder / "config.json").read_text())["arguments"]["sizes"]}
+    assert holds(read_published(path, peer_config=config))
+
+
+def test_a_configuration_beside_a_file_of_the_hub_is_read(tmp_path):
+    save_file(weights("llamagen_vq"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"codebook_l2_norm": false}')
+    assert not read_published(tmp_path / "model.safetensors").quantizer.l2_norm
+    assert not read_published(tmp_path).quantizer.l2_norm
+
+
+def test_a_configuration_of_taming_is_not_of_ibq_however_many_the_blocks(tmp_path):
+    model = taming_network(FREE, num_res_blocks=4)
+    write_published(model, "taming", tmp_path / "last.ckpt")
+    for target, expected in (("taming.models.vqgan.VQModel", "GradientVQ"), ("src.IBQ.models.ibqgan.IBQ", "IBQ")):
+        config = {"model": {"target": target, "params": {"n_embed": 8}}}
+        found = read_published(tmp_path / "last.ckpt", peer_config=config)
+        assert type(found.quantizer).__name__ == expected
+    assert type(read_published(tmp_path / "last.ckpt").quantizer).__name__ == "IBQ"  # as only IBQ was published
+
+
+def test_fewer_scales_than_convolutions(tmp_path):
+    path = saved(tmp_path, {name: one for name, one in weights("var_vqvae").items() if "ema_vocab" not in name})
+    model = read_published(path, peer_config={"v_patch_nums": [1, 3, 8]})
+    inner = model.quantizer.inner
+    assert inner.phi_of == (0, 2, 3) and [phi.weight.requires_grad for phi in inner.phis] == [True, False, True, True]
+    model.save_pretrained(tmp_path / "export")
+    image = torch.rand(1, 3, 16, 16)
+    assert torch.equal(Tokenizer.from_pretrained(tmp_path / "export").encode(image), Tokenizer(model).encode(image))
+
+
+def test_factors_of_open_magvit2_are_of_nine_bits_where_nothing_is_said():
+    shapes = {"conv_in": (32, 3, 3, 3), "down.0.block.0.conv2": (32, 32, 3, 3), "conv_out": (18, 32, 1, 1)}
+    tensors = {f"encoder.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    found = family_named("open_magvit2").arguments(tensors, {"token_factorization": True})
+    assert found["quantizer"]["init_args"]["factorized_bits"] == [9, 9]
 
 
 def test_options_are_found_wherever_a_project_writes_them():
@@ -355,6 +513,11 @@ def test_convert_in_and_out(tmp_path, capsys):
     dalle = FOLDER.parent / "dalle_pytorch" / "rgb" / "vae.pt"
     assert main(["convert", str(dalle), "--image_size", "32", "--out", str(tmp_path / "dalle")]) == 0
     assert Tokenizer.from_pretrained(tmp_path / "dalle").image_size == 32
+    assert main(["convert", str(source), "--image_size", "[16, 25]", "--out", str(tmp_path / "odd")]) == 2
+    assert "image_size 25 is not a multiple of 2" in capsys.readouterr().err and not (tmp_path / "odd").exists()
+    muse = FOLDER / "muse_vqgan" / "vae.0.pt"
+    assert main(["convert", str(muse), "--out", str(tmp_path / "muse")]) == 0
+    assert Tokenizer.from_pretrained(tmp_path / "muse").image_size == 256
 
 
 def test_models_are_listed(capsys):

@@ -13,6 +13,7 @@ from vqdist.sizes import image_size_of
 if TYPE_CHECKING:
     from vqdist.models.presets import Preset
 
+DEFAULT_SIDE = 256  # pixels, where neither the file nor the user says another
 EPILOG = """examples:
   vqdist convert vq_ds16_c2i.pt --out tokenizers/vq16         what LlamaGen published becomes an export
   vqdist convert last.ckpt --peer_config model.yaml --out tokenizers/mine
@@ -60,8 +61,9 @@ def _import(options, out: Path) -> None:
     from vqdist.models.published import read_published
 
     model = read_published(options.file, family=options.family, peer_config=options.peer_config)
-    if options.image_size is not None:
-        model.image_size = image_size_of(options.image_size)
+    given = model.image_size if options.image_size is None else options.image_size
+    model.image_size = image_size_of(DEFAULT_SIDE if given is None else given)
+    model.check_image_size(model.image_size)
     model.save_pretrained(out)
 
 

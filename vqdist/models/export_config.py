@@ -14,7 +14,10 @@ from vqdist.options import in_words, is_of, is_whole
 from vqdist.sizes import image_size_of
 
 # numbers of layers or blocks, each of which has a tensor at least
-COUNTS = frozenset(["layers", "depth", "num_layers", "num_resnet_blocks", "encdec_num_resnet_blocks", "discr_layers"])
+COUNTS = frozenset(
+    ["layers", "depth", "num_layers", "num_resnet_blocks", "encdec_num_resnet_blocks", "discr_layers"]
+    + ["num_res_blocks", "num_phis"]
+)
 # what need not be the size of a tensor: codes of a lookup-free quantizer, pixels
 FREE = frozenset(["codebook_size", "image_size", "channels", "patch_size", "encdec_resnet_groups", "discr_layers"])
 FEW = 64  # layers that any file may name
@@ -57,7 +60,7 @@ def _check_image_size(given: Any, where: Path) -> None:
 def _check_sizes(written: Mapping[str, Any], where: Path) -> None:
     tensors, numbers = _of_header(where.with_name("model.safetensors"))
     for key, value in written.items():
-        for number in _numbers(value):
+        for number in numbers_in(value):
             if key in COUNTS:
                 most, what = max(FEW, tensors), f"model.safetensors has {tensors} tensors"
             elif key in FREE:
@@ -79,9 +82,10 @@ def _of_header(path: Path) -> tuple[int, int]:
     return len(shapes), sum(math.prod(shape) for shape in shapes)
 
 
-def _numbers(value: Any) -> Iterator[int]:
+def numbers_in(value: Any) -> Iterator[int]:
+    """Yield the whole numbers of a value: itself, or those of a list."""
     if is_whole(value):
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _numbers(item)
+            yield from numbers_in(item)

@@ -115,9 +115,9 @@ def _holds_own_names(path: Path) -> bool:
 
 
 def _located(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the file with the weights, and the configuration that lies in the same folder where a folder is given."""
+    """Return the file with the weights, and the configuration beside it where it has a name of the Hub's."""
     if not path.is_dir():
-        return path, {}
+        return path, _config_in(path.parent) if path.name in WEIGHTS else {}
     found = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not found:
         raise UserError(f"{path} has none of {', '.join(WEIGHTS)}; give the file with the weights")

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from vqdist.errors import UserError
+from vqdist.models.export_config import COUNTS, numbers_in
 from vqdist.models.pretrained import PretrainedModel
-from vqdist.models.published.files import state_dict_in, without_prefix
+from vqdist.models.published.files import BadTensor, state_dict_in, without_prefix
 from vqdist.models.vqgan import VQGanVAE
+from vqdist.sizes import image_size_of
 
 FEW = 4  # names that a message lists
 WRAPPERS = ("module.", "_orig_mod.")
@@ -106,22 +108,41 @@ class NetworkFamily(Family):
     def recognises(self, content: Any, config: Mapping[str, Any], path: Path) -> bool:
         try:
             return self.fits(self.weights(content, path), config)
+        except BadTensor:
+            raise
         except UserError:  # it holds no tensors by name
             return False
 
     def read(self, content: Any, config: Mapping[str, Any], path: Path) -> VQGanVAE:
         """Return the model; raise `UserError` that names tensors as the project does if they are not its own."""
         tensors = self.weights(content, path)
+        arguments, size = self._possible_arguments(tensors, config, path)
+        with torch.device("meta"):  # sizes that the file does not have take no memory
+            expected = self.theirs(network_tensors(VQGanVAE(**arguments, use_vgg_and_gan=False)))
+        _check(tensors, expected, path, self.title)
+        model = VQGanVAE(**arguments, use_vgg_and_gan=False)
+        model.network.load_state_dict(self.ours({name: tensors[name] for name in expected}))
+        model.image_size = None if size is None else image_size_of(size)
+        return model.eval()
+
+    def _possible_arguments(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
+    ) -> tuple[dict[str, Any], Any]:
+        """Return `arguments` and `image_size`; raise `UserError` for shapes or options that are not the project's."""
         try:
             arguments = self.arguments(tensors, config)
+            size = self.image_size(arguments, config)
         except KeyError as error:
             raise UserError(f"{path} lacks {error.args[0]}, so it is no tokenizer of {self.title}") from error
-        model = VQGanVAE(**arguments, use_vgg_and_gan=False)
-        expected = self.theirs(network_tensors(model))
-        _check(tensors, expected, path, self.title)
-        model.network.load_state_dict(self.ours({name: tensors[name] for name in expected}))
-        model.image_size = self.image_size(arguments, config)
-        return model.eval()
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+            whose = (
+                "a shape of its tensors, or an option of its configuration," if config else "a shape of its tensors"
+            )
+            raise UserError(f"{path}: {whose} is none of {self.title} ({error})") from error
+        _check_counts(arguments, len(tensors), path)
+        return arguments, size
 
     def write(self, model: PretrainedModel, path: Path) -> None:
         if not isinstance(model, VQGanVAE):
@@ -134,6 +155,15 @@ class NetworkFamily(Family):
 def network_tensors(model: VQGanVAE) -> dict[str, Tensor]:
     """Return the tensors of encoder, quantizer and decoder by name."""
     return dict(model.network.state_dict())
+
+
+def _check_counts(arguments: Mapping[str, Any], tensors: int, path: Path) -> None:
+    """Raise `UserError` for more blocks than a file has tensors, before the first of them is built."""
+    for key, value in arguments.items():
+        if isinstance(value, Mapping):
+            _check_counts(value, tensors, path)
+        elif key in COUNTS and any(number > tensors for number in numbers_in(value)):
+            raise UserError(f"{path} has {tensors} tensors, too few for {key} {value!r}; correct --peer_config")
 
 
 def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, title: str) -> None:

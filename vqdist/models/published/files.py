@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
@@ -27,6 +28,7 @@ HARMLESS = re.compile(
 )
 """Names of classes and functions that describe a run beside its weights; each becomes an `Inert`."""
 MOST_NAMES = 200
+MOST_UNPACKED = 8  # times the size of a file
 
 
 class Inert:
@@ -68,6 +70,7 @@ def read_torch(path: Path, *, with_inert: bool = True) -> Any:
         with_inert: whether empty classes take the place of those that describe a run; if not, such a file is refused.
     """
     inert: list[Any] = []
+    _check_unpacked(path)
     while True:
         try:
             with torch.serialization.safe_globals(inert):
@@ -80,6 +83,20 @@ def read_torch(path: Path, *, with_inert: bool = True) -> Any:
                 continue
             reason = no_file_of_torch(path) or why_refused(str(error))
             raise UserError(f"{path} cannot be read as tensors and plain values ({reason})") from error
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise `UserError` for an archive that unpacks to far more than its size; torch packs without compression."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError):  # an older format, or damaged, which torch says
+        return
+    if unpacked > MOST_UNPACKED * path.stat().st_size:
+        raise UserError(
+            f"{path} would unpack to {unpacked} bytes from {path.stat().st_size}; expected a file of torch.save, "
+            "which is not compressed"
+        )
 
 
 def no_file_of_torch(path: Path) -> str | None:
@@ -130,6 +147,21 @@ def options_in(config: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, A
     return {}
 
 
+class BadTensor(UserError):
+    """A tensor that no weights file has: it would take more memory than the file holds, or cannot be copied."""
+
+
+def _plain(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """Return a tensor in float32; raise `BadTensor` for one without all of its numbers in the file."""
+    stored = tensor.layout == torch.strided and not tensor.is_meta
+    if not stored or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise BadTensor(
+            f"{path} has {name} of shape {tuple(tensor.shape)} without all its numbers; expected a dense tensor, "
+            "saved with torch.save(model.state_dict(), path)"
+        )
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def state_dict_in(content: Any, keys: tuple[str, ...], path: Path) -> dict[str, Tensor]:
     """Return the tensors by name that lie under the first of these keys that there is, or bare; in float32.
 
@@ -138,7 +170,9 @@ def state_dict_in(content: Any, keys: tuple[str, ...], path: Path) -> dict[str, 
     """
     held = content if isinstance(content, Mapping) else {}
     chosen = next((held[key] for key in keys if isinstance(held.get(key), Mapping)), held)
-    tensors = {str(name): _wide(value) for name, value in chosen.items() if isinstance(value, Tensor)}
+    tensors = {
+        str(name): _plain(str(name), value, path) for name, value in chosen.items() if isinstance(value, Tensor)
+    }
     if not tensors:
         found = ", ".join(sorted(map(str, held))[:8]) if held else f"a {type(content).__name__}"
         raise UserError(f"{path} holds {found}; expected tensors by name, bare or under {', '.join(keys)}")
@@ -161,10 +195,6 @@ def with_averages(tensors: Mapping[str, Tensor], prefix: str = "model_ema.") -> 
     """
     live = {name: one for name, one in tensors.items() if not name.startswith(prefix)}
     return {name: tensors.get(prefix + name.replace(".", ""), one) for name, one in live.items()}
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def write_json_beside(path: Path, content: Mapping[str, Any]) -> None:

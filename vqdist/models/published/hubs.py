@@ -109,6 +109,7 @@ class Diffusers(NetworkFamily):
         encoder, decoder = model.network.encoder, model.network.decoder
         down = ["AttnDownEncoderBlock2D" if len(level.attn) else "DownEncoderBlock2D" for level in encoder.down]
         up = ["AttnUpDecoderBlock2D" if len(level.attn) else "UpDecoderBlock2D" for level in reversed(decoder.up)]
+        square = {"sample_size": model.image_size} if isinstance(model.image_size, int) else {}
         return {
             "_class_name": "VQModel",
             "act_fn": "silu",
@@ -123,8 +124,8 @@ class Diffusers(NetworkFamily):
             "norm_num_groups": encoder.norm_out.num_groups,
             "norm_type": "group",
             "num_vq_embeddings": model.codebook_size,
-            "sample_size": model.image_size if isinstance(model.image_size, int) else 32,
             "vq_embed_dim": encoder.dim,
+            **square,
         }
 
 
@@ -141,6 +142,9 @@ class TransformersFiles(NetworkFamily):
     def theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         levels = levels_of(tensors, r"encoder\.down\.(\d+)\.")
         return {self.names.theirs(name, levels): one for name, one in tensors.items()}
+
+    def check_writable(self, model: VQGanVAE) -> None:
+        raise UserError(f"files of {self.title} are read and not written")
 
     def quantizer(self, size: int, beta: float) -> dict[str, Any]:
         """Return the specification of the quantizer."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from vqdist.errors import UserError
 from vqdist.models.published.files import state_dict_in
 from vqdist.models.published.network import check_taming, codebook_shape
-from vqdist.models.published.taming import TamingFiles
+from vqdist.models.published.taming import KNOWN, TamingFiles
 from vqdist.models.quantizers import IBQ
 from vqdist.models.vqgan import VQGanVAE
 
@@ -19,6 +19,8 @@ BLOCKS = 4
 """Residual blocks of each resolution of the published models, where taming and LDM have two."""
 OPTIONS = ("beta", "entropy_temperature", "sample_minimization_weight", "batch_maximization_weight")
 ENTROPY_WEIGHT = 0.05
+OTHERS = ("taming.", "ldm.")
+"""Modules of the projects with the same names of tensors, as their configurations say them."""
 
 
 class IBQFiles(TamingFiles):
@@ -26,12 +28,16 @@ class IBQFiles(TamingFiles):
 
     aliases = ("seed_ibq",)
     title = "SEED-Voken (IBQ)"
+    known = (*KNOWN, *OPTIONS[1:], "use_entropy_loss")
 
     def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         """Return whether these are IBQ's: by the configuration, else by the number of blocks that only it has."""
         if not super().fits(tensors, config):
             return False
-        return "IBQ" in str(config) or f"encoder.down.0.block.{BLOCKS - 1}.conv1.weight" in tensors
+        said = str(config)
+        if "IBQ" in said or any(project in said for project in OTHERS):
+            return "IBQ" in said
+        return f"encoder.down.0.block.{BLOCKS - 1}.conv1.weight" in tensors
 
     def recognises(self, content: Any, config: Mapping[str, Any], path: Path) -> bool:
         """Return whether a file is of IBQ; raise `UserError` where it may as well be one of LDM with averages."""

@@ -41,7 +41,10 @@ USED = "quantize.codebook_used"
 """A buffer of the latest indices: every public file has it, and nothing of it reaches an image."""
 RECENT = 65536
 CODEBOOK = "quantize.embedding.weight"
-KNOWN = ("codebook_embed_dim", "codebook_size", "encoder_ch_mult", "ch_mult")
+KNOWN = (
+    *("codebook_embed_dim", "codebook_size", "encoder_ch_mult", "decoder_ch_mult", "ch_mult"),
+    *("codebook_l2_norm", "commit_loss_beta", "entropy_loss_ratio", "dropout_p"),
+)
 
 
 class LlamaGen(NetworkFamily):
@@ -84,9 +87,10 @@ class LlamaGen(NetworkFamily):
     def check_writable(self, model: VQGanVAE) -> None:
         check_taming(model, self.title)
         check_attention_at_the_lowest(model, self.title)
-        if not isinstance(model.quantizer, GradientVQ):
-            kind = type(model.quantizer).__name__
-            raise UserError(f"quantizer {kind} has no form in {self.title}; expected gradient_vq")
+        quantizer = model.quantizer
+        if type(quantizer) is not GradientVQ or not quantizer.l2_norm:  # by its files nobody could tell others
+            kind = type(quantizer).__name__
+            raise UserError(f"quantizer {kind} has no form in {self.title}; expected gradient_vq with l2_norm")
 
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         torch.save({"model": {**tensors, USED: torch.zeros(RECENT)}}, path)

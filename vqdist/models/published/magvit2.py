@@ -19,7 +19,8 @@ from vqdist.models.quantizers.magvit2_lfq import MagvitLFQ
 from vqdist.models.vqgan import VQGanVAE
 
 NAMES = Names([("decoder.last_layer.", "decoder.conv_out.")])
-KNOWN = ("ddconfig", "n_embed", "embed_dim")
+KNOWN = ("ddconfig", "n_embed", "embed_dim", "token_factorization")
+FACTORIZED_BITS = (9, 9)  # by default, of 18
 ENTROPY_WEIGHT, COMMIT_WEIGHT = 0.1, 0.25  # of the published models
 OF_LOSS = {"codebook_weight": "entropy_weight", "commit_weight": "commitment_weight"}
 OF_QUANTIZER = ("sample_minimization_weight", "batch_maximization_weight")
@@ -85,5 +86,5 @@ def _quantizer(bits: int, options: Mapping[str, Any]) -> dict[str, Any]:
     said |= {ours: losses[theirs] for theirs, ours in OF_LOSS.items() if theirs in losses}
     said |= {name: options[name] for name in OF_QUANTIZER if name in options}
     if options.get("token_factorization"):
-        said["factorized_bits"] = list(options.get("factorized_bits") or (bits // 3, bits - bits // 3))
+        said["factorized_bits"] = list(options.get("factorized_bits") or FACTORIZED_BITS)
     return said

@@ -62,7 +62,8 @@ class MaskGITFiles(NetworkFamily):
 
     def check_writable(self, model: VQGanVAE) -> None:
         parts = (model.network.encoder, model.network.decoder, model.quantizer)
-        if not all(map(isinstance, parts, (MaskGITEncoder, MaskGITDecoder, GradientVQ))) or model.quantizer.traits:
+        known = all(map(isinstance, parts, (MaskGITEncoder, MaskGITDecoder, GradientVQ)))
+        if not known or type(model.quantizer) is not GradientVQ or model.quantizer.traits:
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise UserError(f"a model of {kinds} has no form in {self.title}; expected maskgit and gradient_vq")
 

@@ -24,8 +24,8 @@ OWN = {ENCODERS: "encoder.", DECODERS: "decoder.net."}
 LAST = "decoder.last_layer."
 MASK = "quantizer.mask"
 STRIDED, BLOCK, PLAIN = "strided", "block", "plain"
-KNOWN = ("dim", "layers", "codebook_size")
 SAID = ("lfq_kwargs", "encdec_resnet_groups", "l2_recon_loss", "use_hinge_loss")
+KNOWN = ("dim", "layers", "codebook_size", *SAID)
 
 
 class MuseFiles(NetworkFamily):

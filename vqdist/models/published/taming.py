@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class TamingFiles(NetworkFamily):
     prefixes = ("first_stage_model.",)
     ignored = r"(loss|cond_stage_model|model|transformer)\.|colorize$|quantize\.used$"
     codebook = "quantize.embedding.weight"
+    known: ClassVar[tuple[str, ...]] = KNOWN
+    """Options of which one at least is where the others are."""
 
     def weights(self, content: Any, path: Path) -> dict[str, Tensor]:
         """Return the tokenizer's tensors; of those that the file has an average of, the average."""
@@ -44,7 +46,7 @@ class TamingFiles(NetworkFamily):
         return {NAMES.theirs(name, 0): one for name, one in tensors.items()}
 
     def arguments(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-        options = options_in(config, KNOWN)
+        options = options_in(config, self.known)
         quantizer = self.quantizer(tensors, options)
         return parts_of(self.ours(tensors), options.get("ddconfig") or {}, quantizer)
 
@@ -81,6 +83,7 @@ class TamingGumbel(TamingFiles):
     aliases = ("gumbel",)
     title = "taming-transformers (GumbelVQ)"
     codebook = "quantize.embed.weight"
+    known = (*KNOWN, "kl_weight")
 
     def quantizer(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
         size = options.get("n_embed") or codebook_shape(tensors, self.codebook)[0]
@@ -96,6 +99,6 @@ class TamingGumbel(TamingFiles):
 def check_plain_codebook(model: VQGanVAE, title: str) -> None:
     """Raise `UserError` unless the quantizer is a codebook whose vectors keep their lengths."""
     quantizer = model.quantizer
-    if not isinstance(quantizer, GradientVQ) or quantizer.traits:
+    if type(quantizer) is not GradientVQ or quantizer.traits:  # codes of a subclass are more than its embedding
         kind = f"{type(quantizer).__name__} {getattr(quantizer, 'traits', '')}".strip()
         raise UserError(f"quantizer {kind} has no form in {title}; expected gradient_vq without l2_norm")

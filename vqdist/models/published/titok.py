@@ -30,7 +30,10 @@ NAMES = Names(
         ("quantizer.", "quantize."),
     ]
 )
-KNOWN = ("vq_model", "vit_enc_model_size", "num_latent_tokens")
+KNOWN = (
+    *("vq_model", "vit_enc_model_size", "vit_dec_model_size", "sizes", "num_latent_tokens"),
+    *("is_legacy", "use_l2_norm", "commitment_cost"),
+)
 CODEBOOK, USES = "quantize.embedding.weight", "quantize.embed_prob"
 MOVED = "quantizer.moved"
 HEAD_WIDTH = 64  # of all published sizes

@@ -67,10 +67,6 @@ class VARTokenizer(NetworkFamily):
             **({"num_phis": phis} if phis else {}),
             "phi_rule": "ticks",
         }
-        if phis > len(sides):
-            raise UserError(
-                f"the file has {phis} convolutions for more scales than v_patch_nums {sides}; give its --peer_config"
-            )
         return parts_of(self.ours(tensors), options, {"class_path": "multiscale_vq", "init_args": init_args})
 
     def ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

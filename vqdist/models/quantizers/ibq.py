@@ -88,9 +88,7 @@ class IBQ(Float32Quantizer):
         return quantized, indices, loss
 
     def _evaluate(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        indices = torch.cat(
-            [part for (part,) in in_chunks(rows, codebook, lambda z, e: (_products(z, e).argmax(-1),))]
-        )
+        indices = torch.cat([part for (part,) in in_chunks(rows, codebook, _chosen)])
         return F.embedding(indices, codebook), indices, torch.zeros((), device=rows.device)
 
 

@@ -175,7 +175,7 @@ class MultiScaleQuantizer(LibraryQuantizer):
         cls._check_scales(options["v_patch_nums"])
         scales, phis = len(options["v_patch_nums"]), options["num_phis"]
         require(
-            phis is None or phis <= scales,
+            phis is None or phis <= scales or options["learnable_codebook"],  # VAR has four, however few the scales
             cls.name,
             f"num_phis {phis} is more than the {scales} scales of v_patch_nums; use at most {scales}",
         )
