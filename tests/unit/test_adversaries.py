@@ -11,7 +11,7 @@ from scenarios import build_adversary, build_trainer, weights_of
 from torch import Tensor, nn
 
 from vqdist import UserError, VQGanVAETrainer
-from vqdist.models.networks.taming import ImageConv2d
+from vqdist.models.networks.levels import ImageConv2d
 
 PATCHGAN = {"discriminator": {"class_path": "patchgan", "init_args": {"width": 8, "layers": 1}}, "discr_layers": 4}
 

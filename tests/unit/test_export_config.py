@@ -8,7 +8,7 @@ import time
 import pytest
 from scenarios import build_dvae, build_prior, build_vae, build_vq_ar
 
-from vqdist import UserError
+from vqdist import UserError, VQGanVAE
 from vqdist.models.pretrained import load_model_of_any_type
 
 BUILD = {"vqgan": build_vae, "dvae": build_dvae, "prior": build_prior, "vq_ar": build_vq_ar}
@@ -50,3 +50,27 @@ def test_a_value_that_cannot_be_is_one_line_at_once(kind, key, value, message, t
 def test_what_was_written_is_loaded(kind, tmp_path):
     BUILD[kind]().save_pretrained(tmp_path)
     load_model_of_any_type(tmp_path)
+
+
+NETWORK = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": 4}
+WRONG_OF_PART = [
+    ("num_res_blocks", 10**8, "num_res_blocks is 100000000; expected at most"),
+    ("ch", 10**9, "ch is 1000000000; expected at most"),
+    ("ch_mult", [1, 10**9], "ch_mult is [1, 1000000000]; expected at most"),
+    ("z_channels", 10**12, "z_channels is 1000000000000; expected at most"),
+]
+
+
+@pytest.mark.parametrize("key, value, message", WRONG_OF_PART)
+def test_a_value_of_a_part_that_cannot_be_is_one_line_at_once(key, value, message, tmp_path):
+    parts = {half: {"class_path": "taming", "init_args": NETWORK} for half in ("encoder", "decoder")}
+    quantizer = {"class_path": "gradient_vq", "init_args": {"codebook_size": 8}}
+    VQGanVAE(**parts, quantizer=quantizer, use_vgg_and_gan=False).save_pretrained(tmp_path)
+    load_model_of_any_type(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    written["encoder"]["init_args"][key] = value
+    path.write_text(json.dumps(written))
+    with pytest.raises(UserError) as error:
+        load_model_of_any_type(tmp_path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)

@@ -19,7 +19,10 @@ COUNTS = frozenset(
     + ["num_res_blocks", "num_phis"]
 )
 # what need not be the size of a tensor: codes of a lookup-free quantizer, pixels
-FREE = frozenset(["codebook_size", "image_size", "channels", "patch_size", "encdec_resnet_groups", "discr_layers"])
+FREE = frozenset(
+    ["codebook_size", "image_size", "channels", "patch_size", "encdec_resnet_groups", "discr_layers"]
+    + ["resolution", "attn_resolutions", "groups"]
+)
 FEW = 64  # layers that any file may name
 MOST = 2**32  # of any number
 LARGEST_SIDE = 16_384  # pixels
@@ -59,7 +62,7 @@ def _check_image_size(given: Any, where: Path) -> None:
 
 def _check_sizes(written: Mapping[str, Any], where: Path) -> None:
     tensors, numbers = _of_header(where.with_name("model.safetensors"))
-    for key, value in written.items():
+    for key, value in _with_parts(written):
         for number in numbers_in(value):
             if key in COUNTS:
                 most, what = max(FEW, tensors), f"model.safetensors has {tensors} tensors"
@@ -80,6 +83,16 @@ def _of_header(path: Path) -> tuple[int, int]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path.parent} holds no model that can be loaded ({error})") from error
     return len(shapes), sum(math.prod(shape) for shape in shapes)
+
+
+def _with_parts(written: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the options of a model and of its parts; a part of somebody else may mean anything by a number."""
+    for key, value in written.items():
+        if not isinstance(value, Mapping):
+            yield key, value
+        elif "." not in str(value.get("class_path", "")):
+            options = value.get("init_args", value)
+            yield from _with_parts(options) if isinstance(options, Mapping) else ()
 
 
 def numbers_in(value: Any) -> Iterator[int]:

@@ -38,6 +38,16 @@ class Checkpointed(nn.Module):
         return x
 
 
+class ImageConv2d(nn.Conv2d):
+    """A convolution whose output in [-1, 1] becomes an image in [0, 1]: weights stay those of the published files."""
+
+    image_gain = 0.5
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, d, h, w) -> (b, c, h, w)."""
+        return (super().forward(input) + 1) / 2
+
+
 def group_norm(dim: int, groups: int) -> nn.GroupNorm:
     """Return a group norm with the epsilon of published tokenizers, 1e-6."""
     return nn.GroupNorm(groups, dim, eps=1e-6)

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqdist.models.arguments import check_channels, check_whole_numbers
-from vqdist.models.networks.levels import Checkpointed, check_sides, check_strided, group_norm, widths_of
+from vqdist.models.networks.levels import Checkpointed, ImageConv2d, check_sides, check_strided, group_norm, widths_of
 
 VARIANCE_EPS = 1e-6
 
@@ -92,16 +92,6 @@ class MagvitLevel(nn.Module):
         for resample in (self.downsample, self.upsample):
             x = x if resample is None else resample(x)
         return x
-
-
-class ShiftedConv2d(nn.Conv2d):
-    """A convolution whose output in [-1, 1] becomes an image in [0, 1]: weights stay those of published files."""
-
-    image_gain = 0.5
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(b, d, h, w) -> (b, c, h, w)."""
-        return (super().forward(input) + 1) / 2
 
 
 class MagvitEncoder(Checkpointed):
@@ -196,7 +186,7 @@ class MagvitDecoder(Checkpointed):
             stage.upsample = DepthToSpace(width) if level else None
             self.up.append(stage)
         self.norm_out = group_norm(widths[0], groups)
-        self.last_layer = ShiftedConv2d(widths[0], channels, 3, padding=1)
+        self.last_layer = ImageConv2d(widths[0], channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.run_all(self.mid_block, self.conv_in(features))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels, check_whole_numbers
-from vqdist.models.networks.levels import Checkpointed, check_sides, check_strided, group_norm
+from vqdist.models.networks.levels import Checkpointed, ImageConv2d, check_sides, check_strided, group_norm
 
 
 class ResnetBlock(nn.Module):
@@ -125,16 +125,6 @@ class Middle(nn.Module):
         x = run(self.block_1, x)
         x = x if self.attn_1 is None else run(self.attn_1, x)
         return run(self.block_2, x)
-
-
-class ImageConv2d(nn.Conv2d):
-    """A convolution whose output in [-1, 1] becomes an image in [0, 1]: weights stay those of the published files."""
-
-    image_gain = 0.5
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(b, d, h, w) -> (b, c, h, w)."""
-        return (super().forward(input) + 1) / 2
 
 
 class _Half(Checkpointed):
