@@ -410,6 +410,15 @@ def test_a_configuration_beside_a_file_of_the_hub_is_read(tmp_path):
     (tmp_path / "config.json").write_text('{"codebook_l2_norm": false}')
     assert not read_published(tmp_path / "model.safetensors").quantizer.l2_norm
     assert not read_published(tmp_path).quantizer.l2_norm
+    (tmp_path / "config.json").write_text("[]")
+    assert "config.json holds a list" in refusal(lambda: read_published(tmp_path / "model.safetensors"))
+    assert "config.json holds a list" in refusal(lambda: read_published(tmp_path, family="llamagen"))
+
+
+def test_a_configuration_that_refers_to_itself_is_read_once(tmp_path):
+    (tmp_path / "model.yaml").write_text("a: &a {b: *a, c: {n_embed: 24}}\n")
+    path = saved(tmp_path, weights("taming_vqgan"))
+    assert read_published(path, peer_config=tmp_path / "model.yaml").codebook_size == 24
 
 
 def test_a_configuration_of_taming_is_not_of_ibq_however_many_the_blocks(tmp_path):
@@ -503,6 +512,8 @@ def test_convert_in_and_out(tmp_path, capsys):
     assert capsys.readouterr().out == f"{export}\n{back}\n"
     assert main(["convert", str(export), "--to", "taming", "--out", str(back)]) == 2
     assert f"--out {back} is there already" in capsys.readouterr().err
+    assert main(["convert", str(export), "--out", str(tmp_path / "again")]) == 2
+    assert "is an export of vqdist already; give --to" in capsys.readouterr().err
     assert main(["convert", str(export), "--to", "var", "--out", str(tmp_path / "var.pth")]) == 2
     assert "expected multiscale_vq" in capsys.readouterr().err
     assert main(["convert", str(export), "--to", "taming", "--family", "var", "--out", str(tmp_path / "c")]) == 2

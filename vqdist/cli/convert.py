@@ -58,8 +58,12 @@ def _parser():
 
 
 def _import(options, out: Path) -> None:
-    from vqdist.models.published import read_published
+    from vqdist.models.published import OWN_WEIGHTS, is_published, read_published
 
+    if (Path(options.file).expanduser() / OWN_WEIGHTS).is_file() and not is_published(options.file):
+        raise UserError(
+            f"{options.file} is an export of vqdist already; give --to and the family that it should become"
+        )
     model = read_published(options.file, family=options.family, peer_config=options.peer_config)
     given = model.image_size if options.image_size is None else options.image_size
     model.image_size = image_size_of(DEFAULT_SIDE if given is None else given)

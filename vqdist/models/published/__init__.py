@@ -117,11 +117,17 @@ def _holds_own_names(path: Path) -> bool:
 def _located(path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file with the weights, and the configuration beside it where it has a name of the Hub's."""
     if not path.is_dir():
-        return path, _config_in(path.parent) if path.name in WEIGHTS else {}
+        return path, _config_beside(path) if path.name in WEIGHTS else {}
     found = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not found:
         raise UserError(f"{path} has none of {', '.join(WEIGHTS)}; give the file with the weights")
-    return found[0], _config_in(path)
+    return found[0], _config_beside(found[0])
+
+
+def _config_beside(weights: Path) -> dict[str, Any]:
+    """Return config.json beside a file, empty where there is none; raise `UserError` for one that is damaged."""
+    path = weights.with_name("config.json")
+    return read_json(path) if path.is_file() else {}
 
 
 def _recognised(content: Any, config: Mapping[str, Any], path: Path) -> Family:

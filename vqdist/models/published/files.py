@@ -138,13 +138,16 @@ def options_in(config: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, A
 
     Peers write options at the top, below `arguments`, or below `model: params:`, `model: init_args:` and deeper.
     """
-    if any(name in config for name in known):
-        return dict(config)
-    for value in config.values():
-        found = options_in(value, known) if isinstance(value, Mapping) else {}
-        if found:
-            return found
-    return {}
+    seen: set[int] = set()  # a YAML file may refer to itself
+
+    def innermost(some: Mapping[str, Any]) -> dict[str, Any]:
+        if any(name in some for name in known):
+            return dict(some)
+        seen.add(id(some))
+        groups = (value for value in some.values() if isinstance(value, Mapping) and id(value) not in seen)
+        return next((found for group in groups if (found := innermost(group))), {})
+
+    return innermost(config)
 
 
 class BadTensor(UserError):
