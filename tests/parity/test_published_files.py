@@ -429,6 +429,8 @@ def test_a_configuration_of_taming_is_not_of_ibq_however_many_the_blocks(tmp_pat
         found = read_published(tmp_path / "last.ckpt", peer_config=config)
         assert type(found.quantizer).__name__ == expected
     assert type(read_published(tmp_path / "last.ckpt").quantizer).__name__ == "IBQ"  # as only IBQ was published
+    of_both = [Tokenizer.from_pretrained(tmp_path / "last.ckpt", family=family) for family in ("ibq", "taming")]
+    assert of_both[0].fingerprint() != of_both[1].fingerprint()  # of equal tensors, and other codes
 
 
 def test_fewer_scales_than_convolutions(tmp_path):

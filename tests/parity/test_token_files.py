@@ -230,6 +230,29 @@ def test_a_model_of_another_kind_is_not_written(family, tmp_path):
         )
 
 
+def test_what_no_tensor_says_is_in_the_fingerprint():
+    arguments = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "num_latent_tokens": 2}
+    torch.manual_seed(0)
+    first = VQGanVAE(
+        **titok(arguments | {"heads": 2}), quantizer="gradient_vq", codebook_size=8, use_vgg_and_gan=False
+    )
+    found = {Tokenizer(first).fingerprint()}
+    for change in ({"heads": 4}, {"heads": 2, "legacy": True}):
+        other = VQGanVAE(**titok(arguments | change), quantizer="gradient_vq", codebook_size=8, use_vgg_and_gan=False)
+        other.load_state_dict(first.state_dict())
+        found.add(Tokenizer(other).fingerprint())
+    assert len(found) == 3
+    assert Tokenizer(other).fingerprint() in found
+
+
+def titok(arguments: dict) -> dict:
+    of_decoder = {name: value for name, value in arguments.items() if name != "legacy"}
+    return {
+        "encoder": {"class_path": "titok", "init_args": {**arguments, "token_size": 4}},
+        "decoder": {"class_path": "titok", "init_args": of_decoder},
+    }
+
+
 # --------------------------------------------------------------------------------------------- published sizes
 
 

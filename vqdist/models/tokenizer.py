@@ -177,7 +177,8 @@ class Tokenizer(nn.Module):
         digest = hashlib.sha256(str(self.image_size).encode())
         if self.network.scales is not None:
             digest.update(str(self.network.scales).encode())
-        digest.update(getattr(getattr(self.network, "quantizer", None), "traits", "").encode())
+        for part in ("quantizer", "encoder", "decoder"):
+            digest.update(str(getattr(getattr(self.network, part, None), "traits", "")).encode())
         named = {self.network.first_name(name): tensor for name, tensor in self.network.state_dict().items()}
         for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

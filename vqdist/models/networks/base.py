@@ -26,7 +26,9 @@ class Encoder(Protocol):
     Attributes:
         dim: width of the features, d.
 
-    An encoder for images of one size only may say which in an attribute `image_size`: a side, or (height, width).
+    An encoder for images of one size only may say which in an attribute `image_size`: a side, or (height, width). A
+    network whose result depends on more than its tensors, as on a number of heads, may say on what in an attribute
+    `traits`, a string that is a part of the tokenizer's fingerprint.
     """
 
     dim: int

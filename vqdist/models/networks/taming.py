@@ -133,6 +133,7 @@ class _Half(Checkpointed):
     def __init__(self, ch: int, ch_mult: Sequence[float], groups: int, checkpointing: bool):
         super().__init__(checkpointing)
         self.widths = widths_of(ch, ch_mult, groups)
+        self.traits = f"{groups} groups"  # which no tensor says, see `Tokenizer.fingerprint`
         self.stride = 2 ** (len(self.widths) - 1)
 
 

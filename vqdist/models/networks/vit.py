@@ -95,6 +95,7 @@ class _Transformer(Checkpointed):
         _check(patch_size, width, layers, heads, num_latent_tokens, channels)
         self.image_size, self.patch_size = image_size_of(image_size), patch_size
         self.num_latent_tokens = num_latent_tokens
+        self.traits = f"{heads} heads"  # which no tensor says, see `Tokenizer.fingerprint`
         self.grid = _grid_of(self.image_size, patch_size)
         patches = self.grid[0] * self.grid[1]
         self.class_embedding = _embedding(1, width)
@@ -157,6 +158,7 @@ class TiTokEncoder(_Transformer):
         )
         check_whole_numbers(token_size=(token_size, 1))
         self.dim, self.legacy = token_size, legacy
+        self.traits += " legacy" if legacy else ""
         self.patch_embed = nn.Conv2d(channels, width, patch_size, stride=patch_size)
         self.latent_tokens = _embedding(num_latent_tokens, width)
         self.conv_out = nn.Conv2d(width, token_size, 1)

@@ -32,6 +32,8 @@ class IBQ(Float32Quantizer):
         batch_maximization_weight: of the entropy of the mean distribution.
     """
 
+    traits = "largest product"  # of a codebook whose tensor has the name that `gradient_vq` gives it
+
     def __init__(
         self,
         dim: int,
