@@ -391,6 +391,7 @@ ALONE = {
         {"use_l2_norm": True, "sizes": {}},
         lambda model: model.quantizer.l2_norm,
     ),
+    "maskgit_vqgan": ({"dropout": 0.5}, lambda model: model.network.decoder.mid[0].dropout.p == 0.5),
     "muse_vqgan": ({"l2_recon_loss": True}, lambda model: model.l2_recon_loss),
 }
 

@@ -90,7 +90,7 @@ def _check_unpacked(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError):  # an older format, or damaged, which torch says
+    except Exception:  # an older format, or damaged in any way: torch says so
         return
     if unpacked > MOST_UNPACKED * path.stat().st_size:
         raise UserError(

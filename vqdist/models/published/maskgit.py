@@ -42,6 +42,7 @@ class MaskGITFiles(NetworkFamily):
         size, dim = tensors[CODEBOOK].shape
         both = {"hidden_channels": width, "channel_mult": multiples(widths, width, "channel_mult")}
         both |= {"num_res_blocks": blocks}
+        both |= {"dropout": options_in(config, ("hidden_channels", "dropout")).get("dropout", 0.0)}
         cost = options_in(config, ("commitment_cost",)).get("commitment_cost", BETA)
         codebook = {"codebook_size": size, "codebook_loss": "legacy", "beta": cost}
         return {
