@@ -188,6 +188,16 @@ def test_weights_that_do_not_fit_the_hparams(tmp_path, hparams):
     refusal(written(tmp_path, content))
 
 
+@pytest.mark.parametrize(
+    "hparams",
+    [{"num_layers": 10**8}, {"num_resnet_blocks": 10**8}, {"hidden_dim": 10**6}, {"num_tokens": 10**12}],
+    ids=str,
+)
+def test_sizes_are_compared_before_memory_is_taken(tmp_path, hparams):
+    content = content_of(MODELS[0])
+    refusal(written(tmp_path, {**content, "hparams": {**content["hparams"], **hparams}}))
+
+
 @pytest.mark.parametrize("part", ["hparams", "weights"])
 @pytest.mark.parametrize("value", [None, 3, [1, 2], {"encoder.0.0.weight": 3}, {1: 2}], ids=str)
 def test_parts_of_another_kind(tmp_path, part, value):

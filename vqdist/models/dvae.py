@@ -25,6 +25,7 @@ from vqdist.models.arguments import check_channels, check_whole_numbers
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.published.files import read_torch
 from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images
+from vqdist.options import is_whole
 from vqdist.parts import unknown
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
@@ -310,6 +311,9 @@ class DiscreteVAE(
             channels = weights["encoder.0.0.weight"].shape[1] if "encoder.0.0.weight" in weights else 3
             arguments = {"channels": channels, **hparams, **options}
             reduction = "dalle" if arguments.get("kl_div_loss_weight") else "mean"
+            _check_counts(arguments, len(weights), path)
+            with torch.device("meta"):  # sizes that the weights do not have take no memory
+                cls(**{"kl_reduction": reduction, **arguments}).load_state_dict(weights, assign=True)
             model = cls(**{"kl_reduction": reduction, **arguments})
             model.load_state_dict(weights)
         except (AttributeError, IndexError, TypeError, RuntimeError) as error:
@@ -318,6 +322,13 @@ class DiscreteVAE(
                 f"{path} does not hold the weights of a discrete VAE of DALLE-pytorch ({reason})"
             ) from error
         return model.eval()
+
+
+def _check_counts(arguments: dict[str, Any], tensors: int, path: str | Path) -> None:
+    """Raise `UserError` for more layers or blocks than a file has tensors, before the first of them is built."""
+    for name in ("num_layers", "num_resnet_blocks"):
+        if is_whole(arguments.get(name)) and arguments[name] > tensors:
+            raise UserError(f"{path} has {tensors} tensors, too few for {name} {arguments[name]}; it is damaged")
 
 
 def build_encoder(channels: int, hidden_dim: int, num_layers: int, num_blocks: int, num_tokens: int) -> LogitEncoder:
