@@ -121,6 +121,16 @@ def test_a_dropped_update_leaves_lecams_averages(tmp_path):
     assert trainer.lecam.averages.isfinite().all() and not torch.equal(trainer.lecam.averages, before)
 
 
+@pytest.mark.parametrize("form", ["per_logit", "of_means"])
+def test_the_weight_of_the_discriminators_loss_is_of_lecam_per_logit_too(form, tmp_path):
+    trainer = build_trainer(tmp_path, lecam_weight=1.0, lecam=form, discr_loss_weight=0.0, **PLAIN)
+    trainer.train_step()
+    before = weights_of(trainer)
+    assert trainer.train_step()["lecam_loss"] > 0
+    trained = {name for name in moved(trainer, before) if name.startswith("discriminator.")}
+    assert bool(trained) == (form == "of_means")
+
+
 def test_lecams_averages_are_saved_and_resumed(tmp_path):
     straight = build_adversary(tmp_path, "titok", save_model_every=2, batch_size=2)
     for _ in range(4):

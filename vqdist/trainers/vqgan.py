@@ -291,11 +291,13 @@ class VQGanVAETrainer(TokenizerTrainer):
             real, fake = logits_of_both(self.critic, self.critic.module, image, recon.to(image.dtype))
         loss = self.model.discriminator_loss(real, fake)
         numbers = {"discr_loss": loss, "real_logits": _mean(real), "fake_logits": _mean(fake)}
-        if self.lecam is not None:
-            numbers["lecam_loss"] = self.lecam.loss(real, fake)
-            loss = loss + weight_at(self.config.lecam_weight, self.step) * numbers["lecam_loss"]
         factor = weight_at(self.config.discr_loss_weight, self.step) if self._has_started else 0.0
         loss = loss if factor == 1 else factor * loss
+        if self.lecam is not None:
+            numbers["lecam_loss"] = self.lecam.loss(real, fake)
+            if self.config.lecam == "of_means":  # as in 1d-tokenizer, beside the weighted loss
+                factor = 1.0 if self._has_started else 0.0
+            loss = loss + factor * weight_at(self.config.lecam_weight, self.step) * numbers["lecam_loss"]
         if penalised:
             numbers["gradient_penalty"] = self.gradient_penalty(real, image)
             loss = loss + numbers["gradient_penalty"]

@@ -44,7 +44,7 @@ class VQGanTrainerConfig(TrainerConfig):
     lecam_weight: float | dict[str, Any] = option(0.0, at_least=0)
     """Weight of LeCAM regularisation in the discriminator's loss, a number or a schedule; 0 for none."""
     lecam: str = option("per_logit", one_of=("per_logit", "of_means"))
-    """`per_logit`: as SEED-Voken (IBQ, Open-MAGVIT2); `of_means`: as 1d-tokenizer (TiTok)."""
+    """`per_logit`: as SEED-Voken (IBQ, Open-MAGVIT2), times discr_loss_weight; `of_means`: as 1d-tokenizer (TiTok)."""
     lecam_decay: float = option(0.999, at_least=0, below=1)
     """Decay of the moving averages of mean logits that LeCAM compares with."""
     discr_loss_weight: float | dict[str, Any] = option(1.0, at_least=0)
