@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.errors import UserError
@@ -64,7 +64,7 @@ def _import(options, out: Path) -> None:
         raise UserError(
             f"{options.file} is an export of vqdist already; give --to and the family that it should become"
         )
-    model = read_published(options.file, family=options.family, peer_config=options.peer_config)
+    model: Any = read_published(options.file, family=options.family, peer_config=options.peer_config)  # a tokenizer
     given = model.image_size if options.image_size is None else options.image_size
     model.image_size = image_size_of(DEFAULT_SIDE if given is None else given)
     model.check_image_size(model.image_size)

@@ -76,7 +76,8 @@ class MultiScaleVQ(MultiScaleResidual):
         kmeans_init: make the first codes from the first training batch.
         kmeans_iters: iterations of that.
         threshold_ema_dead_code: replace codes whose average number of uses in a batch is below this; 0 replaces none.
-        num_phis: convolutions that repair what enlarging lost; by default 4, or as many as there are scales.
+        num_phis: convolutions that repair what enlarging lost; by default 4, or as many as there are scales. A
+            learnable codebook may have more than scales, as VAR's files do: the others serve none.
         phi_ratio: share of the convolution in what becomes of the codes; 0 leaves it out.
         phi_rule: which convolution serves a scale: `ticks`, as in VAR, or `proportional`, as in vqdist before.
     """
