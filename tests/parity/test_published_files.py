@@ -283,10 +283,11 @@ MOVED = {"class_path": "cvq", "init_args": {"codebook_size": 8}}
 FREE, NORMED = (
     {"class_path": "gradient_vq", "init_args": {"codebook_size": 8, "l2_norm": on}} for on in (False, True)
 )
+OF_JANUS = {"class_path": "gradient_vq", "init_args": {"codebook_size": 8, "l2_norm_output": True}}
 NO_FORM = {
     **{f"{family}, moved codes": (family, MOVED) for family in ("taming", "llamagen", "diffusers")},
     "taming, codes of length 1": ("taming", NORMED),
-    "llamagen, codes of any length": ("llamagen", FREE),
+    "llamagen, codes of length 1 in the decoder only": ("llamagen", OF_JANUS),
     "janus": ("janus", FREE),
     "chameleon": ("chameleon", FREE),
 }

@@ -88,9 +88,9 @@ class LlamaGen(NetworkFamily):
         check_taming(model, self.title)
         check_attention_at_the_lowest(model, self.title)
         quantizer = model.quantizer
-        if type(quantizer) is not GradientVQ or not quantizer.l2_norm:  # by its files nobody could tell others
-            kind = type(quantizer).__name__
-            raise UserError(f"quantizer {kind} has no form in {self.title}; expected gradient_vq with l2_norm")
+        if type(quantizer) is not GradientVQ or quantizer.l2_norm_output:  # codes of a subclass are more than a tensor
+            kind = f"{type(quantizer).__name__} {getattr(quantizer, 'traits', '')}".strip()
+            raise UserError(f"quantizer {kind} has no form in {self.title}; expected gradient_vq")
 
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         torch.save({"model": {**tensors, USED: torch.zeros(RECENT)}}, path)
