@@ -12,6 +12,9 @@ from vqdist.files import read_json
 FILES = ("config.json", "model.safetensors")
 """The files of a saved model."""
 
+DISCRIMINATOR = "discriminator.safetensors"
+"""The file beside them that only further training reads."""
+
 
 def find_export(name_or_path: str | Path) -> Path:
     """Return the folder of a model: `export/` of a run, any other path as it is."""

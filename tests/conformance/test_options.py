@@ -23,6 +23,7 @@ import torch.distributed as dist
 from PIL import Image
 from scenarios import (
     AR_MODELS,
+    QUIET,
     SmallFeatures,
     build_ar_trainer,
     build_dvae_trainer,
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from vqdist import DiscreteVAETrainer, UserError, VQGanVAE, VQGanVAETrainer
 from vqdist.cli.train import train_options
 from vqdist.data import loader
-from vqdist.models.networks.conv import ResidualBlock
+from vqdist.models.networks.conv import ConvEncoder, ResidualBlock
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
 from vqdist.objectives import Perceptual, perceptual
 from vqdist.options import in_one_form
@@ -469,6 +470,28 @@ def test_a_run_from_before_an_option_existed_is_resumed(tmp_path):
         build_trainer(tmp_path, lr_decay_rate=0.5, lr_schedule="exponential")
 
 
+@case_of("init_from", "trust_code")
+def beginning(tmp_path):
+    """Of an export whose encoder comes with this test."""
+    named = {"class_path": f"{__name__}.OwnEncoder", "init_args": {"width": 16, "layers": 2}}
+    source = build_vae(use_vgg_and_gan=False, encoder=named)
+    source.save_pretrained(tmp_path / "source")
+    begin = partial(
+        VQGanVAETrainer, {"perceptual": "none", "use_gan": False}, **{**QUIET, "num_train_steps": 1, "image_size": 16}
+    )
+    begin = partial(begin, init_from=str(tmp_path / "source"), results_folder=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="OwnEncoder"):
+        begin()
+    begun = begin(trust_code=True).model
+    assert isinstance(begun.autoencoder.encoder, OwnEncoder)
+    for name, tensor in source.network.state_dict().items():
+        assert torch.equal(tensor, begun.network.state_dict()[name])
+
+
+class OwnEncoder(ConvEncoder):
+    """One that vqdist does not have."""
+
+
 @case
 def backend(tmp_path):
     for name in ("local", "accelerate"):
@@ -513,7 +536,8 @@ def options_of(config: type) -> set[str]:
 @pytest.mark.parametrize("kind, config", [("vqgan", VQGanTrainerConfig), ("dvae", DiscreteVAETrainerConfig)])
 def test_every_trainer_option_has_a_case(kind, config):
     assert options_of(VQGanTrainerConfig) == CHANGES_WEIGHTS.keys() | CASES.keys()
-    assert options_of(config) - options_of(TrainerConfig) == TABLES[kind].keys() - options_of(TrainerConfig)
+    own = options_of(config) - options_of(TrainerConfig)
+    assert own - CASES.keys() == TABLES[kind].keys() - options_of(TrainerConfig)
 
 
 @pytest.mark.parametrize("function", dict.fromkeys(CASES.values()), ids=lambda function: function.__name__)

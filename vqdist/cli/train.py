@@ -31,8 +31,10 @@ TOP_LEVEL = {
     "dist_timeout": "dist_timeout",
     "seed": "seed",
 }
+# likewise, of the trainers whose configuration has them
+OF_START = ("init_from", "trust_code")
 IMAGES = ("data.folder", "data.valid")
-KINDS = {"backend": str, "dist_timeout": float, "seed": int}  # of the others: a string or null
+KINDS = {"backend": str, "dist_timeout": float, "seed": int, "trust_code": bool}  # of the others: a string or null
 
 
 def train(arguments: list[str]) -> int:
@@ -114,7 +116,7 @@ def _description(entry: TrainedModel) -> str:
 
 def _add_top_level(parser, config_class: type) -> None:
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    for name, option in TOP_LEVEL.items():
+    for name, option in {**TOP_LEVEL, **{name: name for name in OF_START if name in fields}}.items():
         default = None if name == "results_folder" else fields[name].default
         parser.add_argument(
             f"--{option}", type=KINDS.get(name, str | None), default=default, help=_field_docs(config_class)[name]
@@ -130,7 +132,7 @@ def _add_groups(parser, entry: TrainedModel, model_class: type, config_class: ty
     parser.add_class_arguments(DataConfig, "data", skip=given, help=f"The images (short: {short})")
     skip = {"image_size", *entry.no_options}  # the data's image_size is the model's, too
     parser.add_class_arguments(model_class, "model", skip=skip, help="The networks and their losses")
-    parser.add_class_arguments(config_class, "trainer", skip={*data, *TOP_LEVEL}, help="The training")
+    parser.add_class_arguments(config_class, "trainer", skip={*data, *TOP_LEVEL, *OF_START}, help="The training")
 
 
 @functools.cache
@@ -187,7 +189,7 @@ def refuse_mistakes(entry: TrainedModel, options, parts: Parts) -> None:
     for option, registry in parts.items():
         if option not in IMAGES:
             _refuse_unknown_part(registry, options.get(option))
-    make_config(load_class(entry.config), _trainer_options(options)).check_values()
+    make_config(load_class(entry.config), _trainer_options(entry, options)).check_values()
     if entry.over_tokenizer:
         if not options.tokenizer:
             raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
@@ -204,8 +206,13 @@ def _refuse_unknown_part(registry: Registry[Any], given: Any) -> None:
             registry.refuse_unknown(Spec.of(part, registry.kind).target)
 
 
-def _trainer_options(options) -> dict[str, Any]:
+def _of_start(entry: TrainedModel) -> list[str]:
+    return [field.name for field in dataclasses.fields(load_class(entry.config)) if field.name in OF_START]
+
+
+def _trainer_options(entry: TrainedModel, options) -> dict[str, Any]:
     top = {name: getattr(options, option) for name, option in TOP_LEVEL.items()}
+    top |= {name: getattr(options, name) for name in _of_start(entry)}
     return {**options.data.as_dict(), **options.trainer.as_dict(), **top}
 
 
@@ -216,13 +223,26 @@ def make_trainer(entry: TrainedModel, options):
 
         model_class, trainer_class = entry.load()
     model_options = options.model.as_dict()
+    if getattr(options, "init_from", None) is not None:
+        if entry.model != MODELS["vqgan"].model:
+            raise UserError(
+                f"--init_from gives the class of the model, too, and {model_class.__name__} is another; give vqgan"
+            )
+        given: Any = _set_options(model_class, model_options)
+        return trainer_class(given, **_trainer_options(entry, options))
     if "image_size" in inspect.signature(model_class).parameters:
         model_options["image_size"] = options.data.image_size
     if entry.over_tokenizer:
         model_options["tokenizer"] = _open_tokenizer(options)
     seed_everything(options.seed, "weights")
     model = _build(model_class, model_options)
-    return trainer_class(model, **_trainer_options(options))
+    return trainer_class(model, **_trainer_options(entry, options))
+
+
+def _set_options(model_class: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the model that were given; those of its network are to agree with `--init_from`."""
+    defaults = {name: one.default for name, one in inspect.signature(model_class).parameters.items()}
+    return {name: value for name, value in options.items() if value != defaults.get(name)}
 
 
 def _train(trainer) -> int:

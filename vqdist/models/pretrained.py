@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vqdist.classes import checked_names
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json, reason_of
-from vqdist.locations import FILES, check_location, config_of_folder, find_export
+from vqdist.locations import DISCRIMINATOR, FILES, check_location, config_of_folder, find_export
 from vqdist.models.export_config import check_config
 from vqdist.models.mending import LIVE, mend_codebook
 from vqdist.options import plain
@@ -62,12 +62,15 @@ class PretrainedModel(PyTorchModelHubMixin):
             not square, or None if nobody said; written too.
         class_names: of the classes that the model knows, or None where they have no names; written too.
         buffers_are_live: whether the codebook is the one of training and no average of it; written too.
+        discriminator_file: weights of the discriminator beside the model in the folder that it was loaded from; a copy
+            goes where the model is saved.
     """
 
     model_type: ClassVar[str]
     image_size: ImageSize | None = None
     buffers_are_live: bool = True
     class_names: list[str] | None = None
+    discriminator_file: Path | None = None
 
     if TYPE_CHECKING:  # an attribute or a property of each model
 
@@ -262,6 +265,7 @@ class PretrainedModel(PyTorchModelHubMixin):
             kwargs.pop(name, None)  # facts about the model, not arguments of it
         model = super()._from_pretrained(model_id=model_id, **kwargs)
         model.class_names = names
+        model.discriminator_file = _discriminator_beside(Path(model_id), written, kwargs)
         model.image_size = model.image_size if image_size is None else image_size_of(image_size)
         model.follow_before({**written, **{name: value for name, value in kwargs.items() if name in written}})
         model.buffers_are_live = LIVE.items() <= written.items()
@@ -318,10 +322,10 @@ def load_model_of_any_type(
     check_location(name_or_path, path)
     model_type = _config_of(str(path if path.is_dir() else name_or_path), kwargs).get("model_type", FIRST_TYPE)
     with trusting(trust_code):
-        return _class_of(model_type, name_or_path).from_pretrained(name_or_path, **kwargs)
+        return class_of_type(model_type, name_or_path).from_pretrained(name_or_path, **kwargs)
 
 
-def _class_of(model_type: Any, found_in: str | Path) -> type[PretrainedModel]:
+def class_of_type(model_type: Any, found_in: str | Path) -> type[PretrainedModel]:
     """Return the class that config.json means: one of `MODEL_TYPES`, or of somebody else by its import path."""
     if isinstance(model_type, str) and model_type in MODEL_TYPES:
         module, name = MODEL_TYPES[model_type]
@@ -342,6 +346,13 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool) -> Non
     twins = {tensor.data_ptr(): tensors[name] for name, tensor in held.items() if name in tensors and tensor.numel()}
     shared = {name: twins[tensor.data_ptr()] for name, tensor in held.items() if tensor.data_ptr() in twins}
     module.load_state_dict({**shared, **tensors}, strict=strict)
+
+
+def _discriminator_beside(folder: Path, written: Mapping[str, Any], used: Mapping[str, Any]) -> Path | None:
+    """Return the file of the discriminator in a model's folder; None where the caller put another in its place."""
+    path = folder / DISCRIMINATOR
+    is_own = all(used.get(name) == written.get(name) for name in ("discriminator", "discr_layers"))
+    return path if is_own and path.is_file() else None
 
 
 def saved_beside(model_id: str, name: str, kwargs: Mapping[str, Any]) -> Path:

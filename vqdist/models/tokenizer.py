@@ -164,6 +164,7 @@ class Tokenizer(nn.Module):
                 f"{name_or_path} holds {an(type(model).__name__)}, which is no image tokenizer; give a run of one, as "
                 "of vqgan or dvae"
             )
+        model.discriminator_file = None  # codes and images need none
         return cls(cast(TokenizerModel, model), image_size)
 
     def save_pretrained(self, folder: str | Path) -> None:

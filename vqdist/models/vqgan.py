@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from vqdist import losses
 from vqdist.errors import UserError, an
+from vqdist.files import follow_umask
+from vqdist.locations import DISCRIMINATOR
 from vqdist.models.arguments import check_channels
 from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
 from vqdist.models.multiscale import MultiScaleResidual
@@ -52,6 +56,7 @@ from vqdist.parts import (
 )
 from vqdist.registries import DECODERS, DISCRIMINATORS, ENCODERS, QUANTIZERS, TERMS
 from vqdist.sizes import ImageSize
+from vqdist.storage import save_module
 
 DEFAULT_CODEBOOK_SIZE = 65_536
 MOST_PIXELS = 2048  # a side, up to which an encoder is asked whether it takes images
@@ -66,7 +71,8 @@ class VQGanVAE(
     """An image tokenizer: images to codes and back.
 
     Save and load with `save_pretrained(folder)`, `VQGanVAE.from_pretrained(folder or repository)` and
-    `push_to_hub(repository)`; the discriminator and the perceptual network are not saved.
+    `push_to_hub(repository)`; the perceptual network is not saved. A trained discriminator has a file of its own,
+    `discriminator.safetensors`, which only `init_from` of the trainer reads.
 
     Encoder, decoder, discriminator, quantizer and terms are parts: each takes a name, an import path with arguments
     (`{"class_path": "my_nets.MyEncoder", "init_args": {"width": 32}}`), or a built object. Arguments of vqdist's own
@@ -117,6 +123,7 @@ class VQGanVAE(
     """
 
     model_type = "vqgan"
+    discriminator_is_trained = False  # a trainer says it: one at random is not worth a file
     channels: int
     discriminator: Any  # a module and a `Discriminator`, or None
     _hub_mixin_config: dict[str, Any]
@@ -530,11 +537,29 @@ class VQGanVAE(
         prefix = "autoencoder."
         return prefix + self.autoencoder.current_name(name.removeprefix(prefix))
 
-    def with_network(self, network: VQAutoencoder) -> VQGanVAE:
-        """Return this model with another autoencoder of the same kind; nothing is copied."""
+    def with_network(self, network: VQAutoencoder, discriminator: nn.Module | None = None) -> VQGanVAE:
+        """Return this model with other networks of the same kind; nothing is copied.
+
+        Args:
+            network: encoder, quantizer and decoder.
+            discriminator: by default its own.
+        """
         twin = copy.copy(self)
         twin._modules = {**self._modules, "autoencoder": network}
+        if discriminator is not None:
+            twin._modules["discriminator"] = discriminator
         return twin
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        path, before = save_directory / DISCRIMINATOR, self.discriminator_file
+        if self.discriminator is not None and self.discriminator_is_trained:
+            save_module(self.discriminator, path)
+            follow_umask(path)
+        elif before is None or not before.is_file():
+            path.unlink(missing_ok=True)  # of the model that was here
+        elif not path.exists() or not path.samefile(before):
+            shutil.copyfile(before, path)
 
     def saved_part(self) -> nn.Module:
         return _OnlyAutoencoder(self.autoencoder)

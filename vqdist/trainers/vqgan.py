@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from vqdist.objectives.adversarial import LeCam
 from vqdist.schedules import ever_positive, linear_ramp, weight_at
 from vqdist.trainers.base import mark_last
 from vqdist.trainers.freezing import freeze, frozen_parts
+from vqdist.trainers.initial import begin
 from vqdist.trainers.tokenizer import TokenizerTrainer
 from vqdist.trainers.vqgan_config import DISCRIMINATOR_OPTIONS, VQGanTrainerConfig
 
@@ -29,7 +31,8 @@ class VQGanVAETrainer(TokenizerTrainer):
     """Trains a `VQGanVAE`; the generator's engine is its autoencoder, the discriminator's its discriminator.
 
     Args:
-        vae: the model.
+        vae: the model. With `init_from` it may be left out, or be arguments of `VQGanVAE` that say how to train, as
+            `perceptual` or `discriminator`; a model takes the weights over.
         dataset: see `Trainer`.
         **options: the fields of `VQGanTrainerConfig`.
     """
@@ -39,10 +42,15 @@ class VQGanVAETrainer(TokenizerTrainer):
     model: VQGanVAE
     discriminator: Engine | None
 
-    def __init__(self, vae: VQGanVAE, **options):
-        super().__init__(vae, **options)
+    def __init__(self, vae: VQGanVAE | Mapping[str, Any] | None = None, **options):
+        self._note: str | None = None  # on the weights that the run begins with
+        super().__init__(cast(VQGanVAE, vae), **options)
 
     def check_model(self) -> None:
+        if self.config.init_from is not None:
+            begun = begin(self.model, self.config)
+            self.model, self._note = begun.model, begun.note
+            self.config = replace(self.config, init_from=begun.record)
         if not isinstance(self.model, VQGanVAE):
             raise UserError(f"the model is {an(type(self.model).__name__)}; VQGanVAETrainer trains a VQGanVAE")
         self.model.check_training_size(self.config.image_size)  # missing weights are found out here
@@ -65,6 +73,8 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
+        if self._note is not None and self.backend.is_main:
+            print(self._note, file=sys.stderr, flush=True)
         vae.image_size = config.image_size  # what it is trained on, also for who goes on with the model itself
         freeze(vae.autoencoder, config.freeze)
         self.last_layer = _ConvShape.of(vae.autoencoder.last_layer)
@@ -82,6 +92,7 @@ class VQGanVAETrainer(TokenizerTrainer):
             )
             self._refuse_impossible_penalty(self.discriminator)
             self._refuse_impossible_start(self.discriminator)
+            vae.discriminator_is_trained = True
         self.objective = vae.objective()
         self.lecam = self._make_lecam()
         return engines
@@ -347,8 +358,11 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     @contextmanager
     def averaged_model(self) -> Iterator[VQGanVAE]:
-        with self.averaged_network() as network:
-            yield self.model.with_network(cast(VQAutoencoder, network))
+        with self.averaged_network() as network, self._whole_discriminator() as critic:
+            yield self.model.with_network(cast(VQAutoencoder, network), critic)
+
+    def _whole_discriminator(self) -> AbstractContextManager[nn.Module | None]:
+        return nullcontext() if self.discriminator is None else self.discriminator.whole()
 
 
 @dataclass(frozen=True)

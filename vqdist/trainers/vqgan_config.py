@@ -16,6 +16,11 @@ from vqdist.trainers.config import TrainerConfig
 class VQGanTrainerConfig(TrainerConfig):
     """Options of training a VQGAN: those of every trainer, and the two players'."""
 
+    init_from: str | dict[str, Any] | None = option(None)
+    """Published file, export or run to begin from: it gives the network, its averaged weights and, where it has one,
+    the discriminator. The run records its checksum; the same command resumes the run without it."""
+    trust_code: bool = option(False, free=True)
+    """Whether init_from may name networks that do not come with vqdist; their code is run."""
     freeze: list[str] = option(default_factory=list)
     """Parts that stay as they are, of `encoder`, `quantizer` and `decoder`; a frozen encoder freezes the codebook."""
     freeze_codebook: bool | None = option(None)
@@ -110,6 +115,8 @@ class VQGanTrainerConfig(TrainerConfig):
             self.refuse_set("grad_penalty", "grad_penalty_weight", because="apply_grad_penalty_every is 0")
         if self.grad_penalty_weight == 0:
             self.refuse_set("apply_grad_penalty_every", "grad_penalty", because="grad_penalty_weight is 0")
+        if self.init_from is None:
+            self.refuse_set("trust_code", because="init_from is not given")
         if not self.discriminator_start:
             self.refuse_set("discriminator_before_start", because="discriminator_start is 0")
 
@@ -141,6 +148,6 @@ class VQGanTrainerConfig(TrainerConfig):
 # options that are a number or a schedule of the step
 WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
 # all that the configuration adds to every trainer's is about the discriminator, but for this
-OF_THE_GENERATOR = ("quantizer_weight", "freeze", "freeze_codebook")
+OF_THE_GENERATOR = ("quantizer_weight", "freeze", "freeze_codebook", "init_from", "trust_code")
 _OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
 DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]

@@ -16,12 +16,22 @@ from vqdist.files import read_json
 from vqdist.models.mending import LIVE
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.published.base import Family, NetworkFamily, network_tensors
+from vqdist.models.published.critics import Critic, critic_in
 from vqdist.models.published.files import read_config, read_content
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.parts import unknown
 from vqdist.registries import FAMILIES
 
-__all__ = ["FAMILIES", "Family", "family_named", "is_published", "read_published", "write_published"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "family_named",
+    "file_of_weights",
+    "is_published",
+    "read_published",
+    "read_to_train",
+    "write_published",
+]
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
 OWN_WEIGHTS = "model.safetensors"
@@ -50,7 +60,22 @@ def read_published(
         config = dict(peer_config)
     elif peer_config is not None:
         config = read_config(Path(peer_config).expanduser())
+    return _read(read_content(file), config, file, family)
+
+
+def read_to_train(path: str | Path) -> tuple[PretrainedModel, Critic | None]:
+    """Return the tokenizer of another project's file, and the discriminator that it holds, if any."""
+    file, config = _located(Path(path).expanduser())
     content = read_content(file)
+    return _read(content, config, file, None), critic_in(content)
+
+
+def file_of_weights(path: str | Path) -> Path:
+    """Return the file with the weights, of a file or a folder of another project."""
+    return _located(Path(path).expanduser())[0]
+
+
+def _read(content: Any, config: dict[str, Any], file: Path, family: str | None) -> PretrainedModel:
     chosen = _recognised(content, config, file) if family is None else family_named(family)
     return chosen.read(content, config, file)
 

@@ -167,6 +167,13 @@ def _check_counts(arguments: Mapping[str, Any], tensors: int, path: Path) -> Non
 
 
 def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, title: str) -> None:
+    said = differences(found, expected)
+    if said:
+        raise UserError(f"{path} {said}, as a tokenizer of {title}; give its --peer_config, or --family")
+
+
+def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Return in words which tensors are missing, too many, or of another shape, by name; empty where none is."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     other = [
         f"{name} {_shape(found[name])} and not {_shape(expected[name])}"
@@ -174,9 +181,7 @@ def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Pa
         if found[name].shape != expected[name].shape
     ]
     problems = [("lacks", missing), ("has besides", extra), ("has in another shape", other)]
-    said = [f"{what} {_few(names)}" for what, names in problems if names]
-    if said:
-        raise UserError(f"{path} {' and '.join(said)}, as a tokenizer of {title}; give its --peer_config, or --family")
+    return " and ".join(f"{what} {_few(names)}" for what, names in problems if names)
 
 
 def _shape(tensor: Tensor) -> str:

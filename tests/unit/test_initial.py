@@ -1,0 +1,253 @@
+"""Runs that begin from weights: of published files, exports and runs; what they record, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scenarios import QUIET, build_trainer, build_vae
+from torch import Tensor
+
+from vqdist import Tokenizer, VQGanVAE, VQGanVAETrainer
+from vqdist.cli import main
+from vqdist.errors import UserError
+
+FIXTURES = Path(__file__).parent.parent / "data" / "parity"
+STEPS = 3
+OPTIONS: dict[str, Any] = {**QUIET, "num_train_steps": STEPS, "batch_size": 2, "save_model_every": 2}
+ALONE = {"perceptual": "none"}  # no weights to download
+
+
+PREFIX = "loss.discriminator."
+
+
+def weights_in(file: Path) -> dict[str, Tensor]:
+    return {name: one.float() if one.is_floating_point() else one for name, one in load_file(file).items()}
+
+
+def published(folder: Path, family: str, *, critic: bool) -> Path:
+    """Write a fixture's weights as the project's training code does, with the discriminator if it is asked for."""
+    own = weights_in(FIXTURES / family / "weights.safetensors")
+    losses = weights_in(FIXTURES / family / "losses.safetensors") if critic else {}
+    if family.startswith("taming"):
+        content = {"state_dict": {**own, **losses}}
+    else:
+        critics = {name.removeprefix(PREFIX): one for name, one in losses.items() if name.startswith(PREFIX)}
+        content = {"model": own, "discriminator": critics}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(content, folder / f"{family}.pt")
+    return folder / f"{family}.pt"
+
+
+def begun(source: Path, out: Path, model: Any = ALONE, **options: Any) -> VQGanVAETrainer:
+    return VQGanVAETrainer(model, **{**OPTIONS, "results_folder": str(out), "init_from": str(source), **options})
+
+
+def weights_of(trainer: VQGanVAETrainer) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.named_tensors()}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def refusal(call) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 700
+    return message
+
+
+def check_resumed(whole: VQGanVAETrainer, source: Path, folder: Path) -> None:
+    """Compare a run that is yet to train with one of two steps, and a third without the file that both began from."""
+    start = weights_of(whole)
+    whole.train()
+    begun(source, folder / "cut", num_train_steps=2).train()
+    moved = source.rename(source.with_name(f"moved_{source.name}"))
+    cut = begun(source, folder / "cut")
+    assert cut.step == 2
+    cut.train()
+    moved.rename(source)
+    assert equal(weights_of(whole), weights_of(cut))
+    assert not equal(start, weights_of(whole))
+
+
+@pytest.mark.parametrize("family", ["taming_vqgan", "llamagen_vq"])
+def test_a_published_file_gives_network_weights_and_discriminator(family, tmp_path, capfd):
+    source = published(tmp_path / "files", family, critic=True)
+    trainer = begun(source, tmp_path / "run")
+    expected = Tokenizer.from_pretrained(source, 16).network.state_dict()
+    assert equal(expected, trainer.model.network.state_dict())
+    losses = weights_in(FIXTURES / family / "losses.safetensors")
+    of_file = {name.removeprefix(PREFIX): one for name, one in losses.items() if name.startswith(PREFIX)}
+    assert len(of_file) == 16 and equal(of_file, trainer.model.discriminator.state_dict())
+    assert "discriminator" not in capfd.readouterr().err
+    check_resumed(trainer, source, tmp_path)
+
+
+def test_a_file_without_a_discriminator_begins_with_a_new_one_and_says_so(tmp_path, capfd):
+    source = published(tmp_path, "llamagen_vq", critic=False)
+    trainer = begun(source, tmp_path / "run", {**ALONE, "discriminator": PATCHES})
+    assert type(trainer.model.discriminator).__name__ == "PatchGAN"
+    assert capfd.readouterr().err.count("a new one begins at random") == 1
+    trainer.close()
+    again = begun(source, tmp_path / "twin", {**ALONE, "discriminator": PATCHES})  # of one seed
+    assert equal(trainer.model.discriminator.state_dict(), again.model.discriminator.state_dict())
+
+
+PATCHES = {"class_path": "patchgan", "init_args": {"width": 8, "layers": 2}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Return a run of three steps, whose average differs from its weights."""
+    folder = tmp_path_factory.mktemp("source") / "run"
+    trainer = build_trainer(folder, quantizer="vq", batch_size=2, num_train_steps=STEPS, lr=1e-2)
+    trainer.train()
+    trainer.save(folder.parent / "state")
+    trainer.close()
+    return folder
+
+
+def test_the_export_holds_the_discriminator_of_the_run(run):
+    held = load_file(run / "export" / "discriminator.safetensors")
+    saved = load_file(run.parent / "state" / "discriminator" / "weights.safetensors")
+    assert equal(held, saved)
+    assert "discriminator.safetensors" in json.loads((run / "export" / "export.json").read_text())["files"]
+
+
+def test_an_old_export_and_a_damaged_discriminator_go_on_loading(run, tmp_path):
+    for content in (None, b"nothing"):
+        export = tmp_path / f"export_{content is None}"
+        shutil.copytree(run / "export", export)
+        (export / "discriminator.safetensors").unlink()
+        if content is not None:
+            (export / "discriminator.safetensors").write_bytes(content)
+        tokenizer = Tokenizer.from_pretrained(export)
+        assert equal(tokenizer.network.state_dict(), Tokenizer.from_pretrained(run).network.state_dict())
+        VQGanVAE.from_pretrained(export)
+
+
+def test_a_loaded_model_takes_the_discriminators_file_along_and_a_tokenizer_does_not(run, tmp_path):
+    name = "discriminator.safetensors"
+    VQGanVAE.from_pretrained(run).save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / name).read_bytes() == (run / "export" / name).read_bytes()
+    Tokenizer.from_pretrained(run).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / name).exists()
+    build_vae().save_pretrained(tmp_path / "new")  # at random
+    assert not (tmp_path / "new" / name).exists()
+    VQGanVAE.from_pretrained(run, discr_layers=1).save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / name).exists()
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_a_run_and_an_export_give_the_averaged_weights(kind, run, tmp_path, capfd):
+    source = tmp_path / kind
+    shutil.copytree(run if kind == "run" else run / "export", source)
+    trainer = begun(source, tmp_path / "new")
+    exported = load_file(run / "export" / "model.safetensors")
+    assert equal({f"autoencoder.{name}": one for name, one in trainer.model.network.state_dict().items()}, exported)
+    discriminator = load_file(run / "export" / "discriminator.safetensors")
+    assert equal(trainer.model.discriminator.state_dict(), discriminator)
+    assert capfd.readouterr().err == ""
+    recorded = json.loads((tmp_path / "new" / "config.json").read_text())["trainer"]["init_from"]
+    record = json.loads((run / "export" / "export.json").read_text())["files"]["model.safetensors"]
+    assert recorded == {"path": str(source), "sha256": record}
+    if kind == "export":
+        check_resumed(trainer, source, tmp_path)
+
+
+def test_a_model_takes_the_weights_over(run, tmp_path):
+    trainer = begun(run, tmp_path / "new", build_vae(quantizer="vq"))
+    expected = Tokenizer.from_pretrained(run).network.state_dict()
+    assert equal(expected, trainer.model.network.state_dict())
+
+
+def test_another_network_is_named_tensor_by_tensor(run, tmp_path):
+    message = refusal(lambda: begun(run, tmp_path / "new", build_vae(quantizer="vq", dim=32)))
+    assert "has in another shape" in message and "decoder." in message and " and not " in message
+    message = refusal(lambda: begun(run, tmp_path / "new", build_vae(quantizer="lfq")))
+    assert "has besides quantizer." in message and "lacks quantizer." in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({"dim": 32}, "dim 32 is given, and"),
+        ({"layers": 3}, "layers 3 is given, and"),
+        ({"codebook_size": 64}, "codebook_size 64 is given, and"),
+        ({"quantizer": "fsq"}, "quantizer 'fsq' is given, and"),
+        ({"encoder": {"class_path": "taming"}}, "encoder {'class_path': 'taming'} is given, and"),
+        ({"preset": "llamagen_vq16"}, "is given, and"),
+    ],
+)
+def test_options_of_another_network_are_refused(given, found, run, tmp_path):
+    message = refusal(lambda: begun(run, tmp_path / "new", {**ALONE, **given}))
+    assert found in message and "leave it out" in message and str(run) in message
+
+
+def test_options_that_say_the_same_pass(run, tmp_path):
+    same = {"dim": 16, "layers": 2, "quantizer": "vq", "codebook_size": 32, "vq_kwargs": {"codebook_dim": 8}}
+    assert begun(run, tmp_path / "new", {**ALONE, **same}).model.layers == 2
+
+
+def test_another_discriminator_begins_at_random_and_says_so(run, tmp_path, capfd):
+    trainer = begun(run, tmp_path / "new", {**ALONE, "discriminator": PATCHES})
+    assert type(trainer.model.discriminator).__name__ == "PatchGAN"
+    assert "the discriminator begins at random: that of" in capfd.readouterr().err
+    assert begun(run, tmp_path / "none", {**ALONE, "use_gan": False}, lr=1e-3).discriminator is None
+
+
+def test_a_resumed_run_does_not_begin_from_another(run, tmp_path):
+    source, other = tmp_path / "source", tmp_path / "other"
+    shutil.copytree(run / "export", source)
+    begun(source, tmp_path / "new", num_train_steps=2).train()
+    shutil.copytree(source, other)
+    assert begun(other, tmp_path / "new").step == 2  # the same weights
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: 2 * one for name, one in tensors.items()}, other / "model.safetensors")
+    for place in (other, tmp_path / "nowhere"):
+        message = refusal(lambda place=place: begun(place, tmp_path / "new", allow_config_change=True))
+        assert str(source) in message and str(place) in message and "began from" in message
+    build_trainer(tmp_path / "plain", quantizer="vq", num_train_steps=2).train()
+    assert "did not begin from" in refusal(lambda: begun(source, tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("nowhere", "there is no"),
+        ("someone/tokenizer", "hf download"),
+        ("empty", "has no config.json"),
+    ],
+)
+def test_where_nothing_is_to_begin_from_is_one_line(path, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert said in refusal(lambda: begun(Path(path), tmp_path / "new"))
+
+
+def test_the_command_needs_no_option_of_the_model(run, tmp_path):
+    arguments = [
+        "--data",
+        "synthetic:64",
+        "--image_size",
+        "16",
+        "--trainer.batch_size",
+        "2",
+        "--data.num_workers",
+        "0",
+    ]
+    arguments += ["--init_from", str(run), "--out", str(tmp_path / "new"), "--model.perceptual", "none"]
+    assert main(["train", "vqgan", *arguments, "--trainer.num_train_steps", "1"]) == 0
+    recorded = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert recorded["trainer"]["init_from"]["path"] == str(run) and recorded["model"]["dim"] == 16
+    assert main(["train", "vqgan", *arguments, "--trainer.num_train_steps", "2"]) == 0
+    assert main(["train", "vqgan", *arguments, "--trainer.num_train_steps", "2", "--model.dim", "32"]) == 2
