@@ -14,9 +14,9 @@ from vqdist.data.images import (
     convert_channels,
     image_to_tensor,
     open_image,
-    resize_and_crop,
     tensor_to_image,
 )
+from vqdist.data.views import resize_and_crop
 from vqdist.errors import UserError
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vqdist.options import option
+from vqdist.errors import UserError
+from vqdist.options import check_options, option
 from vqdist.parts import Registry, import_path
 
 CODES = "codes:"
@@ -16,6 +18,37 @@ MAX_PIXELS = 2 * 89_478_485
 """Pixels of the largest image that is decoded: Pillow's own limit against decompression bombs."""
 
 MAX_BAD_FRAC = 0.01
+
+CROPS = ("center", "random", "resized")
+RESAMPLES = ("bicubic", "bilinear", "lanczos")
+RANGES = ("shorter_side", "crop_area", "crop_aspect")
+
+
+@dataclass(kw_only=True, frozen=True)
+class View:
+    """One look at an image, see `vqdist.data.views`; the options of `DataConfig` with the same names say it.
+
+    Raises:
+        UserError: a value is not possible.
+    """
+
+    crop: str = option("center", one_of=CROPS)
+    shorter_side: Sequence[float] = option((1.0, 1.0), at_least=1, at_most=16)
+    crop_area: Sequence[float] = option((0.08, 1.0), above=0, at_most=1)
+    crop_aspect: Sequence[float] = option((3 / 4, 4 / 3), above=0, at_most=100)
+    resample: str = option("bicubic", one_of=RESAMPLES)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name in RANGES:
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple)) or len(given) != 2 or given[0] > given[1]:
+                raise UserError(f"{name} {given!r} is not possible; give the lowest and the highest value, as [1, 2]")
+
+
+STILL = View()
+"""The centre, bicubic; of the random things the flip alone."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -29,7 +62,19 @@ class DataConfig:
     exts: list[str] | str | None = option(None, free=True)
     """File name extensions to read from a folder; by default every image format that is known."""
     augment: bool = True
+    """Random views while training: flips, and the crop that is chosen; false shows images as validation does."""
+    flip: bool = True
     """Random horizontal flips while training, where the source's images mean the same when mirrored."""
+    crop: str = "center"
+    """Crop while training: `center`, `random` place, or `resized` (random area and aspect ratio, stretched)."""
+    shorter_side: list[float] = option(default_factory=lambda: [1.0, 1.0])
+    """Range of the shorter side before a `random` crop, as a multiple of image_size; LlamaGen has [1, 1.25]."""
+    crop_area: list[float] = option(default_factory=lambda: [0.08, 1.0])
+    """Range of the share of the area that a `resized` crop shows."""
+    crop_aspect: list[float] = option(default_factory=lambda: [3 / 4, 4 / 3])
+    """Range of width / height of what a `resized` crop shows."""
+    resample: str = "bicubic"
+    """Filter of every resize, of images to validate on too: `bicubic`, `bilinear` or `lanczos`, antialiased."""
     on_bad_image: str = option("raise", one_of=("raise", "skip"), free=True)
     """What to do with a file that cannot be decoded: `raise`, or `skip` (counted and reported)."""
     max_bad_frac: float = option(MAX_BAD_FRAC, at_least=0, at_most=1, free=True)
@@ -48,6 +93,11 @@ class DataConfig:
     """Micro-batches that each loader process keeps ready."""
     pin_memory: bool | None = option(None, free=True, own=True)
     """Page-locked host memory for faster copies; by default on a CUDA device only."""
+
+    @property
+    def view(self) -> View:
+        """How an image is looked at while training."""
+        return View(**{f.name: getattr(self, f.name) for f in fields(View)})
 
     @classmethod
     def part_options(cls) -> dict[tuple[str, str], Registry[Any]]:

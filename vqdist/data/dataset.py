@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqdist.classes import missing, numbers_among
-from vqdist.data.config import MAX_PIXELS
+from vqdist.data.config import MAX_PIXELS, STILL, View
 from vqdist.data.images import BadImageError, check_channels, limited_to
 from vqdist.data.sources import Source, TensorSource, not_empty, open_source
 from vqdist.data.sources.base import checked_fingerprint, checked_index, checked_label
@@ -30,7 +30,7 @@ class ImageDataset(Dataset):
 
     `dataset[index]` is the image in epoch 0, `dataset[epoch, index]` in another; both are (c, h, w) float32 in [0, 1].
     `dataset.fetch` also tells which files were broken. The shorter side is resized to `image_size` and the centre cut
-    out; training images are mirrored with probability 0.5 where the source allows it (not digits).
+    out; training images are mirrored with probability 0.5 where the source allows it (not digits). A `view` says more.
 
     Args:
         source: a spec (see `vqdist.data.sources`), also as class_path and init_args, a `Source`, another
@@ -39,7 +39,8 @@ class ImageDataset(Dataset):
         image_size: side in pixels, or (height, width).
         channels: 1, 3 or 4.
         exts: file name extensions to read from a folder or tar files; by default every image format that is known.
-        augment: False gives the view for validation.
+        augment: False gives the view for validation: the centre of the image, with the filter of `view`.
+        view: crop, filter and flip of an image, `vqdist.data.config.View`.
         seed: of the augmentation.
         on_bad_image: what to do with an image that cannot be decoded: `raise`, or `skip`, which puts the next good
             image in its place.
@@ -60,6 +61,7 @@ class ImageDataset(Dataset):
         channels: int = 3,
         exts: Iterable[str] | str | None = None,
         augment: bool = True,
+        view: View = STILL,
         seed: int = 0,
         on_bad_image: str = "raise",
         max_bad_frac: float = 1.0,
@@ -81,6 +83,8 @@ class ImageDataset(Dataset):
         self.image_size = image_size_of(image_size)
         self.channels = channels
         self.augment: bool = augment
+        self.view = view
+        self._check_view()
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.max_bad_frac = max_bad_frac
@@ -198,10 +202,21 @@ class ImageDataset(Dataset):
 
     def _view(self, epoch: int, index: int, candidate: int) -> Tensor:
         rng = None
-        if self.augment and self.source.flip:
+        if self.augment and (self.source.flip or self.view.crop != STILL.crop):
             rng = torch.Generator().manual_seed(derive_seed("augmentation", self.seed, epoch, index))
+        # a source of somebody else's may have a `tensor` from before there were views
+        more = {} if self.view == STILL else {"view": self.view}
         with limited_to(self.max_pixels):
-            return self.source.tensor(candidate, image_size=self.image_size, channels=self.channels, rng=rng)
+            return self.source.tensor(candidate, image_size=self.image_size, channels=self.channels, rng=rng, **more)
+
+    def _check_view(self) -> None:
+        """Raise `UserError` for a crop of images that are not augmented, and for any of ready-made tensors."""
+        tensors = isinstance(self.source, TensorSource)
+        reason = "the dataset gives tensors, taken as they are" if tensors else "the images are not augmented"
+        for name, acts in {"crop": self.augment and not tensors, "resample": not tensors}.items():
+            given = getattr(self.view, name)
+            if not acts and given != getattr(STILL, name):
+                raise UserError(f"{name} {given} does nothing, because {reason}; leave it out")
 
     def _candidates(self, index: int, among: Sequence[int] | Tensor | None) -> Iterator[int]:
         yield index

@@ -1,6 +1,6 @@
 """From a file to a float image in [0, 1].
 
-    open_image(file), then image_to_tensor(image, ...) = convert_channels, resize_and_crop, perhaps mirror, to float
+    open_image(file), then image_to_tensor(image, ...) = convert_channels, crop, resize and perhaps mirror, to float
 
 Every function is pure: what comes out depends on the arguments alone, chance included (`rng`). Images stay 8-bit PIL
 images until the last step. The meaning of "right" for each kind of file:
@@ -35,9 +35,10 @@ from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from vqdist.data.config import MAX_PIXELS
+from vqdist.data.config import MAX_PIXELS, STILL, View
 from vqdist.data.files import NotAnImage, is_storage_failure, read_file, storage_error
 from vqdist.data.metadata import num_scans, without_metadata
+from vqdist.data.views import apply_view
 from vqdist.errors import UserError
 from vqdist.sizes import ImageSize, sides_of
 
@@ -201,36 +202,24 @@ def check_channels(channels: int) -> None:
         raise UserError(f"channels {channels} is not possible for images; choose 1 (grey), 3 (RGB) or 4 (RGBA)")
 
 
-def resize_and_crop(image: Image.Image, image_size: ImageSize) -> Image.Image:
-    """Resize until the result just fits in and cut out the centre, in one antialiased bicubic resampling.
-
-    For a square result the shorter side is resized. Resampling the centred part of the source directly gives the same
-    picture as resizing all of it and cropping, without computing what is cut away and without rounding a side. The
-    colour of transparent pixels has no weight: PIL resamples RGBA with premultiplied alpha.
-
-    Args:
-        image: mode `L`, `RGB` or `RGBA`.
-        image_size: of the result.
-    """
-    (width, height), (rows, columns) = image.size, sides_of(image_size)
-    scale = min(width / columns, height / rows)  # pixels of the source for one of the result
-    across, down = (width, width * rows / columns) if scale == width / columns else (height * columns / rows, height)
-    left, top = (width - across) / 2, (height - down) / 2
-    box = (left, top, left + across, top + down)
-    return image.resize((columns, rows), Image.Resampling.BICUBIC, box=box)
-
-
 def image_to_tensor(
-    image: Image.Image, *, image_size: ImageSize, channels: int, rng: torch.Generator | None = None
+    image: Image.Image,
+    *,
+    image_size: ImageSize,
+    channels: int,
+    rng: torch.Generator | None = None,
+    view: View = STILL,
+    flip: bool = True,
 ) -> Tensor:
-    """Convert, resize (shorter side, antialiased bicubic), centre-crop and, with `rng`, augment one image.
+    """Convert, resize, crop and, with `rng`, augment one image.
 
     Args:
         image: any PIL image.
         image_size: side of the square result in pixels, or (height, width).
         channels: 1, 3 or 4, see `convert_channels`.
-        rng: turns augmentation on, and is all the chance in it: the image is mirrored left to right with probability
-            0.5. None gives the deterministic view.
+        rng: turns augmentation on, and is all the chance in it. None gives the deterministic view: the centre.
+        view: crop, filter and flip; by default the centre, bicubic, and with `rng` a flip with probability 0.5.
+        flip: false for images that mean something else when mirrored.
 
     Returns:
         (c, h, w) float32 in [0, 1].
@@ -238,9 +227,7 @@ def image_to_tensor(
     Raises:
         UserError: another number of channels.
     """
-    image = resize_and_crop(convert_channels(image, channels), image_size)
-    if rng is not None and torch.rand((), generator=rng).item() < 0.5:
-        image = ImageOps.mirror(image)
+    image = apply_view(convert_channels(image, channels), image_size, view, rng, flip=flip and view.flip)
     pixels = rearrange(np.asarray(image).reshape(*sides_of(image_size), channels), "h w c -> c h w")
     return torch.from_numpy(pixels.astype(np.float32, order="C")).div_(255)
 

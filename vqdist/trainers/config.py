@@ -121,6 +121,7 @@ class TrainerConfig(DataConfig):
         self.check_length()
         check_options(self)
         factor_of(self.schedule, 0, 1000)
+        self._check_view()
         if self.on_nonfinite == "raise":
             self.refuse_set("max_skipped_steps", because="on_nonfinite is raise")
         self.two_decays("adam_betas")
@@ -137,6 +138,14 @@ class TrainerConfig(DataConfig):
             self.refuse_set("random_split_seed", because="valid_frac is 0")
         if self.num_workers == 0:
             self.refuse_set("prefetch_factor", because="num_workers is 0")
+
+    def _check_view(self) -> None:
+        crop, ranges = self.view.crop, {"random": ["shorter_side"], "resized": ["crop_area", "crop_aspect"]}
+        if not self.augment:
+            self.refuse_set("flip", "crop", because="augment is false")
+        for name, options in ranges.items():
+            if crop != name:
+                self.refuse_set(*options, because=f"crop is {crop}")
 
     def check_optimizers(self) -> None:
         """Raise `UserError` for an optimizer that cannot be made of what is said of it; imports torch."""
@@ -187,8 +196,9 @@ class TrainerConfig(DataConfig):
 
     def is_set(self, name: str) -> bool:
         """Return whether an option was changed from its default."""
+        config_class: Any = type(self)
         value = getattr(self, name)
-        return (list(value) if isinstance(value, tuple) else value) != default_options(type(self)).get(name)
+        return (list(value) if isinstance(value, tuple) else value) != _defaults_of(config_class).get(name)
 
     def check_length(self) -> None:
         """Raise `UserError` unless exactly one option says how long to train."""
@@ -202,10 +212,8 @@ class TrainerConfig(DataConfig):
 
     def refuse_set(self, *names: str, because: str) -> None:
         """Raise `UserError` if one of these options was changed from its default, where it would not be read."""
-        config_class: Any = type(self)
-        defaults = _defaults_of(config_class)
         for name in names:
-            if getattr(self, name) != defaults[name]:
+            if self.is_set(name):
                 raise UserError(f"{name} {getattr(self, name)} does nothing, because {because}; leave it out")
 
     def two_decays(self, name: str) -> None:
@@ -217,7 +225,7 @@ class TrainerConfig(DataConfig):
 
 @functools.cache  # the schedule asks in every step
 def _defaults_of(config_class: Any) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(config_class)}
+    return default_options(config_class)
 
 
 def _recorded(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from vqdist.backends import Backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.data.codes import CodeDataset
+from vqdist.data.config import STILL, View
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import (
     Batch,
@@ -23,6 +24,7 @@ from vqdist.data.loader import (
     train_loader,
     valid_loader,
 )
+from vqdist.data.sources import Source, TensorSource
 from vqdist.data.workers import GIVE_UP, SLOW
 from vqdist.errors import UserError
 
@@ -58,12 +60,14 @@ def open_images(
     skipping = {name: getattr(config, name) for name in ("on_bad_image", "max_bad_frac", "max_pixels")}
     view: dict[str, Any] = {"image_size": config.image_size, "channels": channels, "seed": config.seed, **skipping}
     source: Any = config.folder if dataset is None else dataset
-    train = ImageDataset(source, exts=config.exts, augment=config.augment, **view)
+    train = ImageDataset(source, exts=config.exts, augment=config.augment, view=config.view, **view)
     chosen: Any = config.valid if valid_dataset is None else valid_dataset
-    if chosen is None:
-        return train, ImageDataset(train.source, augment=False, **view)
-    exts = config.exts if valid_dataset is None else None
-    return train, ImageDataset(chosen, exts=exts, augment=False, **view)
+    exts = config.exts if valid_dataset is None and chosen is not None else None
+    images: Any = train.source if chosen is None else chosen
+    # tensors of somebody's own are never resized
+    as_it_is = not isinstance(images, Source | ImageDataset | str | Mapping) or isinstance(images, TensorSource)
+    still = STILL if as_it_is else View(resample=config.resample)
+    return train, ImageDataset(images, exts=exts, augment=False, view=still, **view)
 
 
 class RunData:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vqdist.data.config import STILL, View
 from vqdist.data.files import is_storage_failure, storage_error
 from vqdist.data.images import EXTENSIONS, BadImageError, image_to_tensor
 from vqdist.data.specs import FORMS
@@ -98,11 +99,17 @@ class Source:
         return self._sampled
 
     def tensor(
-        self, index: int, *, image_size: ImageSize, channels: int, rng: torch.Generator | None = None
+        self,
+        index: int,
+        *,
+        image_size: ImageSize,
+        channels: int,
+        rng: torch.Generator | None = None,
+        view: View = STILL,
     ) -> Tensor:
         """Return the image as (c, h, w) float32 in [0, 1], see `images.image_to_tensor`."""
         image = checked_image(self, index)
-        return image_to_tensor(image, image_size=image_size, channels=channels, rng=rng)
+        return image_to_tensor(image, image_size=image_size, channels=channels, rng=rng, view=view, flip=self.flip)
 
 
 class PackedStrings:

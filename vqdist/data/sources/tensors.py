@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from vqdist.data.config import STILL, View
 from vqdist.data.images import tensor_to_image
 from vqdist.data.sources.base import Source, as_label, digest_of
 from vqdist.data.specs import FORMS
@@ -55,7 +56,13 @@ class TensorSource(Source):
         return digest_of(["tensors", self.spec, str(len(self))])
 
     def tensor(
-        self, index: int, *, image_size: ImageSize, channels: int, rng: torch.Generator | None = None
+        self,
+        index: int,
+        *,
+        image_size: ImageSize,
+        channels: int,
+        rng: torch.Generator | None = None,
+        view: View = STILL,
     ) -> Tensor:
         image = self._item(index)[0]
         expected = (channels, *sides_of(image_size))
