@@ -27,7 +27,7 @@ from vqdist import VAR, DiscreteVAE, Prior, Tokenizer, VQGanVAE
 from vqdist.cli import main
 from vqdist.cli.models import MODELS
 from vqdist.cli.train import TOP_LEVEL, train_options
-from vqdist.models.quantizers import build_quantizer
+from vqdist.models.presets import PRESETS
 from vqdist.schedules import temperature
 from vqdist.trainers.config import build_config
 
@@ -35,21 +35,45 @@ RECIPES = {path.stem: path for path in sorted((ROOT / "launch" / "recipes").glob
 
 TRAINING_IMAGES = 1_281_167 - 12_812  # of ImageNet, without those held back
 
-# What makes a whole recipe a run of a second; no mechanism is turned off but, in all but one, VGG16.
-NO_VGG = "--model.perceptual none"
-SMALL_VQGAN = "--image_size 32 --model.dim 16 --model.codebook_size 32 --trainer.batch_size 2"
-ONE_BLOCK = "--model.encdec_num_resnet_blocks [1,1,1,1]"
-JOINS = "--trainer.discriminator_start 0"
+# What makes a whole recipe a run of some seconds; no mechanism is turned off. Of a published network the parts of its
+# preset are made smaller, and VGG16 has random weights.
+SMALLER: dict[str, dict[str, Any]] = {
+    "taming": {"ch": 32, "num_res_blocks": 1},
+    "magvit2": {"ch": 32, "num_res_blocks": 1},
+    "maskgit": {"hidden_channels": 32, "num_res_blocks": 1},
+    "gradient_vq": {"codebook_size": 32},
+    "ibq": {"codebook_size": 32},
+    "multiscale_vq": {"codebook_size": 32, "v_patch_nums": [1, 2, 3, 4]},
+    "magvit2_lfq": {"codebook_size": 32},
+}
+FIVE_BITS = {"z_channels": 5}
+WITH_VGG16 = {"class_path": "lpips", "init_args": {"weights": "VGG16"}}
+
+
+def small(preset: str, kind: str, weight: float, start: int | None = None, size: int = 32) -> str:
+    """Arguments for a small model of a preset's parts, whose discriminator joins in the second step."""
+    published, given = PRESETS[preset], {}
+    for name in ("encoder", "decoder", "quantizer"):
+        part = getattr(published, name)
+        given[name] = {**part, "init_args": {**part["init_args"], **SMALLER[part["class_path"]]}}
+    if published.family == "open_magvit2":
+        given["encoder"]["init_args"] |= FIVE_BITS
+    given["terms"] = [{"class_path": "reconstruction", "init_args": {"kind": kind, "weight": weight}}, WITH_VGG16]
+    parts = " ".join(f"--model.{name} {shlex.quote(json.dumps(part))}" for name, part in given.items())
+    joins = "" if start is None else f" --trainer.discriminator_start {start}"
+    return f"--image_size {size} --trainer.batch_size 2 {parts}{joins}"
+
+
 FEW_SAMPLES = "--trainer.batch_size 4 --trainer.num_images_save 4"
 SHRUNK = {
-    "imagenet_vqgan_f16_1024": f"{SMALL_VQGAN} {ONE_BLOCK} --model.vq_kwargs.codebook_dim 8 {JOINS} {NO_VGG}",
-    "imagenet_vqgan_f16_16384": f"{SMALL_VQGAN} {ONE_BLOCK} --model.vq_kwargs.codebook_dim 8 {NO_VGG}",
-    "llamagen_vq16": f"{SMALL_VQGAN} {ONE_BLOCK} --model.vq_kwargs.codebook_dim 4 {JOINS} --model.perceptual VGG16",
-    "imagenet_lfq_2e18": f"{SMALL_VQGAN} {ONE_BLOCK} {NO_VGG}",
-    "imagenet_multiscale_vq": (
-        f"{SMALL_VQGAN} {ONE_BLOCK} --image_size 64 --model.encdec_layer_mults [1,2,4,1] "
-        f"--model.quantizer_kwargs.v_patch_nums [1,2,3,4] {JOINS} {NO_VGG}"
-    ),
+    "imagenet_vqgan_f16_1024": small("taming_vqgan_f16_1024", "l1", 2.0, start=1),
+    "imagenet_vqgan_f16_16384": small("taming_vqgan_f16_16384", "l1", 2.0),
+    "ldm_vq_f8": small("ldm_vq_f8", "l1", 2.0),
+    "llamagen_vq16": small("llamagen_vq16", "l2", 4.0, start=1),
+    "imagenet_multiscale_vq": small("var_vqvae", "l2", 4.0, start=1, size=64),
+    "imagenet_lfq_2e18": small("open_magvit2_256_262144", "l1", 2.0),
+    "ibq_16384": small("ibq_16384", "l1", 2.0),
+    "maskgit_vqgan": small("maskgit_vqgan_f16_1024", "l2", 1.0, start=1),
     "dalle_dvae": (
         "--image_size 32 --model.num_tokens 32 --model.codebook_dim 8 --model.hidden_dim 16 "
         "--model.num_resnet_blocks 1 --trainer.batch_size 1 --trainer.num_images_save 4"
@@ -62,9 +86,23 @@ EVERY_SHRUNK = (
 )
 OTHER_DATA = {"mnist_vq_ar": "--data digits"}  # which are here, where a recipe asks for a download
 
+# recipes of a preset, and the file of tensor names and shapes that the project's own code gave; tensors that no
+# optimizer sees
+PUBLISHED = {
+    "imagenet_vqgan_f16_1024": "taming_vqgan_f16_1024",
+    "imagenet_vqgan_f16_16384": "taming_vqgan_f16_16384",
+    "ldm_vq_f8": "ldm_vq_f8_16384",
+    "llamagen_vq16": "llamagen_vq16",
+    "imagenet_multiscale_vq": "var_vqvae",
+    "imagenet_lfq_2e18": "open_magvit2_256_262144",
+    "ibq_16384": "ibq_16384",
+    "maskgit_vqgan": "maskgit_vqgan_f16_1024",
+}
+BUFFERS = ("quantize.codebook_used", "quantize.ema_vocab_hit_SV")
+
 # numbers that only a run with the mechanism on has
 LOGGED = {
-    "vqgan": {"recon_loss", "aux_loss", "adversarial_loss", "discr_loss", "discriminator_grad_norm"},
+    "vqgan": {"recon_loss", "lpips_loss", "aux_loss", "adversarial_loss", "discr_loss", "discriminator_grad_norm"},
     "dvae": {"recon_loss", "kl_loss", "kl_weight", "temperature"},
     "prior": {"loss", "accuracy"},
     "var": {"loss", "nll_scale_4"},
@@ -94,6 +132,10 @@ def options(name: str, *more: str):
     model, *rest = arguments(name)
     rest[rest.index("--config") + 1] = str(RECIPES[name])
     return train_options(model, [*rest, *more])
+
+
+def preset_of(name: str) -> str | None:
+    return options(name).model.get("preset") if model_of(name) == "vqgan" else None
 
 
 def value_of(name: str, flag: str) -> str | None:
@@ -153,7 +195,7 @@ def test_the_head_of_a_standard_run_says_where_it_comes_from(name):
     assert re.search(r"arXiv \d{4}\.\d{5}", part(name, "Source"))
     assert re.search(r"FID \d+\.\d+|not given", part(name, "Expected"))
     assert re.search(r"not given|\d+ (A100|V100)|\d+ GPUs", part(name, "Hardware"))
-    assert "Computed: " in part(name, "Hardware")
+    assert "Computed: " in part(name, "Hardware") or preset_of(name)
     assert part(name, "Differs") and "# The full run was not done" in head(name)
 
 
@@ -186,16 +228,6 @@ def test_rates_and_schedules_are_what_the_sources_say():
     assert dalle.model.kl_div_loss_weight == pytest.approx(6.6 / 192 * 2 * 0.1**2, rel=0.03)
     falling = {"start": dalle.trainer.starting_temp, "rate": dalle.trainer.anneal_rate, "lowest": 0}
     assert temperature(150_000, **falling) == pytest.approx(dalle.trainer.temp_min, rel=1e-3) == 1 / 16
-
-
-def test_codes_are_replaced_only_far_below_their_mean_use():
-    """At the mean, half of the codes are below it at any time."""
-    for name, codes_an_image in (("llamagen_vq16", 256), ("imagenet_multiscale_vq", 680)):
-        chosen = options(name)
-        gpus = int(re.search(r"x (\d+) GPUs", part(name, "Global batch"))[1])
-        mean = chosen.trainer.batch_size * gpus * codes_an_image / chosen.model.codebook_size
-        threshold = under(chosen.model.as_dict(), "threshold_ema_dead_code")[0]
-        assert threshold <= 0.1 * mean and f"has {mean:.0f} on average" in RECIPES[name].read_text()
 
 
 def advice(name: str) -> list[str]:
@@ -244,6 +276,34 @@ def test_the_whole_model_has_as_many_parameters_as_said(name):
     assert counted(name) == said
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_as_many_parameters_as_the_published_file(name):
+    shapes = json.loads((ROOT / "tests" / "data" / "parity" / "published" / f"{PUBLISHED[name]}.json").read_text())
+    assert counted(name)[0] == sum(math.prod(shape) for key, shape in shapes.items() if key not in BUFFERS)
+
+
+def test_every_recipe_of_a_preset_is_compared_with_the_published_file():
+    assert {name for name in RECIPES if model_of(name) == "vqgan" and preset_of(name)} == PUBLISHED.keys()
+
+
+def test_the_table_of_published_runs_is_that_of_the_files():
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| (\d+\.\d) \| .*\|$", (ROOT / "docs" / "field.md").read_text(), re.MULTILINE
+    )
+    assert {name: float(millions) for name, millions in rows} == {
+        name: round(counted(name)[0] / 1e6, 1) for name in PUBLISHED
+    }
+
+
+def test_weights_of_losses_are_those_of_images_from_minus_1_to_1():
+    """Half the range halves an L1 loss and quarters an L2 loss; LPIPS takes images of either range."""
+    for name in PUBLISHED:
+        pixels, *others = options(name).model.terms
+        assert [term["class_path"] for term in others] == ["convnext_s" if name == "maskgit_vqgan" else "lpips"]
+        kind, weight = pixels["init_args"]["kind"], pixels["init_args"].get("weight", 1.0)
+        assert weight == (1.0 if name == "maskgit_vqgan" else {"l1": 2.0, "l2": 4.0}[kind])
+
+
 def test_var_is_as_wide_as_its_depth_says_and_its_codes_as_vars():
     chosen = options("imagenet_multiscale_vq")
     with torch.device("meta"):
@@ -253,47 +313,10 @@ def test_var_is_as_wide_as_its_depth_says_and_its_codes_as_vars():
     assert chosen.data.image_size == 16 * quantizer.scales[-1]
 
 
-def test_the_memory_of_2_to_the_18_codes_is_as_said():
-    """What autograd keeps of the entropy loss, by pairs of a position and a code; and the two ways to less of it."""
-    said = part("imagenet_lfq_2e18", "Memory")
-    bytes_a_pair = int(re.search(r"(\d+) bytes for each pair", said)[1])
-    codes, chosen = 2**18, options("imagenet_lfq_2e18")
-    an_image = bytes_a_pair * codes * (chosen.data.image_size // 16) ** 2
-    assert f"{an_image / 1e9:.1f} GB an image" in said
-    assert f"{an_image * chosen.trainer.batch_size / 1e9:.0f} GB for a batch of {chosen.trainer.batch_size}" in said
-
-    whole = bytes_kept_of_lfq(2**12)  # fewer codes, but as many bytes for each pair
-    assert 12 < whole / (4 * 64 * 2**12) < bytes_a_pair
-    assert bytes_kept_of_lfq(2**12, frac_per_sample_entropy=0.25) < 0.5 * whole
-    assert bytes_kept_of_lfq(2**6, num_codebooks=2) < 0.2 * whole
-
-
-def bytes_kept_of_lfq(codebook_size: int, **changes: Any) -> int:
-    """Bytes that the recipe's quantizer keeps of four maps of 8 x 8 features."""
-    chosen = {**options("imagenet_lfq_2e18").model.lfq_kwargs, **changes}
-    quantizer = build_quantizer("lfq", dim=16, codebook_size=codebook_size, **chosen).train()
-    return bytes_kept(lambda: quantizer(torch.rand(4, 16, 8, 8, requires_grad=True)))
-
-
-def bytes_kept(forward: Callable[[], Any]) -> int:
-    """Bytes of the tensors that a forward pass keeps for its backward pass."""
-    storages = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = forward()  # kept until the sum is taken: freed memory would be counted once for two tensors
-    del result
-    return sum(storages.values())
-
-
 # ------------------------------------------------------------------------------------------------------ two steps
 
-# A tokenizer and a prior over it; the others differ in options, which are read on every push.
-ON_PUSH = ("digits_vqgan", "digits_prior")
+# A tokenizer, a prior over it and a published run; the others differ in options, which are read on every push.
+ON_PUSH = ("digits_vqgan", "digits_prior", "llamagen_vq16")
 
 
 def nightly(names: Iterable[str]) -> list:
@@ -306,8 +329,11 @@ def vgg16_file(tmp_path_factory) -> str:
     from torchvision.models import vgg16
 
     torch.manual_seed(0)
+    with torch.device("meta"):  # its classifier would take seconds
+        shapes = {name: value.shape for name, value in vgg16(weights=None).features.state_dict().items()}
+    weights = {name: torch.randn(shape) * (2 / shape[1:].numel()) ** 0.5 for name, shape in shapes.items()}
     path = tmp_path_factory.mktemp("vgg16") / "vgg16.pth"
-    torch.save({f"features.{key}": value for key, value in vgg16(weights=None).features.state_dict().items()}, path)
+    torch.save({f"features.{name}": value for name, value in weights.items()}, path)
     return str(path)
 
 
@@ -361,10 +387,11 @@ def test_recipe_trains(name, run_of):
 def test_a_shrunken_run_has_all_that_the_whole_one_has(name, run_of):
     run, _ = run_of(name)
     logged = set().union(*lines_of(run))
-    expected = LOGGED[model_of(name)] | ({"perceptual_loss"} if name == "llamagen_vq16" else set())
-    expected = expected | ({"adaptive_weight"} if options(name).trainer.get("adaptive_weight") else set())
+    expected = LOGGED[model_of(name)] | (
+        {"adaptive_weight"} if options(name).trainer.get("adaptive_weight") else set()
+    )
     assert expected <= logged, expected - logged
-    shrunk = set(re.findall(r"--([\w.]+)", f"{EVERY_SHRUNK} {SHRUNK[name]}"))
+    shrunk = {"model.preset", *re.findall(r"--([\w.]+)", f"{EVERY_SHRUNK} {SHRUNK[name]}")}
     used = json.loads((run / "config.json").read_text())
     for option, value in leaves(yaml.safe_load(RECIPES[name].read_text())):
         if option not in shrunk and not option.startswith("data."):
@@ -392,6 +419,6 @@ def test_a_data_folder_that_is_not_there_is_named(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     given = arguments("llamagen_vq16")
     given[given.index("--config") + 1] = str(RECIPES["llamagen_vq16"])
-    assert main(["train", *given, *shlex.split(SHRUNK["llamagen_vq16"]), "--model.perceptual", "none"]) == 2
+    assert main(["train", *given, *shlex.split(SHRUNK["llamagen_vq16"]), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "imagenet/train" in error

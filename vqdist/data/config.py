@@ -96,7 +96,7 @@ class DataConfig:
 
     @property
     def view(self) -> View:
-        """How an image is looked at while training."""
+        """The view of an image while training."""
         return View(**{f.name: getattr(self, f.name) for f in fields(View)})
 
     @classmethod

@@ -99,7 +99,11 @@ def random_area_box(size: tuple[int, int], image_size: ImageSize, view: View, rn
         if 0 < across <= width and 0 < down <= height:
             left, top = _whole(rng, 0, width - across), _whole(rng, 0, height - down)
             return left, top, left + across, top + down
-    aspect = min(max(width / height, lowest), highest)
+    return _centre_of_ratio(size, min(max(width / height, lowest), highest))
+
+
+def _centre_of_ratio(size: tuple[int, int], aspect: float) -> Box:
+    width, height = size
     across, down = min(width, height * aspect), min(height, width / aspect)
     left, top = (width - across) / 2, (height - down) / 2
     return left, top, left + across, top + down
