@@ -132,6 +132,10 @@ class CodeWriter:
             return
         before = read_json(path)
         keys = [key for key in self.plan if before.get(key) != self.plan[key]]
+        if before.get("codes_fingerprint") == self.plan["codes_fingerprint"]:
+            keys = [key for key in keys if key != "tokenizer"]  # with another decoder
+        elif "codes_fingerprint" not in before:  # begun by an older version
+            keys.remove("codes_fingerprint")
         if keys:
             lines = "; ".join(f"{key}: {_brief(before.get(key))} -> {_brief(self.plan[key])}" for key in keys)
             raise UserError(
@@ -313,6 +317,7 @@ def make_plan(tokenizer: Tokenizer, dataset: ImageDataset, *, batch_size: int, s
     return {
         "version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint(),
+        "codes_fingerprint": tokenizer.codes_fingerprint(),
         **facts_of(tokenizer),
         "data": dataset.fingerprint(),
         "count": len(dataset),

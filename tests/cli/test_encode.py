@@ -121,6 +121,7 @@ def test_the_manifest(exports, tmp_path, quiet):
     assert manifest == {
         "version": 1,
         "tokenizer": tokenizer.fingerprint(),
+        "codes_fingerprint": tokenizer.codes_fingerprint(),
         "model_type": "dvae",
         "image_size": 16,
         "channels": 3,

@@ -14,7 +14,11 @@ from scenarios import QUIET, build_trainer, build_vae
 from torch import Tensor
 
 from vqdist import Tokenizer, VQGanVAE, VQGanVAETrainer
+from vqdist.backends import create_backend
 from vqdist.cli import main
+from vqdist.data.codes import CodeDataset
+from vqdist.data.dataset import ImageDataset
+from vqdist.encoding import CodeWriter
 from vqdist.errors import UserError
 
 FIXTURES = Path(__file__).parent.parent / "data" / "parity"
@@ -251,3 +255,56 @@ def test_the_command_needs_no_option_of_the_model(run, tmp_path):
     assert recorded["trainer"]["init_from"]["path"] == str(run) and recorded["model"]["dim"] == 16
     assert main(["train", "vqgan", *arguments, "--trainer.num_train_steps", "2"]) == 0
     assert main(["train", "vqgan", *arguments, "--trainer.num_train_steps", "2", "--model.dim", "32"]) == 2
+
+
+@pytest.fixture(scope="module")
+def stored(run, tmp_path_factory) -> tuple[Path, ImageDataset]:
+    """Return codes of the run's tokenizer in a folder, and the images that they are of."""
+    images = ImageDataset("synthetic:24", 16, augment=False)
+    folder = tmp_path_factory.mktemp("codes") / "codes"
+    writer = CodeWriter(Tokenizer.from_pretrained(run), images, folder, batch_size=8, shard_size=16)
+    writer.write(create_backend("local"), num_workers=0)
+    return folder, images
+
+
+def tuned(run: Path, out: Path, **options: Any) -> Tokenizer:
+    trainer = begun(run, out, lr=1e-2, **options)
+    trainer.train()
+    trainer.close()
+    return Tokenizer.from_pretrained(out)
+
+
+def test_a_decoder_alone_leaves_every_code_and_stored_codes_are_accepted(run, stored, tmp_path):
+    folder, images = stored
+    before, after = Tokenizer.from_pretrained(run), tuned(run, tmp_path / "new", freeze=["encoder", "quantizer"])
+    pixels = torch.stack([images[index] for index in range(len(images))])
+    codes = before.encode(pixels)
+    assert torch.equal(after.encode(pixels), codes) and len(codes.unique()) > 1
+    assert not torch.equal(after.decode(codes), before.decode(codes))
+    assert after.codes_fingerprint() == before.codes_fingerprint() and after.fingerprint() != before.fingerprint()
+    CodeDataset(folder).check_made_by(after)
+    again = CodeWriter(after, images, folder, batch_size=8, shard_size=16)
+    assert again.write(create_backend("local"), num_workers=0)["encoded"] == 0
+
+
+def test_other_codes_are_refused(run, stored, tmp_path):
+    folder, images = stored
+    for name, options in {"both": {}, "codebook": {"freeze": ["encoder"], "freeze_codebook": False}}.items():
+        after = tuned(run, tmp_path / name, **options)
+        assert after.codes_fingerprint() != Tokenizer.from_pretrained(run).codes_fingerprint()
+        assert "were made by the tokenizer" in refusal(lambda after=after: CodeDataset(folder).check_made_by(after))
+        message = refusal(lambda after=after: CodeWriter(after, images, folder, batch_size=8, shard_size=16))
+        assert "tokenizer: " in message and "codes of another encoding" in message
+
+
+def test_codes_of_an_older_version_go_by_all_weights(run, stored, tmp_path):
+    folder = shutil.copytree(stored[0], tmp_path / "codes")
+    for name in ("manifest.json", "encode.json"):
+        content = json.loads((folder / name).read_text())
+        del content["codes_fingerprint"]
+        (folder / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_pretrained(run)
+    CodeDataset(folder).check_made_by(tokenizer)
+    CodeWriter(tokenizer, stored[1], folder, batch_size=8, shard_size=16)
+    after = tuned(run, tmp_path / "new", freeze=["encoder", "quantizer"])
+    assert "were made by the tokenizer" in refusal(lambda: CodeDataset(folder).check_made_by(after))

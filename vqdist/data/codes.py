@@ -185,8 +185,12 @@ class CodeDataset(Dataset):
             )
 
     def check_made_by(self, tokenizer: Any) -> None:
-        """Raise `UserError` unless the codes were made by this `Tokenizer`, and the manifest agrees with it."""
-        self.check_tokenizer(tokenizer.fingerprint())
+        """Raise `UserError` unless the codes are those of this `Tokenizer`, and the manifest agrees with it.
+
+        They are, too, where only its decoder is another than that of the tokenizer that made them.
+        """
+        if self._manifest.get("codes_fingerprint") != tokenizer.codes_fingerprint():  # folders from before have none
+            self.check_tokenizer(tokenizer.fingerprint())
         for name, value in facts_of(tokenizer).items():
             if name != "model_type" and self._manifest[name] != value:
                 raise UserError(

@@ -132,6 +132,9 @@ class VQAutoencoder(TokenizerNetwork):
             name = re.sub(r"^decoder\.net\.", "decoder.", re.sub(r"^decoder\.(?=last_layer\.)", "", name))
         return name
 
+    def makes_codes(self, name: str) -> bool:
+        return not name.startswith("decoder.")
+
     # before decoders were parts, vqdist's own was a sequence of layers, and the last layer stood beside it
     _RENAMED = ((r"^decoder\.(\d+)\.", r"decoder.net.\1."), (r"^last_layer\.", "decoder.last_layer."))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -65,6 +65,10 @@ class TokenizerNetwork(nn.Module, ABC):
     def first_name(self, name: str) -> str:
         """Return how a tensor was called when codes were first stored: their tokenizer's fingerprint has its name."""
         return name
+
+    def makes_codes(self, name: str) -> bool:
+        """Return whether the codes of images may depend on the tensor of this name; by default on each."""
+        return True
 
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images (b, c, h, w) in [0, 1] -> what their codes say of them, and the codes."""
@@ -175,12 +179,23 @@ class Tokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the weights and the image size: equal if two tokenizers make the same codes of images."""
+        return self._digest(("quantizer", "encoder", "decoder"), self.network.state_dict())
+
+    def codes_fingerprint(self) -> str:
+        """SHA-256 (hex) of all that makes codes, without the decoder.
+
+        Two tokenizers make the same codes if it is equal: one whose decoder alone was trained keeps its codes.
+        """
+        coders = {name: one for name, one in self.network.state_dict().items() if self.network.makes_codes(name)}
+        return self._digest(("quantizer", "encoder"), coders)
+
+    def _digest(self, parts: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256(str(self.image_size).encode())
         if self.network.scales is not None:
             digest.update(str(self.network.scales).encode())
-        for part in ("quantizer", "encoder", "decoder"):
+        for part in parts:
             digest.update(str(getattr(getattr(self.network, part, None), "traits", "")).encode())
-        named = {self.network.first_name(name): tensor for name, tensor in self.network.state_dict().items()}
+        named = {self.network.first_name(name): tensor for name, tensor in tensors.items()}
         for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
