@@ -59,6 +59,7 @@ CHANGES_WEIGHTS = {
     "optimizer": (1, {}, "sgd", NETWORKS),
     "freeze": (1, {}, ["encoder"], {"generator", "ema"}),
     "freeze_codebook": (1, {"freeze": ["encoder"], "quantizer": "vq"}, False, {"generator", "ema"}),
+    "lr_scale": (1, {}, {"decoder": 0.1}, {"generator", "ema"}),
     "discr_lr": (1, {}, 1e-3, {"discriminator"}),
     "discr_optimizer": (1, {}, "sgd", {"discriminator"}),
     "discr_adam_betas": (2, {"adversarial_weight": 0.0}, [0.5, 0.9], {"discriminator"}),

@@ -308,3 +308,47 @@ def test_codes_of_an_older_version_go_by_all_weights(run, stored, tmp_path):
     CodeWriter(tokenizer, stored[1], folder, batch_size=8, shard_size=16)
     after = tuned(run, tmp_path / "new", freeze=["encoder", "quantizer"])
     assert "were made by the tokenizer" in refusal(lambda: CodeDataset(folder).check_made_by(after))
+
+
+def moves(run: Path, out: Path, **options: Any) -> dict[str, float]:
+    """Return the largest change of each part's weights in the first step; Adam's first is the rate in each weight."""
+    trainer = begun(run, out, lr=1e-3, num_train_steps=1, **options)
+    before = {name: one.detach().clone() for name, one in trainer.model.autoencoder.named_parameters()}
+    trainer.train_step()
+    after = dict(trainer.model.autoencoder.named_parameters())
+    found: dict[str, float] = {}
+    for name, tensor in before.items():
+        part = name.partition(".")[0]
+        found[part] = max(found.get(part, 0.0), float((after[name] - tensor).detach().abs().max()))
+    trainer.close()
+    return found
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_each_part_has_its_rate(decay, run, tmp_path):
+    found = moves(run, tmp_path / "both", lr_scale={"decoder": 0.1, "encoder": 0.5}, weight_decay=decay)
+    assert found["decoder"] == pytest.approx(1e-4, rel=0.1) and found["encoder"] == pytest.approx(5e-4, rel=0.1)
+    found = moves(run, tmp_path / "none", lr_scale={"decoder": 0})
+    assert found["decoder"] == 0 and found["encoder"] == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"lr_scale": {"decoders": 0.1}}, "lr_scale names 'decoders', which is no part; give some of encoder"),
+        ({"lr_scale": {"discriminator": 0.1}}, "that of the discriminator is discr_lr"),
+        ({"lr_scale": {"decoder": -1}}, "lr_scale -1 of decoder is not possible"),
+        ({"lr_scale": {"decoder": "slow"}}, "lr_scale 'slow' of decoder is not possible"),
+        ({"lr_scale": {"encoder": 0.1}, "freeze": ["encoder"]}, "lr_scale names encoder, which is frozen"),
+        ({"lr_scale": {"quantizer": 0.1}, "freeze": ["encoder"]}, "lr_scale names quantizer, which is frozen"),
+    ],
+)
+def test_a_rate_that_nothing_reads_is_refused(options, said, run, tmp_path):
+    assert said in refusal(lambda: begun(run, tmp_path / "new", **options))
+
+
+def test_a_rate_of_a_part_without_weights_is_refused(tmp_path):
+    width = build_vae().autoencoder.encoder.dim
+    codebook = {"codebook_dim": width, "kmeans_init": False}  # nothing to project
+    with pytest.raises(UserError, match="lr_scale names quantizer, which has no weights"):
+        build_trainer(tmp_path, quantizer="vq", model={"vq_kwargs": codebook}, lr_scale={"quantizer": 0.1})

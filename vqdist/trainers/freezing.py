@@ -9,8 +9,7 @@ from torch import nn
 
 from vqdist.errors import UserError
 from vqdist.models.autoencoder import VQAutoencoder
-
-PARTS = ("encoder", "quantizer", "decoder")
+from vqdist.trainers.vqgan_config import PARTS
 
 
 def frozen_parts(network: VQAutoencoder, asked: Sequence[str], freeze_codebook: bool | None) -> list[str]:

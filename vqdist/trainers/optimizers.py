@@ -19,7 +19,7 @@ import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -66,6 +66,7 @@ class OptimizerOptions:
         schedule: the option that says the learning-rate schedule, and its value.
         warmup_steps: of the run.
         averaged: whether the run keeps a moving average of the network.
+        scales: factors of the learning rate, by the first part of a weight's name.
     """
 
     given: PartSpec | OptimizerFactory | None
@@ -78,6 +79,7 @@ class OptimizerOptions:
     schedule: tuple[str, Any] = ("lr_schedule", "constant")
     warmup_steps: int = 0
     averaged: bool = False
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def option(self) -> str:
@@ -172,7 +174,7 @@ def make_optimizer(module: nn.Module, options: OptimizerOptions, device: torch.d
     """
     factory, arguments = options.resolved()
     decay = arguments.get("weight_decay", options.weight_decay)
-    groups = parameter_groups(module, decay)
+    groups = _scaled(parameter_groups(module, decay), options.scales)
     context = {"lr": options.lr, "module": module}
     if options.given is None or "betas" in options.said or tuple(options.betas) != DEFAULT_BETAS:
         context["betas"] = tuple(options.betas)
@@ -253,6 +255,22 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
             groups.append(given)
     rest = [parameter for parameter in module.parameters() if id(parameter) in names and id(parameter) not in taken]
     return [part for group in ({"params": rest}, *groups) for part in _by_decay(group, weight_decay, names)]
+
+
+def _scaled(groups: list[Group], scales: Mapping[str, float]) -> list[Group]:
+    """Split groups by the parts that have a factor of the rate, times what the group says itself."""
+    if not scales:
+        return groups
+    found = []
+    for group in groups:
+        parts: dict[float, dict[str, list[Any]]] = {}
+        for parameter, name in zip(group["params"], group["names"], strict=True):
+            scale = group["lr_scale"] * scales.get(name.partition(".")[0], 1.0)
+            part = parts.setdefault(scale, {"params": [], "names": []})
+            part["params"].append(parameter)
+            part["names"].append(name)
+        found += [{**group, **part, "lr_scale": scale} for scale, part in parts.items()]
+    return found
 
 
 def _check_own(parameters: Iterable[Tensor], names: Mapping[int, str], taken: set[int], owner: str) -> None:

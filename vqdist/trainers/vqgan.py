@@ -70,6 +70,10 @@ class VQGanVAETrainer(TokenizerTrainer):
                 "--trainer.adaptive_weight false, or leave the discriminator out (--model.use_gan false)"
             )
         self.config = replace(config, freeze=frozen)
+        self.config.check_scales()  # another part may have frozen one
+        for part in config.lr_scale:
+            if not any(weight.requires_grad for weight in getattr(self.model.autoencoder, part).parameters()):
+                raise UserError(f"lr_scale names {part}, which has no weights that learn by gradient; leave it out")
 
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
@@ -81,7 +85,8 @@ class VQGanVAETrainer(TokenizerTrainer):
         if config.compile:
             vae.autoencoder.encoder.compile()
             vae.autoencoder.decoder.compile()
-        optimizer = self.make_optimizer(vae.autoencoder)
+        options = replace(config.optimizer_options, scales=config.lr_scale)
+        optimizer = self.make_optimizer(vae.autoencoder, options)
         self.generator = self.backend.prepare(vae.autoencoder, optimizer, max_grad_norm=config.max_grad_norm)
         self.discriminator = None
         engines = {"generator": self.generator}

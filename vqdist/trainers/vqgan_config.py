@@ -6,10 +6,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vqdist.errors import UserError
-from vqdist.options import option
+from vqdist.options import is_number, option
 from vqdist.parts import Spec
 from vqdist.schedules import check_weight, ever_positive, factor_of
 from vqdist.trainers.config import TrainerConfig
+
+PARTS = ("encoder", "quantizer", "decoder")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -25,6 +27,8 @@ class VQGanTrainerConfig(TrainerConfig):
     """Parts that stay as they are, of `encoder`, `quantizer` and `decoder`; a frozen encoder freezes the codebook."""
     freeze_codebook: bool | None = option(None)
     """Freeze the codebook, by default where the encoder is frozen; `false` lets it follow a frozen encoder."""
+    lr_scale: dict[str, Any] = option(default_factory=dict)
+    """Factors of the learning rate of `encoder`, `quantizer` and `decoder`, as {decoder: 0.1}; 1 for the others."""
     discr_lr: float | None = option(None, at_least=0)
     """Peak learning rate of the discriminator; by default the generator's."""
     discr_optimizer: str | dict[str, Any] | None = option(None, part="vqdist.registries.OPTIMIZERS")
@@ -84,6 +88,7 @@ class VQGanTrainerConfig(TrainerConfig):
         super().check_values()
         for name in WEIGHTS:
             check_weight(getattr(self, name), name)
+        self.check_scales()
         self._check_dependants()
         self.two_decays("discr_adam_betas")
         if self.discr_lr_schedule is not None:
@@ -92,6 +97,17 @@ class VQGanTrainerConfig(TrainerConfig):
     def check_optimizers(self) -> None:
         super().check_optimizers()
         self.discr_optimizer_options.resolved()
+
+    def check_scales(self) -> None:
+        """Raise `UserError` for a rate of a part that is unknown or frozen, or that cannot be."""
+        for part, scale in self.lr_scale.items():
+            if part not in PARTS:
+                rest = "; that of the discriminator is discr_lr" if part == "discriminator" else ""
+                raise UserError(f"lr_scale names {part!r}, which is no part; give some of {', '.join(PARTS)}{rest}")
+            if not is_number(scale) or not 0 <= scale < float("inf"):
+                raise UserError(f"lr_scale {scale!r} of {part} is not possible; give a factor of at least 0")
+            if part in self.freeze:
+                raise UserError(f"lr_scale names {part}, which is frozen; leave one of the two out")
 
     def _check_dependants(self) -> None:
         """Raise `UserError` for options that nothing would read, and for an order that cannot be."""
@@ -137,7 +153,7 @@ class VQGanTrainerConfig(TrainerConfig):
         said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         optimizer = generator.overridden_by(said.keys()) if self.discr_optimizer is None else self.discr_optimizer
         lr = self.lr if self.discr_lr is None else self.discr_lr
-        own: dict[str, Any] = {"averaged": False}  # it is not evaluated
+        own: dict[str, Any] = {"averaged": False, "scales": {}}  # it is not evaluated
         if self.discr_lr_schedule is not None:
             own["schedule"] = "discr_lr_schedule", self.discr_lr_schedule
         if self.discr_lr_warmup_steps is not None:
@@ -148,6 +164,6 @@ class VQGanTrainerConfig(TrainerConfig):
 # options that are a number or a schedule of the step
 WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
 # all that the configuration adds to every trainer's is about the discriminator, but for this
-OF_THE_GENERATOR = ("quantizer_weight", "freeze", "freeze_codebook", "init_from", "trust_code")
+OF_THE_GENERATOR = ("quantizer_weight", "freeze", "freeze_codebook", "init_from", "trust_code", "lr_scale")
 _OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
 DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]
