@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scenarios import QUIET, build_trainer, build_vae
+from scenarios import QUIET, build_prior, build_trainer, build_vae
 from torch import Tensor
 
 from vqdist import Tokenizer, VQGanVAE, VQGanVAETrainer
@@ -352,3 +352,16 @@ def test_a_rate_of_a_part_without_weights_is_refused(tmp_path):
     codebook = {"codebook_dim": width, "kmeans_init": False}  # nothing to project
     with pytest.raises(UserError, match="lr_scale names quantizer, which has no weights"):
         build_trainer(tmp_path, quantizer="vq", model={"vq_kwargs": codebook}, lr_scale={"quantizer": 0.1})
+
+
+def test_a_prior_decodes_with_a_new_decoder_and_with_no_other_codebook(run, tmp_path):
+    before, after = Tokenizer.from_pretrained(run), tuned(run, tmp_path / "new", freeze=["encoder", "quantizer"])
+    prior = build_prior(before)
+    codes = torch.arange(before.num_codes)[None] % before.codebook_size
+    images = prior.decode_codes(codes)
+    prior.decode_with(after)
+    assert torch.equal(prior.decode_codes(codes), after.decode(codes)) and not torch.equal(
+        prior.decode_codes(codes), images
+    )
+    other = tuned(run, tmp_path / "other")
+    assert "would mean other pictures" in refusal(lambda: prior.decode_with(other))

@@ -51,7 +51,7 @@ def sample(arguments: list[str]) -> int:
         "--tokenizer",
         type=str | None,
         default=None,
-        help="Run of the tokenizer to decode with: it must be the one that the run was trained over.",
+        help="Run of the tokenizer to decode with: that of the training, or one with another decoder.",
     )
     parser.add_argument("--columns", type=int | None, default=None, help="Images in a row of the sheet.")
     parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
@@ -66,7 +66,7 @@ def sample(arguments: list[str]) -> int:
 
         model = open_generator(options.run, options.trust_code)
     if options.tokenizer is not None:
-        _check_tokenizer(model, options.tokenizer, options.trust_code)
+        _take_tokenizer(model, options.tokenizer, options.trust_code)
     _check_sheet(model, options)
     drawn = draw_options(options, model)
     labels = _labels(model, options)
@@ -206,7 +206,8 @@ def _check_sheet(model, options) -> None:
         )
 
 
-def _check_tokenizer(model, name_or_path: str, trust_code: bool) -> None:
+def _take_tokenizer(model, name_or_path: str, trust_code: bool) -> None:
+    from vqdist.models.autoregressive import SecondStage
     from vqdist.models.tokenizer import Tokenizer
 
     if model.tokenizer is None:
@@ -215,7 +216,10 @@ def _check_tokenizer(model, name_or_path: str, trust_code: bool) -> None:
         )
     trained_over = model.tokenizer.fingerprint()
     given = Tokenizer.from_pretrained(name_or_path, fingerprint=trained_over, trust_code=trust_code)
-    if given.fingerprint() != trained_over:
+    same_codes = given.codes_fingerprint() == model.tokenizer.codes_fingerprint()
+    if same_codes and isinstance(model, SecondStage):
+        model.decode_with(given)  # its decoder may be another
+    elif given.fingerprint() != trained_over:
         raise UserError(
             f"the tokenizer {name_or_path} is not the one that the run was trained over (weights differ): codes would "
             "mean other pictures. Leave --tokenizer out: the run holds its own"

@@ -221,6 +221,19 @@ class SecondStage(AutoregressiveModel):
         """The tokenizer, on this model's device."""
         return self._held.tokenizer.to(self.device)
 
+    def decode_with(self, tokenizer: Tokenizer) -> None:
+        """Let another decoder make images of the codes: that of a tokenizer which makes the same codes.
+
+        Raises:
+            UserError: its codes are others, and would mean other pictures.
+        """
+        if tokenizer.codes_fingerprint() != self.tokenizer.codes_fingerprint():
+            raise UserError(
+                "the tokenizer is not the one that the model was trained over (weights differ), so codes would mean "
+                "other pictures; give that one, or one of which the decoder alone was trained since"
+            )
+        self._held = _Held(tokenizer)
+
     def loss(self, out: Prediction, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the codes in nats, the mean over codes and images."""
         loss = cross_entropy(rearrange(out.logits.float(), "b n v -> b v n"), out.indices)

@@ -1,0 +1,101 @@
+"""A run that begins from published weights on two real processes, against one process with the same batch.
+
+Run by torchrun, this file is the worker.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import torchrun
+from safetensors.torch import load_file
+from scenarios import QUIET, largest_difference, weights_of
+from test_field_networks import backend_of
+from torch import Tensor
+
+from vqdist.trainers.vqgan import VQGanVAETrainer
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+FIXTURE = Path(__file__).parent.parent / "data" / "parity" / "taming_vqgan"
+BACKENDS = ["accelerate", "zero2", "zero3", "fsdp2"]
+STEPS = 3
+CRITIC = {"class_path": "patch", "init_args": {"dim": 16, "layers": 2, "groups": 4}}  # normalises no batch
+TRAINING: dict[str, Any] = {**QUIET, "num_train_steps": STEPS, "optimizer": "sgd", "lr": 0.02}
+TRAINING |= {"adaptive_weight": False, "adversarial_weight": 0.3, "apply_grad_penalty_every": 0, "use_ema": False}
+
+
+def begun(folder: Path, name: str, source: str, **options: Any) -> VQGanVAETrainer:
+    """Return a trainer of the fixture's network; a discriminator that no source has is drawn from the seed."""
+    model = {"perceptual": "none", "discriminator": CRITIC}
+    place = {"results_folder": str(folder / name), "init_from": str(folder / source)}
+    return VQGanVAETrainer(model, **{**TRAINING, **place, **options})
+
+
+def trained(folder: Path, **options: Any) -> dict[str, Tensor]:
+    """Return the weights after some steps from a published file, and at the start of a run from its export."""
+    trainer = begun(folder, "first", "published.ckpt", **options)
+    for _ in range(STEPS):
+        trainer.train_step()
+    found = weights_of(trainer)
+    trainer.export(folder / "export")
+    trainer.backend.barrier()
+    second = begun(folder, "second", "export", **options)
+    return {**found, **{f"second.{name}": tensor for name, tensor in weights_of(second).items()}}
+
+
+def published(folder: Path) -> Path:
+    """Write the fixture as the project does, and return the folder."""
+    tensors = {name: one.float() for name, one in load_file(FIXTURE / "weights.safetensors").items()}
+    torch.save({"state_dict": tensors}, folder / "published.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> dict[str, Tensor]:
+    return trained(published(tmp_path_factory.mktemp("one")), batch_size=8)
+
+
+def check_export(weights: dict[str, Tensor], folder: Path) -> None:
+    """Compare a run's weights with its export's, and with those of the run that began from that."""
+    of_file = load_file(folder / "export" / "discriminator.safetensors")
+    assert len(of_file) == 14
+    for name, tensor in of_file.items():
+        assert torch.equal(tensor, weights[f"discriminator.{name}"]), name
+    first = {name: tensor for name, tensor in weights.items() if not name.startswith("second.")}
+    for name, tensor in first.items():
+        assert torch.equal(tensor, weights[f"second.{name}"]), name
+    assert len(weights) == 2 * len(first)
+
+
+def test_a_run_from_an_export_begins_where_that_ended(reference, tmp_path):
+    begin = load_file(FIXTURE / "weights.safetensors")["encoder.conv_in.weight"].float()
+    assert not torch.equal(reference["generator.encoder.conv_in.weight"], begin)
+    check_export(trained(published(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [name if name == "accelerate" else pytest.param(name, marks=pytest.mark.nightly) for name in BACKENDS],
+)
+def test_two_ranks_are_one_process(backend, tmp_path, reference):
+    torchrun([__file__, str(published(tmp_path)), backend], timeout=600)
+    found = torch.load(tmp_path / "results.pt")
+    difference, tensor = largest_difference(reference, found)
+    assert difference <= 1e-6, f"{tensor} differs by {difference}"
+    check_export(found, tmp_path)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    weights = trained(folder, **backend_of(sys.argv[2]))
+    if os.environ["RANK"] == "0":
+        torch.save(weights, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main()
