@@ -12,10 +12,12 @@ from scenarios import build_trainer, build_vae
 from torch import Tensor
 
 from vqdist import Tokenizer, VQGanVAETrainer
+from vqdist.cli.train import train_options
 from vqdist.errors import UserError
 from vqdist.trainers.freezing import frozen_parts
 
 VQ = {"quantizer": "vq", "num_train_steps": 3, "validate_every": 2, "valid_frac": 0.3, "batch_size": 4}
+LENGTH = ["--trainer.batch_size", "2", "--trainer.num_train_steps", "1", "--trainer.freeze", "encoder,quantizer"]
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -107,6 +109,19 @@ def test_another_freezing_is_another_run(tmp_path):
 def test_what_cannot_be_frozen_is_one_line(options, said, tmp_path):
     with pytest.raises(UserError, match=said):
         build_trainer(tmp_path, **VQ, **options)
+
+
+@pytest.mark.parametrize("given", ["encoder,quantizer", ["quantizer, encoder"], "encoder"])
+def test_parts_may_be_said_in_one_word(given, tmp_path):
+    trainer = build_trainer(tmp_path, **VQ, freeze=given)
+    assert trainer.config.freeze == ["encoder", "quantizer"]
+    with pytest.raises(UserError, match="freeze names 'encoders', which is no part"):
+        build_trainer(tmp_path / "other", **VQ, freeze="encoders,quantizer")
+
+
+def test_the_command_takes_parts_with_commas(tmp_path):
+    options = train_options("vqgan", ["--data", "digits", "--image_size", "16", "--out", str(tmp_path), *LENGTH])
+    assert options.trainer.freeze == "encoder,quantizer"
 
 
 def test_parts_are_named_in_one_order():

@@ -340,6 +340,8 @@ def test_each_part_has_its_rate(decay, run, tmp_path):
         ({"lr_scale": {"decoder": -1}}, "lr_scale -1 of decoder is not possible"),
         ({"lr_scale": {"decoder": "slow"}}, "lr_scale 'slow' of decoder is not possible"),
         ({"lr_scale": {"encoder": 0.1}, "freeze": ["encoder"]}, "lr_scale names encoder, which is frozen"),
+        ({"lr_scale": {"quantizer": 0.1}, "freeze": "encoder,quantizer"}, "lr_scale names quantizer, which is frozen"),
+        ({"init_from": ""}, "init_from '' is not possible"),
         ({"lr_scale": {"quantizer": 0.1}, "freeze": ["encoder"]}, "lr_scale names quantizer, which is frozen"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import nn
 
 from vqdist.errors import UserError
 from vqdist.models.autoencoder import VQAutoencoder
-from vqdist.trainers.vqgan_config import PARTS
+from vqdist.trainers.vqgan_config import PARTS, names_in
 
 
 def frozen_parts(network: VQAutoencoder, asked: Sequence[str], freeze_codebook: bool | None) -> list[str]:
@@ -20,12 +20,13 @@ def frozen_parts(network: VQAutoencoder, asked: Sequence[str], freeze_codebook: 
 
     Args:
         network: is not changed.
-        asked: names of parts.
+        asked: names of parts, also several in one with commas between them.
         freeze_codebook: whether the codebook is frozen, too; None for "if the encoder is".
 
     Raises:
         UserError: a part is unknown, nothing is left to train, or the codebook alone would be frozen.
     """
+    asked = names_in(asked)
     for name in asked:
         if name not in PARTS:
             raise UserError(f"freeze names {name!r}, which is no part; give some of {', '.join(PARTS)}")

@@ -80,7 +80,7 @@ def begin(given: Given, config: VQGanTrainerConfig) -> Begun:
         UserError: there are no such weights, they are of another network than `given`, or the run began from others.
     """
     path = config.init_from
-    if not isinstance(path, str):
+    if not isinstance(path, str) or not path.strip():
         raise UserError(f"init_from {path!r} is not possible; give a file, an export or a run")
     if given is not None and not isinstance(given, (VQGanVAE, Mapping)):
         raise UserError(f"the model is {an(type(given).__name__)}; with init_from give a VQGanVAE, or leave it out")
@@ -216,7 +216,9 @@ def _agrees(name: str, given: Any, found: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return repr(value if value is None or isinstance(value, (int, float, str)) else recorded(value))
+    if value is None:
+        return "the default"
+    return repr(value if isinstance(value, (int, float, str)) else recorded(value))
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,6 +15,11 @@ from vqdist.trainers.config import TrainerConfig
 PARTS = ("encoder", "quantizer", "decoder")
 
 
+def names_in(given: Sequence[str]) -> list[str]:
+    """Return the names of a list, each of which may be several with commas between them."""
+    return [name.strip() for item in given for name in item.split(",")]
+
+
 @dataclass(kw_only=True, frozen=True)
 class VQGanTrainerConfig(TrainerConfig):
     """Options of training a VQGAN: those of every trainer, and the two players'."""
@@ -23,8 +29,9 @@ class VQGanTrainerConfig(TrainerConfig):
     the discriminator. The run records its checksum; the same command resumes the run without it."""
     trust_code: bool = option(False, free=True)
     """Whether init_from may name networks that do not come with vqdist; their code is run."""
-    freeze: list[str] = option(default_factory=list)
-    """Parts that stay as they are, of `encoder`, `quantizer` and `decoder`; a frozen encoder freezes the codebook."""
+    freeze: list[str] | str = option(default_factory=list)
+    """Parts that stay as they are, as `encoder,quantizer`: of these and `decoder`; a frozen encoder freezes the
+    codebook."""
     freeze_codebook: bool | None = option(None)
     """Freeze the codebook, by default where the encoder is frozen; `false` lets it follow a frozen encoder."""
     lr_scale: dict[str, Any] = option(default_factory=dict)
@@ -106,7 +113,7 @@ class VQGanTrainerConfig(TrainerConfig):
                 raise UserError(f"lr_scale names {part!r}, which is no part; give some of {', '.join(PARTS)}{rest}")
             if not is_number(scale) or not 0 <= scale < float("inf"):
                 raise UserError(f"lr_scale {scale!r} of {part} is not possible; give a factor of at least 0")
-            if part in self.freeze:
+            if part in names_in(self.freeze):
                 raise UserError(f"lr_scale names {part}, which is frozen; leave one of the two out")
 
     def _check_dependants(self) -> None:
