@@ -16,7 +16,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and tests send it
+# nohup has the first ignored and a shell's background the second, and tests send both
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # relative to tests/: killed and stopped processes, clusters

@@ -12,6 +12,8 @@ from vqdist.backends.base import Backend
 from vqdist.errors import PeerLost, RanksDiverged, UserError
 from vqdist.files import WRITE_ERRORS, reason_of
 
+MOST_BYTES = 1000  # of a line of one rank that others repeat
+
 
 @contextmanager
 def everywhere(backend: Backend, message: str) -> Iterator[None]:
@@ -35,7 +37,23 @@ def everywhere(backend: Backend, message: str) -> Iterator[None]:
         problem = UserError(f"{message}: {reason_of(error)}")
         problem.__cause__ = error
     if backend.any(problem is not None):
-        raise problem or UserError(f"{message}: another rank says why")
+        rank, reason = first_to_say(backend, None if problem is None else str(problem))
+        raise problem or UserError(f"{message}: {reason.removeprefix(f'{message}: ')} (on rank {rank})")
+
+
+def first_to_say(backend: Backend, text: str | None) -> tuple[int, str]:
+    """Return the first rank that says something, and the beginning of it; every rank calls this, and one has a text.
+
+    Args:
+        backend: of the ranks.
+        text: of this rank, or None.
+    """
+    said = (text or "").encode()[:MOST_BYTES]
+    row = torch.zeros(MOST_BYTES, dtype=torch.uint8)
+    row[: len(said)] = torch.tensor(list(said), dtype=torch.uint8)
+    table = backend.gather(row.to(backend.device)).cpu()
+    rank = int((table != 0).any(dim=1).int().argmax())
+    return rank, bytes(table[rank].tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
 def on_main(backend: Backend, action: Callable[[], object], message: str) -> None:

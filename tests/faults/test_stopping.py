@@ -294,7 +294,9 @@ def test_the_ranks_of_a_killed_launcher_end_soon(tmp_path, moment):
     began = time.monotonic()
     process.kill()
     errors = process.communicate(timeout=120)[1]  # its pipes are open until the ranks have ended
-    assert time.monotonic() - began < 60 and not any(map(lives, ranks))
+    while any(map(lives, ranks)):  # their pipes are closed a moment before
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
     assert f"vqdist: the launcher (process {process.pid}) is gone" in errors and "Traceback" not in errors
     if moment == "training":
         (step,) = saved_steps(tmp_path / "run")

@@ -116,7 +116,7 @@ def test_a_loop_that_is_left_while_a_rank_has_no_images_ends_alike(tmp_path):
     loop = trainer.steps()
     next(loop)
     trainer.stop.number = FAULT  # of another rank
-    with pytest.raises(UserError, match=r"another rank has no images to train on, and says why; step 1 is saved"):
+    with pytest.raises(UserError, match=r"has no images to train on: .*; step 1 is saved"):
         loop.close()
     assert complete_steps(tmp_path / "run/checkpoints") == [1]
 

@@ -227,14 +227,14 @@ def acts_of_rank_0(backend) -> None:
         def fail(error=error):
             raise error
 
-        mine = reason if backend.is_main else "another rank says why"
+        mine = reason if backend.is_main else rf"{reason} \(on rank 0\)"
         with pytest.raises(UserError, match=f"^a picture cannot be written: {mine}$"):
             on_main(backend, fail, "a picture cannot be written")
 
     def refuse():
         raise UserError("this folder is of another run; give another one")
 
-    words = "this folder is of another run" if backend.is_main else "the folder cannot be made: another rank says why"
+    words = "this folder is of another run" if backend.is_main else "the folder cannot be made: this folder is of"
     with pytest.raises(UserError, match=f"^{words}"):
         on_main(backend, refuse, "the folder cannot be made")
     on_main(backend, lambda: done.clear(), "there is no list")

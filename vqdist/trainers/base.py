@@ -25,6 +25,7 @@ from vqdist.checkpoint import PATIENCE, CheckpointStore
 from vqdist.data.loader import Batch, Split
 from vqdist.errors import PeerLost, UserError
 from vqdist.models.pretrained import PretrainedModel
+from vqdist.ranks import first_to_say
 from vqdist.schedules import learning_rate
 from vqdist.stopping import Stopped, record_stop
 from vqdist.tracking import Tracker, check_trackers
@@ -422,8 +423,9 @@ class Trainer(ABC):
             self.resume.settle()
         self.report.close()
         saved = f"; step {self.step} is saved in {self.run.folder}" if self.step else ""
+        rank, reason = first_to_say(self.backend, None if problem is None else str(problem) or type(problem).__name__)
         if problem is None:
-            raise UserError(f"another rank has no images to train on, and says why{saved}")
+            raise UserError(f"rank {rank} has no images to train on: {reason}{saved}")
         if isinstance(problem, UserError) and saved:
             raise UserError(f"{problem}{saved}") from problem
         raise problem
