@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -75,10 +74,13 @@ class VQGanVAETrainer(TokenizerTrainer):
             if not any(weight.requires_grad for weight in getattr(self.model.autoencoder, part).parameters()):
                 raise UserError(f"lr_scale names {part}, which has no weights that learn by gradient; leave it out")
 
+    def _go_on(self) -> None:
+        super()._go_on()
+        if self._note is not None:
+            self.report.print(self._note)
+
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
-        if self._note is not None and self.backend.is_main:
-            print(self._note, file=sys.stderr, flush=True)
         vae.image_size = config.image_size  # what it is trained on, also for who goes on with the model itself
         freeze(vae.autoencoder, config.freeze)
         self.last_layer = _ConvShape.of(vae.autoencoder.last_layer)
