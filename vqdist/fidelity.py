@@ -118,7 +118,7 @@ def _known_network(spec: str, path: Path) -> nn.Module:
 
 
 def _is_program(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, which has code in it; of weights an archive has data only."""
+    """Return whether a file is a TorchScript archive, which has code in it; of weights an archive has data only."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())

@@ -1,4 +1,4 @@
-"""Where the model of a run, of an export or of a name is. Imports no torch."""
+"""The place of the model of a run, of an export or of a name. Imports no torch."""
 
 from __future__ import annotations
 

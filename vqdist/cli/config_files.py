@@ -83,7 +83,7 @@ def _named(message: str) -> list[str]:
 
 
 def _is_regular(path: Path) -> bool:
-    """Whether a path is a file that can be read to its end: of a pipe nobody knows whether one comes."""
+    """Return whether a path is a file that can be read to its end: of a pipe nobody knows whether one comes."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:

@@ -389,7 +389,7 @@ class VQGanVAE(
 
     @property
     def _codes_in_a_row(self) -> bool:
-        """Whether the encoder gives rows; it is asked for the known size first, then for any that it takes."""
+        """Return whether the encoder gives rows; it is asked for the known size first, then for any that it takes."""
         known = [] if self.image_size is None else [self.image_size]
         return gives_rows(self.autoencoder.encoder, [*known, *range(1, MOST_PIXELS + 1)])
 

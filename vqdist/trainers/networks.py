@@ -47,7 +47,7 @@ class Networks:
 
     @property
     def has_average(self) -> bool:
-        """Whether other weights are evaluated and exported than those that are trained."""
+        """True where other weights are evaluated and exported than those that are trained."""
         return self.average is not None or self._own is not None
 
     def averaged(self) -> AbstractContextManager[nn.Module]:

@@ -277,7 +277,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     @property
     def runs_before_its_start(self) -> bool:
-        """Whether the discriminator is trained on zero times its loss in the coming step."""
+        """Return whether the discriminator is trained on zero times its loss in the coming step."""
         early = self.config.discriminator_before_start == "zero_loss"
         return self.discriminator is not None and early and not self._has_started
 
@@ -323,7 +323,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     @property
     def is_penalised(self) -> bool:
-        """Whether the discriminator's loss of the coming step has a gradient penalty."""
+        """Return whether the discriminator's loss of the coming step has a gradient penalty."""
         every = self.config.apply_grad_penalty_every
         last = every - 1 if self.config.grad_penalty == "r1" else 0
         return bool(every) and self._has_started and self.step % every == last

@@ -28,7 +28,7 @@ class VQGanTrainerConfig(TrainerConfig):
     """Published file, export or run to begin from: it gives the network, its averaged weights and, where it has one,
     the discriminator. The run records its checksum; the same command resumes the run without it."""
     trust_code: bool = option(False, free=True)
-    """Whether init_from may name networks that do not come with vqdist; their code is run."""
+    """Let init_from name networks that do not come with vqdist; their code is run."""
     freeze: list[str] | str = option(default_factory=list)
     """Parts that stay as they are, as `encoder,quantizer`: of these and `decoder`; a frozen encoder freezes the
     codebook."""
@@ -39,7 +39,7 @@ class VQGanTrainerConfig(TrainerConfig):
     discr_lr: float | None = option(None, at_least=0)
     """Peak learning rate of the discriminator; by default the generator's."""
     discr_optimizer: str | dict[str, Any] | None = option(None, part="vqdist.registries.OPTIMIZERS")
-    """As optimizer, for the discriminator; by default the generator's."""
+    """Optimizer of the discriminator; by default the generator's."""
     discr_adam_betas: list[float] | None = option(None)
     """As adam_betas, for the discriminator; by default the generator's."""
     discr_weight_decay: float | None = option(None, at_least=0)

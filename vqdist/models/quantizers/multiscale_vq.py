@@ -158,7 +158,7 @@ class MultiScaleQuantizer(LibraryQuantizer):
 
     @property
     def rule_matters(self) -> bool:
-        """Whether other convolutions serve the scales than by the rule of vqdist before."""
+        """Return whether other convolutions serve the scales than by the rule of vqdist before."""
         return self.inner.phi_of != phi_of_scale(len(self.scales), len(self.inner.phis), "proportional")
 
     def _check_features(self, features: Tensor) -> None:
