@@ -350,7 +350,7 @@ SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS
 
 
 def _may_have_company() -> bool:
-    """Return whether a launcher seems to have started several processes; `environment.py`, which knows, imports torch."""
+    """Return whether a launcher seems to have started several processes; `environment.py` knows, and imports torch."""
     return any(os.environ.get(name, "1") not in ("", "0", "1") for name in SIZES)
 
 

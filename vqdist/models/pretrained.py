@@ -46,7 +46,7 @@ FIRST_TYPE = "vqgan"  # of a config.json that names none: they were written befo
 
 
 def _is_of_network(error: Exception) -> bool:
-    """Return whether an error says that the hub did not answer, or refused; the library beneath has changed over time."""
+    """Return whether an error says that the hub did not answer, or refused; the library has changed over time."""
     roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     of_client = not roots.isdisjoint({"httpx", "httpcore", "requests", "huggingface_hub"})
     return of_client or isinstance(error, ConnectionError | TimeoutError)
