@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def test_a_mistake_in_a_file_names_the_file_and_the_line(content, line, said, tm
     message = error_of(["train", "dvae", "--config", str(path), "--out", str(tmp_path / "run")], capsys)
     assert message.startswith(f"vqdist: error: {path}, line {line}: ") and said in message
     assert "unicode string" not in message
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_configuration_is_a_regular_file(kind, tmp_path, capsys):
+    """Nobody may ever write into a pipe, and its reader would wait for ever."""
+    path = tmp_path / "a.yaml" if kind == "pipe" else Path(os.devnull)
+    if kind == "pipe":
+        os.mkfifo(path)
+    assert main(["train", "vqgan", "--config", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert f"configuration {path} is a pipe, socket or device; give a regular file" in capsys.readouterr().err
 
 
 def test_a_mistake_on_the_command_line_blames_no_file(tmp_path, capsys):

@@ -38,7 +38,9 @@ class ConfigFiles:
         self._said = {name for name, _ in given}
         self._lines: dict[str, tuple[str, int]] = {}  # of each dotted option, its file and line
         for name, value in given:
-            if name == "config" and value is not None and _is_regular(Path(value)):
+            if name == "config" and value is not None and (path := Path(value)).exists() and not path.is_dir():
+                if not _is_regular(path):  # nobody may ever write into a pipe
+                    raise UserError(f"configuration {value} is a pipe, socket or device; give a regular file")
                 self._read(value)
 
     def _read(self, name: str) -> None:
