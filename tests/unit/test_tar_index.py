@@ -48,6 +48,15 @@ def test_every_format_is_read_as_the_library_does(tmp_path, kind):
     assert [tuple(member) for member in tar_members(str(path))] == expected
 
 
+def test_old_tars_sum_signed_bytes(tmp_path):
+    """Sun's tar, and others of its time, took the bytes of a name that is no ASCII as negative."""
+    block = bytearray(header(name=(0, "é.jpg".encode()), size=(124, b"00000001274\0")))
+    signed = sum(block[:148] + block[156:]) + 8 * 32 - 2 * 256
+    block[148:156] = b"%06o\0 " % signed
+    (tmp_path / "a.tar").write_bytes(bytes(block) + CONTENT + bytes(1024 - len(CONTENT)) + END)
+    assert [tuple(member) for member in tar_members(str(tmp_path / "a.tar"))] == [("é.jpg", 512, 700)]
+
+
 def test_links_and_folders_are_passed_over(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, kind in enumerate((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)):

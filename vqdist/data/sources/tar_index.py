@@ -88,10 +88,16 @@ def _header(file: BinaryIO, at: int, length: int) -> bytes | None:
         )
     if not any(header):
         return None
-    said = _octal(header[148:156])
-    if said != sum(header) - sum(header[148:156]) + 8 * 32:
+    if _octal(header[148:156]) not in _sums(header):
         raise _Broken(f"there is no header of a tar at byte {at}")
     return header
+
+
+def _sums(header: bytes) -> tuple[int, int]:
+    """Return the sums of a header, its own field as spaces: of unsigned bytes, and of signed ones as in old tars."""
+    summed = header[:148] + b" " * 8 + header[156:]
+    unsigned = sum(summed)
+    return unsigned, unsigned - 256 * sum(byte > 127 for byte in summed)
 
 
 def _check_end(file: BinaryIO, at: int, length: int) -> None:
