@@ -10,7 +10,7 @@ from vqdist.data import cores
 from vqdist.data.loader import default_workers
 
 TASK = {"SLURM_STEP_NUM_TASKS": "8", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "96"}
-NAMES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK")
+NAMES = ("WORLD_SIZE", *cores.RANKS_HERE, "SLURM_STEP_NUM_TASKS", "SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK")
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,8 @@ def machine(tmp_path, monkeypatch):
     [
         (96, {}, 96),
         (96, {"LOCAL_WORLD_SIZE": "8"}, 12),
+        (96, {"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, 12),
+        (96, {"MPI_LOCALNRANKS": "4"}, 24),
         (96, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "32"}, 4),
         (1, {"LOCAL_WORLD_SIZE": "8"}, 1),
         (96, {**TASK, "SLURM_CPUS_PER_TASK": "6"}, 6),

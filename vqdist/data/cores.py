@@ -8,6 +8,8 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc/self/cgroup")
+RANKS_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+"""Number of ranks on this node: by torchrun, Open MPI, and Intel MPI or MPICH."""
 
 
 def cores_of_rank() -> int:
@@ -23,7 +25,7 @@ def cores_of_rank() -> int:
             return max(1, min(cores, tasks or cores))
     if on_node:
         cores = min(cores, on_node)
-    return max(1, cores // max(1, _number("LOCAL_WORLD_SIZE")))
+    return max(1, cores // max(1, *map(_number, RANKS_HERE)))
 
 
 def cores_of_process() -> int:
