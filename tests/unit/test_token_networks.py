@@ -152,6 +152,8 @@ def test_a_decoder_of_the_first_stage_gives_codes_and_no_images():
     [
         (lambda: MagvitEncoder(**{**MAGVIT, "ch": 9}), "ch is 9, which 4 groups do not divide"),
         (lambda: MaskGITEncoder(**{**MASKGIT, "channel_mult": []}), r"channel_mult \[\] is not possible"),
+        (lambda: MagvitEncoder(**{**MAGVIT, "ch_mult": ["1", 2]}), r"ch_mult \['1', 2\] is not possible"),
+        (lambda: MaskGITEncoder(**MASKGIT, dropout=1.5), "dropout 1.5 is not possible"),
         (lambda: MaskGITDecoder(4, **{**MASKGIT, "num_res_blocks": 0}), "num_res_blocks 0 is not possible"),
         (lambda: TiTokEncoder(**{**TITOK, "width": 15}), "width 15 is not a multiple of heads 2"),
         (lambda: TiTokEncoder(**{**TITOK, "image_size": 18}), "image_size 18 is not a multiple of patch_size 4"),

@@ -8,34 +8,26 @@ features, `h' w'` map of codes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqdist.models.arguments import check_channels, check_whole_numbers
-from vqdist.models.networks.levels import Checkpointed, ImageConv2d, check_sides, check_strided, group_norm, widths_of
+from vqdist.models.networks.levels import (
+    Blocks,
+    ImageConv2d,
+    Level,
+    LevelDecoder,
+    LevelEncoder,
+    ResnetBlock,
+    check_blocks,
+    falling,
+    group_norm,
+    rising,
+    widths_of,
+)
 
 VARIANCE_EPS = 1e-6
-
-
-class MagvitBlock(nn.Module):
-    """Twice group norm, swish and a 3x3 convolution without bias; the input is added, by a 1x1 if widths differ."""
-
-    def __init__(self, dim_in: int, dim_out: int, groups: int):
-        super().__init__()
-        self.norm1 = group_norm(dim_in, groups)
-        self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1, bias=False)
-        self.norm2 = group_norm(dim_out, groups)
-        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1, bias=False)
-        self.nin_shortcut = nn.Conv2d(dim_in, dim_out, 1, bias=False) if dim_in != dim_out else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, dim_in, h, w) -> (b, dim_out, h, w)."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return hidden + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -77,24 +69,7 @@ class DepthToSpace(nn.Module):
         return rearrange(self.conv1(x), "b (dy dx d) h w -> b d (h dy) (w dx)", dy=2, dx=2)
 
 
-class MagvitLevel(nn.Module):
-    """The blocks of one resolution, and the change to the next."""
-
-    def __init__(self, widths: Sequence[int], groups: int):
-        super().__init__()
-        self.block = nn.ModuleList(MagvitBlock(before, after, groups) for before, after in zip(widths, widths[1:]))
-        self.downsample: nn.Module | None = None
-        self.upsample: nn.Module | None = None
-
-    def forward(self, x: Tensor, network: Checkpointed) -> Tensor:
-        """(b, dim_in, h, w) -> (b, dim_out, h, w) at the next resolution; the network calls the blocks."""
-        x = network.run_all(self.block, x)
-        for resample in (self.downsample, self.upsample):
-            x = x if resample is None else resample(x)
-        return x
-
-
-class MagvitEncoder(Checkpointed):
+class MagvitEncoder(LevelEncoder):
     """Images (b, c, h, w) in [0, 1] -> features (b, d, h / stride, w / stride).
 
     Args:
@@ -111,6 +86,8 @@ class MagvitEncoder(Checkpointed):
         stride: pixels per code along each side.
     """
 
+    title = "magvit2"
+
     def __init__(
         self,
         *,
@@ -122,35 +99,28 @@ class MagvitEncoder(Checkpointed):
         channels: int = 3,
         checkpointing: bool = False,
     ):
-        super().__init__(checkpointing)
-        _check(num_res_blocks, z_channels, channels)
+        check_blocks(channels, num_res_blocks=num_res_blocks, z_channels=z_channels)
         widths = widths_of("ch", ch, "ch_mult", ch_mult, groups)
-        self.dim, self.stride = z_channels, 2 ** (len(widths) - 1)
+        super().__init__(len(widths), checkpointing)
+        self.dim = z_channels
         self.conv_in = nn.Conv2d(channels, ch, 3, padding=1, bias=False)
-        self.down = nn.ModuleList()
-        for level, (before, width) in enumerate(zip([ch, *widths], widths)):
-            stage = MagvitLevel([before, *[width] * num_res_blocks], groups)
-            stage.downsample = nn.Conv2d(width, width, 3, stride=2, padding=1) if level < len(widths) - 1 else None
-            self.down.append(stage)
-        self.mid_block = _middle(widths[-1], num_res_blocks, groups)
+        self.down = nn.ModuleList(
+            Level(
+                _blocks(within, groups),
+                downsample=nn.Conv2d(width, width, 3, stride=2, padding=1) if level < len(widths) - 1 else None,
+            )
+            for level, (width, within) in enumerate(zip(widths, falling(ch, widths, num_res_blocks)))
+        )
+        self.mid_block = _blocks([widths[-1]] * (num_res_blocks + 1), groups)
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the features; raise `UserError` for a side that is no multiple of the stride."""
-        check_sides(image, self.stride, "magvit2")
-        x = self.conv_in(image * 2 - 1)
-        for stage in self.down:
-            x = stage(x, self)
-        return self.conv_out(F.silu(self.norm_out(self.run_all(self.mid_block, x))))
-
-    def code_shape(self, image_size: int) -> tuple[int, int]:
-        """Return the shape of the map of codes; raise `UserError` for a side that is no multiple of the stride."""
-        side = check_strided(image_size, len(self.down) - 1, "ch_mult")
-        return side, side
+        return self.through(image * 2 - 1, self.mid_block)
 
 
-class MagvitDecoder(Checkpointed):
+class MagvitDecoder(LevelDecoder):
     """Quantized features (b, d, h', w') -> the input of the last layer (b, ch * ch_mult[0], h, w).
 
     Args:
@@ -173,32 +143,26 @@ class MagvitDecoder(Checkpointed):
         checkpointing: bool = False,
     ):
         super().__init__(checkpointing)
-        _check(num_res_blocks, dim, channels)
+        check_blocks(channels, num_res_blocks=num_res_blocks, dim=dim)
         widths = widths_of("ch", ch, "ch_mult", ch_mult, groups)
-        entering = [*widths[1:], widths[-1]]
+        levels = rising(widths, num_res_blocks)
         self.dim = dim
         self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
-        self.mid_block = _middle(widths[-1], num_res_blocks, groups)
-        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(dim, width, groups) for width in entering)
-        self.up = nn.ModuleList()
-        for level, (width, before) in enumerate(zip(widths, entering)):
-            stage = MagvitLevel([before, *[width] * num_res_blocks], groups)
-            stage.upsample = DepthToSpace(width) if level else None
-            self.up.append(stage)
+        self.mid_block = _blocks([widths[-1]] * (num_res_blocks + 1), groups)
+        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(dim, before, groups) for before, *_ in levels)
+        self.up = nn.ModuleList(
+            Level(_blocks(within, groups), upsample=DepthToSpace(within[-1]) if level else None)
+            for level, within in enumerate(levels)
+        )
         self.norm_out = group_norm(widths[0], groups)
         self.last_layer = ImageConv2d(widths[0], channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.run_all(self.mid_block, self.conv_in(features))
-        for norm, stage in reversed(list(zip(self.adaptive, self.up))):
-            x = stage(norm(x, features), self)
+        x = self.mid_block(self.conv_in(features), self.run)
+        for norm, level in reversed(list(zip(self.adaptive, self.up))):
+            x = level(norm(x, features), self.run)
         return F.silu(self.norm_out(x))
 
 
-def _middle(width: int, blocks: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(MagvitBlock(width, width, groups) for _ in range(blocks))
-
-
-def _check(num_res_blocks: Any, z_channels: Any, channels: int) -> None:
-    check_whole_numbers(num_res_blocks=(num_res_blocks, 1), z_channels=(z_channels, 1))
-    check_channels(channels)
+def _blocks(widths: Sequence[int], groups: int) -> Blocks:
+    return Blocks(ResnetBlock(before, after, groups, bias=False) for before, after in zip(widths, widths[1:]))

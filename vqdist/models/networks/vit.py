@@ -10,7 +10,6 @@ the features, `v` codes of the tokenizer whose codes a decoder predicts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,8 +18,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
-from vqdist.models.arguments import check_channels, check_whole_numbers
-from vqdist.models.networks.levels import Checkpointed
+from vqdist.models.arguments import check_whole_numbers
+from vqdist.models.networks.levels import Blocks, Checkpointed, check_blocks
 from vqdist.models.networks.maskgit import MaskGITDecoder
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
@@ -92,7 +91,16 @@ class _Transformer(Checkpointed):
         checkpointing: bool,
     ):
         super().__init__(checkpointing)
-        _check(patch_size, width, layers, heads, num_latent_tokens, channels)
+        check_blocks(
+            channels,
+            patch_size=patch_size,
+            width=width,
+            layers=layers,
+            heads=heads,
+            num_latent_tokens=num_latent_tokens,
+        )
+        if width % heads:
+            raise UserError(f"width {width} is not a multiple of heads {heads}")
         self.image_size, self.patch_size = image_size_of(image_size), patch_size
         self.num_latent_tokens = num_latent_tokens
         self.traits = f"{heads} heads"  # which no tensor says, see `Tokenizer.fingerprint`
@@ -102,7 +110,7 @@ class _Transformer(Checkpointed):
         self.positional_embedding = _embedding(1 + patches, width)
         self.latent_token_positional_embedding = _embedding(num_latent_tokens, width)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
+        self.transformer = Blocks(TransformerBlock(width, heads) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
 
     def mixed(self, patches: Tensor, latents: Tensor) -> Tensor:
@@ -110,7 +118,7 @@ class _Transformer(Checkpointed):
         first = repeat(self.class_embedding, "one m -> b one m", b=len(patches))
         patches = torch.cat([first, patches], dim=1) + self.positional_embedding
         latents = latents + self.latent_token_positional_embedding[: latents.shape[1]]
-        return self.run_all(self.transformer, self.ln_pre(torch.cat([patches, latents], dim=1)))
+        return self.transformer(self.ln_pre(torch.cat([patches, latents], dim=1)), self.run)
 
 
 class TiTokEncoder(_Transformer):
@@ -357,12 +365,3 @@ def _grid_of(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
         if side < patch_size or side % patch_size:
             raise UserError(f"image_size {side} is not a multiple of patch_size {patch_size}")
     return height // patch_size, width // patch_size
-
-
-def _check(*given: Any) -> None:
-    names: Sequence[str] = ("patch_size", "width", "layers", "heads", "num_latent_tokens")
-    check_whole_numbers(**{name: (value, 1) for name, value in zip(names, given)})
-    _, width, _, heads, _, channels = given
-    check_channels(channels)
-    if width % heads:
-        raise UserError(f"width {width} is not a multiple of heads {heads}")
