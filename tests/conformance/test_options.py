@@ -40,7 +40,7 @@ from vqdist.models.networks.conv import ConvEncoder, ResidualBlock
 from vqdist.models.quantizers import FSQQuantizer, LFQQuantizer, ResidualVQQuantizer, SimVQQuantizer, VQQuantizer
 from vqdist.objectives import Perceptual, perceptual
 from vqdist.options import in_one_form
-from vqdist.trainers import base, networks
+from vqdist.trainers import networks, setup
 from vqdist.trainers.base import Trainer
 from vqdist.trainers.config import TrainerConfig
 from vqdist.trainers.dvae import DiscreteVAETrainerConfig
@@ -337,7 +337,7 @@ def how_images_are_loaded(tmp_path, loaders):
 @case
 def tf32(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(base, "allow_tf32", lambda device, allowed: told.append((device.type, allowed)))
+    monkeypatch.setattr(setup, "allow_tf32", lambda device, allowed: told.append((device.type, allowed)))
     for allowed in (True, False):
         device = build_trainer(tmp_path / str(allowed), tf32=allowed).device.type
     assert told == [(device, True), (device, False)]
@@ -345,9 +345,9 @@ def tf32(tmp_path, monkeypatch):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for allowed, precision in ((True, "high"), (False, "highest")):
-            base.allow_tf32(torch.device("cuda"), allowed)
+            setup.allow_tf32(torch.device("cuda"), allowed)
             assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (precision, allowed)
-        base.allow_tf32(torch.device("cpu"), True)
+        setup.allow_tf32(torch.device("cpu"), True)
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
     finally:
         torch.set_float32_matmul_precision(before[0])

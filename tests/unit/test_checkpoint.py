@@ -221,7 +221,7 @@ def test_an_error_lets_the_checkpoint_be_completed(tmp_path, monkeypatch, error)
         if trainer.step == 1:
             threading.Timer(0.5, held.let_go.set).start()
             if isinstance(error, RuntimeError):
-                assert "step_00000001: the same command goes on" in trainer._how_far()[1]
+                assert "step_00000001: the same command goes on" in trainer.early_end.how_far()[1]
             raise error
         return update(micro_batches)
 

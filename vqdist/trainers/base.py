@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import inspect
-import math
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqdist import seeding, uncaught
-from vqdist.allocator import keep_freed_memory
-from vqdist.backends import Engine, create_backend
-from vqdist.backends.peers import account_for, naming_lost_peers
-from vqdist.checkpoint import PATIENCE, CheckpointStore
-from vqdist.data.loader import Batch, Split
-from vqdist.errors import PeerLost, UserError
+from vqdist import uncaught
+from vqdist.backends import Engine
+from vqdist.backends.peers import naming_lost_peers
+from vqdist.data.loader import Batch
 from vqdist.models.pretrained import PretrainedModel
-from vqdist.ranks import first_to_say
-from vqdist.schedules import learning_rate
-from vqdist.stopping import Stopped, record_stop
-from vqdist.tracking import Tracker, check_trackers
-from vqdist.trainers.average import MovingAverage
+from vqdist.tracking import check_trackers
 from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
 from vqdist.trainers.data import Images, RunData, open_images
+from vqdist.trainers.early_end import EarlyEnd
 from vqdist.trainers.feed import Feed
 from vqdist.trainers.finite import FiniteGuard
 from vqdist.trainers.networks import Networks
-from vqdist.trainers.optimizers import OptimizerOptions, make_optimizer
+from vqdist.trainers.owner import RunOwner
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.report import LogFunction, Report
 from vqdist.trainers.resume import Resume
 from vqdist.trainers.run import Run
+from vqdist.trainers.setup import make_average, make_backend, place_network
 from vqdist.trainers.steps import Left, Steps
-from vqdist.trainers.stop_request import FAULT, StopRequest
+from vqdist.trainers.stop_request import StopRequest
 
 T = TypeVar("T")
-TrainerT = TypeVar("TrainerT", bound="Trainer")
 
 
 def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -58,14 +48,7 @@ def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     yield item, True
 
 
-def allow_tf32(device: torch.device, allowed: bool) -> None:
-    """Let matrix products and convolutions on a CUDA device round to TensorFloat-32, or not; nothing elsewhere."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        torch.backends.cudnn.allow_tf32 = allowed  # torch allows it from the start: false must be said, too
-
-
-class Trainer(ABC):
+class Trainer(RunOwner):
     """Trains one model on one source of images, on any backend.
 
     Everything that a user can get wrong is checked before a process group starts. Every method but the properties is
@@ -83,16 +66,6 @@ class Trainer(ABC):
         model_argument: what the constructor calls the model.
         picture_name: what the pictures show.
         with_labels: whether batches come with the classes of their images.
-        config: the resolved options; nothing changes them later.
-        run: the folder of the run.
-        data: images to train and to validate on.
-        progress: step and position.
-        networks: the engines and the average.
-        report: log lines, validations and pictures.
-        resume: checkpoints.
-        guard: keeps values that are not finite out of checkpoints.
-        stop: signals.
-        feed: training batches.
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
@@ -106,19 +79,7 @@ class Trainer(ABC):
     else:
         with_labels = False
     __signature__: ClassVar[inspect.Signature]
-    config: TrainerConfig
-    model: PretrainedModel
-    run: Run
-    data: RunData
-    progress: Progress
-    networks: Networks
-    report: Report
-    resume: Resume
-    guard: FiniteGuard
-    stop: StopRequest
-    feed: Feed
     _loop: Callable[[], Steps | None]
-    _in_step: bool
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -236,19 +197,19 @@ class Trainer(ABC):
         self.report.log_fn = log_fn
         self.resume.forget_export()  # somebody may have removed it
         self._forget_broken_step()
-        with self.stop.listening(), self.checkpoints.outlasting_errors(), naming_lost_peers(self._how_far):
-            self._stop_if_put_off()
+        with self.stop.listening(), self.checkpoints.outlasting_errors(), naming_lost_peers(self.early_end.how_far):
+            self.early_end.if_put_off()
             with self.report.progress_bar(self.num_train_steps):
                 if self.report.validation_broken_off:  # in the run that this one resumes
                     self.run_evaluation()
-                    self._stop_if_asked()
+                    self.early_end.if_asked(of=self.num_train_steps)
                 if self.report.picture_broken_off:
                     self.report.draw(self.save_pictures)
-                    self._stop_if_asked()
+                    self.early_end.if_asked(of=self.num_train_steps)
                 if self.step < self.num_train_steps:
                     self._read_ahead()
                     self.stop.asked_now()
-                    self._stop_if_asked()
+                    self.early_end.if_asked(of=self.num_train_steps)
                 while self.step < self.num_train_steps:
                     numbers = self.train_step()
                     left = None
@@ -257,10 +218,10 @@ class Trainer(ABC):
                     except Left as thrown:
                         left = thrown.by_all
                     if left is not None:
-                        self._leave(by_all=left)
+                        self.early_end.leave(by_all=left)
                         return
                     self._read_ahead()
-                    self._stop_if_asked()
+                    self.early_end.if_asked(of=self.num_train_steps)
             self.finish()
 
     def train_step(self) -> dict[str, Tensor]:
@@ -322,26 +283,6 @@ class Trainer(ABC):
         self.guard.owned(norm, name)
         return {**numbers, norm: self.guard.step(name, self.engines[name], numbers, lr=lr)}
 
-    def learning_rate(
-        self, peak: float, *, schedule: Any = None, warmup_steps: int | None = None, start: int = 0
-    ) -> float:
-        """Return the rate of the coming update.
-
-        Args:
-            peak: the highest rate.
-            schedule: by default the run's.
-            warmup_steps: by default the run's.
-            start: step from which both count.
-        """
-        return learning_rate(
-            self.step - start,
-            peak=peak,
-            schedule=self.config.schedule if schedule is None else schedule,
-            warmup_steps=self.config.warmup_steps if warmup_steps is None else warmup_steps,
-            total_steps=self.num_train_steps - start,
-            epoch=self.position // len(self.split.train),
-        )
-
     def _log_when_due(self) -> None:
         if self.step % self.config.log_every and self.step not in (1, self.num_train_steps):
             return
@@ -384,81 +325,17 @@ class Trainer(ABC):
         if evaluated_at != self.step:
             numbers = self.run_evaluation()
         if self.report.validation_broken_off:
-            self._stop(self.stop.number)
+            self.early_end.stop_now(self.stop.number)
         if self.report.pictured != self.step:
             self.report.draw(self.save_pictures)
         if self.report.picture_broken_off:
-            self._stop(self.stop.number)
+            self.early_end.stop_now(self.stop.number)
         self.resume.settle()
         self.report.print_bad_images()
         if self.tracker is not None:
             self.tracker.artifact(self.run.folder / "export")
         self.report.close()
         return numbers
-
-    # ------------------------------------------------------------------------------------- an early end
-
-    def _how_far(self) -> tuple[str, str]:
-        """Return how far this run came, and how it goes on, for `PeerLost`."""
-        newest, in_doubt = self.checkpoints.latest(PATIENCE), self.checkpoints.in_doubt()
-        kept = "there is no complete checkpoint yet" if newest is None else f"the last complete checkpoint is {newest}"
-        then = "starts anew" if newest is None else "goes on"
-        doubt = f" ({in_doubt.name} was being completed)" if in_doubt is not None else ""
-        return f" after step {self.step}", f"{kept}: the same command {then}{doubt}"
-
-    def _stop_if_asked(self) -> None:
-        """Save and raise `Stopped` once all ranks know that one of them received a signal."""
-        number = self.stop.asked()
-        # what is left of a run after its last step is `finish`
-        broken_off = self.report.validation_broken_off or self.report.picture_broken_off
-        if number and (number == FAULT or self.step != self.num_train_steps or broken_off):
-            self._stop(number)
-
-    def _end_without_data(self) -> NoReturn:
-        """Save, and raise what keeps a rank from the images of a coming step; every rank calls this."""
-        problem = self.feed.problem
-        self.feed.forget()
-        if self.step:
-            self.resume.checkpoint_unless_saved()
-            self.resume.settle()
-        self.report.close()
-        saved = f"; step {self.step} is saved in {self.run.folder}" if self.step else ""
-        rank, reason = first_to_say(self.backend, None if problem is None else str(problem) or type(problem).__name__)
-        if problem is None:
-            raise UserError(f"rank {rank} has no images to train on: {reason}{saved}")
-        if isinstance(problem, UserError) and saved:
-            raise UserError(f"{problem}{saved}") from problem
-        raise problem
-
-    def _stop_if_put_off(self) -> None:
-        """Save and raise `Stopped` on every rank if one has put a signal off."""
-        number = self.stop.agree_on_put_off()
-        if number:
-            self._stop(number)
-
-    def _leave(self, *, by_all: bool) -> None:
-        """Act on a signal that came in the body of the loop, which the body has left now."""
-        if by_all:
-            number = self.stop.agree(self.stop.received)
-            if number:
-                self._stop(number)
-        elif self.stop.received:
-            self.stop.put_off()
-            if not self.is_distributed:
-                self.resume.checkpoint_unless_saved()
-                self.resume.settle()
-
-    def _stop(self, number: int) -> NoReturn:
-        """Save, and raise `Stopped`, or what keeps a rank from its images; every rank calls this."""
-        if number == FAULT:
-            self._end_without_data()
-        self.resume.checkpoint_unless_saved()
-        self.resume.settle()
-        self.report.close()
-        record_stop(number, step=self.step, run=str(self.run.folder))
-        stopped = Stopped(number, self.step, str(self.run.folder))
-        self.report.print(stopped.message)
-        raise stopped
 
     # ------------------------------------------------------------------------------------- set-up, in this order
 
@@ -478,49 +355,20 @@ class Trainer(ABC):
 
     def _meet_ranks(self) -> None:
         """Start the process group; make sure that all ranks train this run."""
-        config = self.config
-        self.backend = create_backend(
-            config.backend,
-            grad_accum_every=config.grad_accum_every,
-            precision=config.precision,
-            dist_timeout=config.dist_timeout,
-            micro_batch_size=config.batch_size,
-            accelerate_kwargs=config.accelerate_kwargs,
-            deepspeed_config=config.deepspeed_config,
-        )
+        self.backend = make_backend(self.config)
         uncaught.listen()
         self.run.open(self.backend)
 
     def _set_up_networks(self) -> None:
         """Build the engines, and what holds and watches them."""
-        config = self.config
-        seeding.seed_everything(config.seed, "train", self.backend.rank)
-        allow_tf32(self.device, config.tf32)
-        keep_freed_memory(self.device)
-        channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        network: Any = self.model  # a module, as every model is
-        network.to(device=self.device, memory_format=self.memory_format).train()
-        if config.compile and not self.backend.capabilities.compiles:
-            raise UserError(
-                f"compile is not possible on {self.backend.title}, which swaps weights while a network runs; leave it "
-                "out, or use ZeRO 0, 1, 2, DDP or FSDP2"
-            )
+        self.memory_format = place_network(self.model, self.backend, self.config)
         engines = self.build_engines()
-        average = self._make_average(next(iter(engines.values()))) if config.use_ema else None
+        average = make_average(next(iter(engines.values())), self.config)
         self.networks = Networks(self.backend, engines, average, self.state_tensors(), self.rank_tensors())
         self.networks.check_ranks_agree(self.step)
-        skip = config.on_nonfinite == "skip"
-        self.guard = FiniteGuard(self.backend, skip=skip, max_skipped_steps=config.max_skipped_steps)
+        skip = self.config.on_nonfinite == "skip"
+        self.guard = FiniteGuard(self.backend, skip=skip, max_skipped_steps=self.config.max_skipped_steps)
         self.guard.except_constants(self.networks.held_tensors())
-
-    def _make_average(self, engine: Engine) -> MovingAverage:
-        return MovingAverage(
-            engine,
-            beta=self.config.ema_beta,
-            update_after_step=self.config.ema_update_after_step,
-            update_every=self.config.ema_update_every,
-        )
 
     def _go_on(self) -> None:
         """Go on from the newest checkpoint, if there is one; from then on the folder is this run's."""
@@ -536,26 +384,14 @@ class Trainer(ABC):
         self.resume = Resume(
             self.run, self.backend, self.networks, self.progress, self.report, self.guard, trained=self
         )
+        self.early_end = EarlyEnd(self.stop, self.feed, self.resume)
         if self.resume.load_newest():
             newest = self.checkpoints.path(self.step)
             self.report.print(f"resumed {newest}: step {self.step} of {self.num_train_steps}")
-            self._warn_if_past_the_end()
+            if (passed := self.end_passed()) is not None:
+                self.report.print(f"warning: this run is past {passed}; nothing is trained")
         self.run.write_configuration()
         self.report.open(cast(list[Any], self.config.trackers), self.run.configuration())
-
-    def _warn_if_past_the_end(self) -> None:
-        epochs, trained = self.config.epochs, self.position / len(self.split.train)
-        if epochs is None and self.step > self.num_train_steps:
-            self.report.print(f"warning: this run is past num_train_steps {self.num_train_steps}; nothing is trained")
-        # the last batch of a finished run may have gone past its end
-        if epochs is not None and self.position - round(epochs * len(self.split.train)) >= self.global_batch:
-            self.report.print(
-                f"warning: this run is past epochs {epochs:g}, at {trained:.4g} of them; nothing is trained"
-            )
-
-    def make_optimizer(self, module: nn.Module, options: OptimizerOptions | None = None) -> Optimizer:
-        """Return the optimizer of a network's trainable weights, by default as the run's options say it."""
-        return make_optimizer(module, options or self.config.optimizer_options, self.device)
 
     # ------------------------------------------------------------------------------------- data
 
@@ -583,176 +419,3 @@ class Trainer(ABC):
     def picture_images(self) -> Tensor:
         """Return the images (n, c, h, w) that pictures show, the same at every step, on this rank's device."""
         return self.to_device(self.data.shown(self.config.num_images_save))
-
-    def to_device(self, images: Tensor) -> Tensor:
-        """Return images (in the run's memory format) or codes on this rank's device, without waiting."""
-        layout: dict[str, Any] = {"memory_format": self.memory_format} if images.ndim == 4 else {}
-        return images.to(self.device, non_blocking=True, **layout)
-
-    # ------------------------------------------------------------------------------------- save and load
-
-    def save(self, path: str | Path) -> None:
-        """Write the whole state of the run as one folder; every rank calls this.
-
-        Raises:
-            UserError: it cannot be written, or has a value that is not finite.
-        """
-        self.resume.save(Path(path))
-
-    def load(self, path: str | Path) -> None:
-        """Restore all that `save` wrote: weights, optimizers, average, codebooks, step, random state, position."""
-        self.resume.load(Path(path))
-        self.feed.forget()
-        self._in_step = False
-        self.report.close()  # until training goes on from there
-
-    def export(self, folder: Path) -> None:
-        """Write the averaged model, see `Resume.export`."""
-        self.resume.export(folder)
-
-    def close(self) -> None:
-        """Leave the process group and the run folder, when every rank is done; call it at the end of a script.
-
-        `with Trainer(...) as trainer:` does so at the end of its block.
-        """
-        self.report.close()
-        self.feed.forget()
-        self.backend.close()
-        self.checkpoints.latest()  # waits for what is being completed
-        self.run.lock = self.checkpoints.lock = None
-
-    def __repr__(self) -> str:
-        """Return one line, for a prompt or a notebook: what is trained, how far it is, on what and where."""
-        how_far = f"step {self.step} of {self.num_train_steps}, {len(self.split.train)} images"
-        where = f"{self.backend.title} x{self.backend.world_size}, {self.run.folder}"
-        return f"{type(self).__name__}({type(self.model).__name__}, {how_far}, {where})"
-
-    def __enter__(self: TrainerT) -> TrainerT:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the trainer; tell the other ranks of an error that leaves the block, which ends their training."""
-        if error is not None:
-            account_for(error)
-        if isinstance(error, PeerLost):  # to leave the group could wait for those who are gone
-            return
-        try:
-            if error is None:
-                self._stop_if_put_off()
-        finally:
-            self.close()
-
-    # ------------------------------------------------------------------------------------- facts
-
-    @property
-    def step(self) -> int:
-        """Finished optimizer steps."""
-        return self.progress.step
-
-    @property
-    def position(self) -> int:
-        """Images of the data order that were used, over all ranks."""
-        return self.progress.position
-
-    @property
-    def dataset(self) -> Images:
-        """The images to train on."""
-        return self.data.train
-
-    @property
-    def valid_dataset(self) -> Images:
-        """The images to validate on."""
-        return self.data.valid
-
-    @property
-    def split(self) -> Split:
-        """Indices of the images to train on in `dataset`, and of those to validate on in `valid_dataset`."""
-        return self.data.split
-
-    @property
-    def engines(self) -> dict[str, Engine]:
-        """The networks that are trained, by name."""
-        return self.networks.engines
-
-    @property
-    def ema(self) -> MovingAverage | None:
-        """Moving average of the network that is evaluated and exported, or None."""
-        return self.networks.average
-
-    @property
-    def main_engine(self) -> Engine:
-        """The engine whose network is averaged, evaluated and exported."""
-        return self.networks.main
-
-    def averaged_network(self) -> AbstractContextManager[nn.Module]:
-        """Return the context of the network to evaluate, see `Networks.averaged`."""
-        return self.networks.averaged()
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all weights, see `Networks.named_tensors`."""
-        return self.networks.named_tensors()
-
-    @property
-    def checkpoints(self) -> CheckpointStore:
-        """The checkpoints of the run."""
-        return self.resume.checkpoints
-
-    @property
-    def tracker(self) -> Tracker | None:
-        """The sinks, on rank 0."""
-        return self.report.tracker
-
-    @property
-    def run_folder(self) -> Path:
-        """The folder of the run."""
-        return self.run.folder
-
-    @property
-    def picture_path(self) -> Path:
-        """Where the picture of this step is or will be."""
-        return self.report.picture_path
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank's tensors live."""
-        return self.backend.device
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether more than one process trains."""
-        return self.backend.world_size > 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0 of the whole run."""
-        return self.backend.is_main
-
-    @property
-    def is_local_main(self) -> bool:
-        """Whether this is the first rank of its node."""
-        return self.backend.is_local_main
-
-    @property
-    def global_batch(self) -> int:
-        """Images of one optimizer step over all ranks."""
-        return self.config.batch_size * self.config.grad_accum_every * self.backend.world_size
-
-    @property
-    def num_train_steps(self) -> int:
-        """Optimizer steps of the whole run; `epochs` are counted in images, so they hold for any number of ranks."""
-        if self.config.epochs is None:
-            return cast(int, self.config.num_train_steps)  # one of the two is given
-        images_left = max(0, round(self.config.epochs * len(self.split.train)) - self.position)
-        return self.step + math.ceil(images_left / self.global_batch)
-
-    @property
-    def num_workers(self) -> int:
-        """Loader processes of this rank."""
-        return self.data.num_workers
-
-    @property
-    def pin_memory(self) -> bool:
-        """Whether batches are loaded into page-locked memory."""
-        return self.data.pin_memory(self.device)
