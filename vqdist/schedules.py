@@ -13,7 +13,7 @@ the finished passes over the images too. Its other parameters are its `init_args
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,6 +56,33 @@ def warmup_stable_decay(step: int, total_steps: int, *, min_ratio: float = 0.0, 
     _check_share("decay_share", decay_share, above_zero=True)
     left = max(0, total_steps - step) / max(1.0, decay_share * total_steps)
     return _between(min_ratio, min(1.0, left))
+
+
+@SCHEDULES.add("multistep")
+def multistep(
+    step: int,
+    total_steps: int,
+    *,
+    epoch: int = 0,
+    epochs: Sequence[int] = (),
+    steps: Sequence[int] = (),
+    factor: float = 0.1,
+) -> float:
+    """Return `factor` to the power of the drops so far, as SEED-Voken trains (IBQ, Open-MAGVIT2).
+
+    A drop follows so many finished passes over the images as `epochs` says, or so many updates since the warm-up as
+    `steps` says. One of the two is given.
+    """
+    _check_share("factor", factor)
+    drops, name = (epochs, "epochs") if epochs else (steps, "steps")
+    if bool(epochs) == bool(steps):
+        found = "both" if epochs else "neither"
+        raise UserError(f"lr_schedule multistep was given {found} of epochs and steps; give one, as epochs: [250, 300]")
+    growing = isinstance(drops, (list, tuple)) and all(is_whole(drop) and drop > 0 for drop in drops)
+    if not growing or any(first >= second for first, second in zip(drops, drops[1:])):
+        raise UserError(f"{name} {drops!r} of lr_schedule are not possible; give growing whole numbers, as [250, 300]")
+    done = epoch if epochs else step
+    return float(factor ** sum(done >= drop for drop in drops))
 
 
 def _progress(step: int, total_steps: int) -> float:
@@ -132,6 +159,9 @@ def factor_of(schedule: PartSpec | Schedule, step: int, total_steps: int, epoch:
     return factor
 
 
+DECAYS = ("linear", "cosine", "exponential")
+
+
 @dataclass(frozen=True)
 class WeightSchedule:
     """A weight as a function of the step: 0 until it starts, then a ramp, then its value, then a decay.
@@ -143,7 +173,7 @@ class WeightSchedule:
         ramp_steps: steps over which it goes from `initial` to `value` in a line.
         decay_start: step at which the decay begins; None for none.
         decay_steps: steps over which it goes to `final`; 0 does so at once.
-        decay: `linear`, or `cosine` (half of one).
+        decay: `linear`, `cosine` (half of one), or `exponential` (by equal factors, `final` is above 0).
         final: after the decay.
     """
 
@@ -180,8 +210,10 @@ class WeightSchedule:
             steps = getattr(self, name)
             if not is_whole(steps) or steps < 0:
                 raise UserError(f"{name} of {what} is {steps!r}; give a whole number of at least 0")
-        if self.decay not in ("linear", "cosine"):
-            raise UserError(f"decay of {what} is {self.decay!r}; choose one of linear, cosine")
+        if self.decay not in DECAYS:
+            raise UserError(f"decay of {what} is {self.decay!r}; choose one of {', '.join(DECAYS)}")
+        if self.decay == "exponential" and not (self.value > 0 and self.final > 0):
+            raise UserError(f"decay exponential of {what} needs a value and a final above 0; give them, or linear")
         after_ramp = self.start + self.ramp_steps
         if self.decay_start is None:
             if self.decay_steps or self.final or self.decay != "linear":
@@ -207,6 +239,8 @@ class WeightSchedule:
         if self.decay_start is None or step < self.decay_start:
             return self.value
         share = min(1.0, (step - self.decay_start) / self.decay_steps) if self.decay_steps else 1.0
+        if self.decay == "exponential":
+            return self.value * (self.final / self.value) ** share
         left = 0.5 * (1 + math.cos(math.pi * share)) if self.decay == "cosine" else 1 - share
         return self.final + (self.value - self.final) * left
 
@@ -237,6 +271,20 @@ def ever_positive(given: Weight) -> bool:
         return given > 0
     schedule = WeightSchedule.of(given, "weight")
     return max(schedule.value, schedule.initial, schedule.final) > 0
+
+
+def check_temperature(given: Any, what: str) -> None:
+    """Raise `UserError` unless this is a number above 0, or a schedule that is above 0 at every step."""
+    check_weight(given, what)
+    schedule = WeightSchedule.of(given, what) if isinstance(given, Mapping) else WeightSchedule(given)
+    lowest = [schedule.value]
+    lowest += [schedule.initial] if schedule.ramp_steps else []
+    lowest += [schedule.final] if schedule.decay_start is not None else []
+    if schedule.start or min(lowest) <= 0:
+        raise UserError(
+            f"{what} {given!r} is 0 at some step; it must be above 0 from step 0 on, as {{value: 0.9, decay_start: 0, "
+            "decay_steps: 1000000, decay: cosine, final: 1.0e-6}"
+        )
 
 
 def linear_ramp(step: int, *, start: int, length: int) -> float:

@@ -28,7 +28,7 @@ from vqdist.cli import main
 from vqdist.cli.models import MODELS
 from vqdist.cli.train import TOP_LEVEL, train_options
 from vqdist.models.presets import PRESETS
-from vqdist.schedules import temperature
+from vqdist.schedules import learning_rate, temperature
 from vqdist.trainers.config import build_config
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml"))}
@@ -224,10 +224,21 @@ def test_rates_and_schedules_are_what_the_sources_say():
     assert var.trainer.lr == pytest.approx(1e-4 * global_batch["var_d16"] / 256)
     assert var.trainer.warmup_steps == pytest.approx(4 * TRAINING_IMAGES / global_batch["var_d16"], rel=0.01)
     assert var.model.dropout == pytest.approx(0.1 * var.model.depth / 24, rel=0.01)
+    # SEED-Voken: a tenth after so many epochs
+    for name, epochs in (("ibq_16384", [250, 300]), ("imagenet_lfq_2e18", [200, 250])):
+        assert options(name).trainer.epochs > epochs[-1]
+        for done, factor in ((epochs[0] - 1, 1.0), (epochs[0], 0.1), (epochs[1] - 1, 0.1), (epochs[1], 0.01)):
+            rate = learning_rate(0, peak=1.0, schedule=schedule_of(name), warmup_steps=0, total_steps=10, epoch=done)
+            assert rate == pytest.approx(factor), (name, done)
     dalle = options("dalle_dvae")
     assert dalle.model.kl_div_loss_weight == pytest.approx(6.6 / 192 * 2 * 0.1**2, rel=0.03)
     falling = {"start": dalle.trainer.starting_temp, "rate": dalle.trainer.anneal_rate, "lowest": 0}
     assert temperature(150_000, **falling) == pytest.approx(dalle.trainer.temp_min, rel=1e-3) == 1 / 16
+
+
+def schedule_of(name: str) -> dict[str, Any]:
+    given = options(name).trainer.lr_schedule
+    return given if isinstance(given, dict) else given.as_dict()
 
 
 def advice(name: str) -> list[str]:

@@ -109,7 +109,8 @@ BUILDERS = {
         for kind in ("prior", "var", "vq_ar")
     },
 }
-NOT_TRAINED_HERE = {"vqgan": {"perceptual_loss"}}  # needs VGG16's weights; its name is that of a term
+# the first needs VGG16's weights, and its name is that of a term; the second is of a quantizer that draws
+NOT_TRAINED_HERE = {"vqgan": {"perceptual_loss", "temperature"}}
 
 
 def documented_keys(model: str) -> set[str]:

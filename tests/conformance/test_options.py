@@ -105,6 +105,7 @@ CHANGES_WEIGHTS = {
     "fresh_reconstruction": (1, {}, True, {"discriminator"}),
     "adaptive_weight_form": (1, {}, "taming", {"generator", "ema"}),
     "quantizer_weight": (1, {}, 0.5, {"generator", "ema"}),
+    "quantizer_temperature": (1, {"quantizer": "gumbel"}, 0.3, {"generator", "ema"}),
     "discriminator_start": (1, {}, 1, NETWORKS),
     "discriminator_warmup_steps": (1, {}, 1, {"generator", "ema"}),
     "adversarial_ramp_steps": (1, {}, 4, {"generator", "ema"}),

@@ -13,6 +13,7 @@ from torch import Tensor
 from vqdist import Tokenizer, VQGanVAE
 from vqdist.models.published import WEIGHTS, family_named, published_names, read_published, write_published
 from vqdist.models.quantizers import GradientVQ, Gumbel
+from vqdist.schedules import check_temperature, weight_at
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 FAMILIES = ["taming_vqgan", "taming_gumbel", "llamagen_vq", "var_vqvae", "ibq", "diffusers_vqmodel"]
@@ -193,6 +194,16 @@ def test_draws_of_gumbel():
         assert torch.equal(indices, given.found["indices"])
     kl = quantizer.kl_weight * quantizer.kl_loss(logits)
     assert kl.item() == pytest.approx(given.values["kl_loss"], abs=1e-9)
+
+
+def test_tamings_temperature_is_a_schedule_of_ours():
+    given = fixture("taming_gumbel")
+    options = given.arguments["temperature"]
+    schedule = {"value": options["lr_max"], "decay_start": options["warm_up_steps"], "decay": "cosine"}
+    schedule |= {"decay_steps": options["max_decay_steps"], "final": options["lr_min"]}
+    check_temperature(schedule, "quantizer_temperature")
+    for step, expected in given.values["temperature_at"].items():
+        assert weight_at(schedule, int(step)) == pytest.approx(expected, rel=1e-9), step
 
 
 # names and shapes of the published files, and the numbers of their parameters in millions

@@ -12,7 +12,15 @@ import torch
 
 from vqdist import seeding
 from vqdist.errors import UserError
-from vqdist.schedules import check_weight, ever_positive, learning_rate, linear_ramp, temperature, weight_at
+from vqdist.schedules import (
+    check_temperature,
+    check_weight,
+    ever_positive,
+    learning_rate,
+    linear_ramp,
+    temperature,
+    weight_at,
+)
 
 
 def rates(schedule: str, warmup_steps: int, steps: int = 100) -> list[float]:
@@ -57,6 +65,7 @@ PARTS = {
     "wsd": ({"decay_share": 0.2, "min_ratio": 0.5}, {0: 2.0, 79: 2.0, 80: 2.0, 90: 1.5, 100: 1.0}),
     "exponential": ({"decay_rate": 0.5}, {0: 0.5, 100: 0.5}),  # of two epochs, whatever the step
     "constant": ({}, {0: 2.0, 100: 2.0}),
+    "multistep": ({"steps": [50, 80], "factor": 0.5}, {0: 2.0, 49: 2.0, 50: 1.0, 79: 1.0, 80: 0.5, 100: 0.5}),
 }
 
 
@@ -75,7 +84,33 @@ def test_a_schedule_with_arguments_is_its_formula_after_the_warm_up(name, warmup
 def test_steps_past_the_end_and_runs_without_steps_have_a_rate():
     for name in PARTS:
         for step, total in ((150, 100), (0, 0), (5, 5)):
-            assert 0 <= learning_rate(step, peak=1.0, schedule=name, warmup_steps=5, total_steps=total) <= 1
+            part = {"class_path": name, "init_args": PARTS[name][0]}
+            assert 0 <= learning_rate(step, peak=1.0, schedule=part, warmup_steps=5, total_steps=total) <= 1
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_a_rate_drops_after_epochs_whatever_the_step(warmup_steps):
+    part = {"class_path": "multistep", "init_args": {"epochs": [2, 5]}}
+    settings = {"peak": 1.0, "schedule": part, "warmup_steps": warmup_steps, "total_steps": 20}
+    rates = [learning_rate(step + 3, **settings, epoch=step) for step in range(7)]
+    assert rates == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "was given neither of epochs and steps; give one"),
+        ({"epochs": [1], "steps": [2]}, "was given both of epochs and steps; give one"),
+        ({"epochs": [3, 3]}, r"epochs \[3, 3\] of lr_schedule are not possible; give growing whole numbers"),
+        ({"epochs": [0.5]}, r"epochs \[0.5\] of lr_schedule are not possible"),
+        ({"steps": 7}, "steps 7 of lr_schedule are not possible"),
+        ({"steps": [7], "factor": 2}, "factor 2 of lr_schedule is not possible"),
+    ],
+)
+def test_drops_that_cannot_be_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        schedule = {"class_path": "multistep", "init_args": arguments}
+        learning_rate(0, peak=1.0, schedule=schedule, warmup_steps=0, total_steps=10)
 
 
 def test_an_own_schedule_is_a_function_of_the_step_by_path_or_as_it_is():
@@ -111,6 +146,22 @@ def test_unknown_schedule_is_refused():
         UserError, match="there is no lr_schedule 'liner'; nearest: linear; there are constant, cosine"
     ):
         learning_rate(0, peak=1, schedule="liner", warmup_steps=0, total_steps=1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        0,
+        {"value": 0.9, "start": 5},
+        {"value": 0.9, "ramp_steps": 5},
+        {"value": 0.9, "decay_start": 0, "decay_steps": 5},
+        {"value": 0.9, "decay_start": 0, "decay_steps": 5, "decay": "exponential"},
+    ],
+)
+def test_a_temperature_that_comes_to_0_is_refused(given):
+    check_temperature({"value": 0.9, "initial": 0.1, "ramp_steps": 2, "decay_start": 2, "final": 0.1}, "t")
+    with pytest.raises(UserError, match="is 0 at some step; it must be above 0|needs a value and a final above 0"):
+        check_temperature(given, "t")
 
 
 def test_ramp_begins_where_it_is_told():
@@ -172,6 +223,12 @@ def test_a_weight_starts_ramps_stays_and_decays():
     assert weight_at({**weight, "decay": "cosine"}, 9) == pytest.approx(0.1 + 0.4 * (1 + math.cos(math.pi / 4)) / 2)
     assert [weight_at({"value": 1, "decay_start": 2}, step) for step in range(4)] == [1, 1, 0, 0]
     assert weight_at(0.3, 100) == 0.3
+    # DALLE-pytorch's exponential is one by equal factors: max(0.9 exp(-0.01 step), 0.3)
+    equal = {"value": 0.9, "decay_start": 0, "decay_steps": math.log(3) / 0.01, "decay": "exponential", "final": 0.3}
+    equal["decay_steps"] = round(equal["decay_steps"])
+    for step in (0, 40, 109, 110, 500):
+        expected = temperature(step, start=0.9, rate=math.log(3) / 110, lowest=0.3)
+        assert weight_at(equal, step) == pytest.approx(expected), step
     falling = {"value": 0.1, "initial": 0.3, "ramp_steps": 2000}  # bsq-vit's: three times the weight, falling
     assert [weight_at(falling, step) for step in (0, 1000, 2000)] == pytest.approx([0.3, 0.2, 0.1])
     assert ever_positive({"value": 0.0, "initial": 1.0, "ramp_steps": 3}) and not ever_positive({"value": 0.0})

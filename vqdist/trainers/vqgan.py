@@ -57,7 +57,14 @@ class VQGanVAETrainer(TokenizerTrainer):
             self._require_last_layer()
         if self.model.discriminator is None:
             self.config.refuse_set(*DISCRIMINATOR_OPTIONS, because="the model has no discriminator (use_gan)")
+        self._check_temperature()
         self._resolve_frozen_parts()
+
+    def _check_temperature(self) -> None:
+        quantizer = self.model.quantizer
+        if not hasattr(quantizer, "temperature"):
+            name = type(quantizer).__name__
+            self.config.refuse_set("quantizer_temperature", because=f"quantizer {name} has no temperature")
 
     def _resolve_frozen_parts(self) -> None:
         """Put into the configuration, and so into the run folder, which parts are frozen."""
@@ -154,6 +161,7 @@ class VQGanVAETrainer(TokenizerTrainer):
     def update(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
         """One generator update and, once it has joined, one discriminator update, in the order of the options."""
         averages = None if self.lecam is None or not self.guard.skip else self.lecam.averages.clone()
+        temperature = self._set_temperature()
         if self.trained_discriminator is None:
             numbers = self._generator_alone(micro_batches)
         elif self.config.update_order == "discriminator_first":
@@ -165,7 +173,16 @@ class VQGanVAETrainer(TokenizerTrainer):
         if self.lecam is not None and averages is not None and self.guard.dropped("discriminator"):
             self.lecam.averages.copy_(averages)
         numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
-        return numbers
+        return numbers | temperature
+
+    def _set_temperature(self) -> dict[str, Tensor]:
+        """Give the quantizer the temperature of the coming update, and return it to log."""
+        given = self.config.quantizer_temperature
+        if given is None:
+            return {}
+        quantizer: Any = self.model.quantizer
+        quantizer.temperature = weight_at(given, self.step)
+        return {"temperature": torch.tensor(quantizer.temperature)}
 
     def _generator_first(self, micro_batches: list[Tensor]) -> dict[str, Tensor]:
         """Update both on the same reconstructions; the generator's loss is of the discriminator before its update."""

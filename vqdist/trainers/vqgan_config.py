@@ -9,7 +9,7 @@ from typing import Any
 from vqdist.errors import UserError
 from vqdist.options import is_number, option
 from vqdist.parts import Spec
-from vqdist.schedules import check_weight, ever_positive, factor_of
+from vqdist.schedules import check_temperature, check_weight, ever_positive, factor_of
 from vqdist.trainers.config import TrainerConfig
 
 PARTS = ("encoder", "quantizer", "decoder")
@@ -91,8 +91,14 @@ class VQGanTrainerConfig(TrainerConfig):
     """Weight of the quantizer's losses, taming's codebook_weight: a number, or a schedule as {value: 1, initial: 3,
     ramp_steps: 2000}."""
 
+    quantizer_temperature: float | dict[str, Any] | None = option(None, above=0)
+    """Temperature of a quantizer that draws its codes, `gumbel`, in place of the model's: a number, or a schedule as
+    {value: 0.9, decay_start: 0, decay_steps: 1000000, decay: cosine, final: 1.0e-6}."""
+
     def check_values(self) -> None:
         super().check_values()
+        if self.quantizer_temperature is not None:
+            check_temperature(self.quantizer_temperature, "quantizer_temperature")
         for name in WEIGHTS:
             check_weight(getattr(self, name), name)
         self.check_scales()
@@ -171,6 +177,7 @@ class VQGanTrainerConfig(TrainerConfig):
 # options that are a number or a schedule of the step
 WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
 # all that the configuration adds to every trainer's is about the discriminator, but for this
-OF_THE_GENERATOR = ("quantizer_weight", "freeze", "freeze_codebook", "init_from", "trust_code", "lr_scale")
+OF_THE_GENERATOR = ("quantizer_weight", "quantizer_temperature", "freeze", "freeze_codebook", "lr_scale")
+OF_THE_GENERATOR += ("init_from", "trust_code")
 _OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
 DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]
