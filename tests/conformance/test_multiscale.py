@@ -378,6 +378,27 @@ def multiscale_of_seven() -> VQGanVAE:
     return model.eval()
 
 
+def test_the_angle_and_the_share_of_the_convolutions_are_in_the_fingerprint(tmp_path):
+    """No tensor says them, and codes depend on both; an export that does not say its rule is as it was."""
+    found = set()
+    for change in ({}, {"use_cosine_sim": True}, {"phi_ratio": 0.25}, {"use_cosine_sim": True, "phi_ratio": 0.25}):
+        options = {"v_patch_nums": [1, 2, 4], "num_phis": 3, "kmeans_init": False, **change}
+        model = build_vae(
+            quantizer="multiscale_vq", quantizer_kwargs=options, codebook_size=16, use_vgg_and_gan=False
+        )
+        model.image_size = 16
+        fingerprint = Tokenizer(model.eval()).fingerprint()
+        model.save_pretrained(tmp_path)
+        assert Tokenizer.from_pretrained(tmp_path).fingerprint() == fingerprint
+        found.add(fingerprint)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantizer_kwargs"].pop("phi_rule", None)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found.add(("before", Tokenizer.from_pretrained(tmp_path).fingerprint()))
+    assert len([one for one in found if isinstance(one, str)]) == 4
+    assert len(found) == 5  # those of before have one and the same
+
+
 def test_an_export_of_before_keeps_its_rule(tmp_path):
     model = multiscale_of_seven()
     now = Tokenizer(model).fingerprint()

@@ -81,9 +81,10 @@ def test_averages_of_lightning_have_names_without_dots(tmp_path):
     assert torch.equal(model.quantizer.embedding.weight, 0.5 * own["quantize.embedding.weight"])
     assert torch.equal(model.network.encoder.conv_in.weight, 0.5 * own["encoder.conv_in.weight"])
     assert "give --family ibq or --family taming_vqgan" in refusal(lambda: read_published(path))
-    assert torch.equal(
-        read_published(path, family="ldm").quantizer.embedding.weight, 0.5 * own["quantize.embedding.weight"]
-    )
+    # LDM and taming encode and decode with the weights themselves; averages are for their pictures of training
+    live = read_published(path, family="ldm")
+    assert torch.equal(live.quantizer.embedding.weight, own["quantize.embedding.weight"])
+    assert torch.equal(live.network.encoder.conv_in.weight, own["encoder.conv_in.weight"])
 
 
 WRAPPED = {
@@ -430,9 +431,22 @@ def test_a_configuration_of_taming_is_not_of_ibq_however_many_the_blocks(tmp_pat
         config = {"model": {"target": target, "params": {"n_embed": 8}}}
         found = read_published(tmp_path / "last.ckpt", peer_config=config)
         assert type(found.quantizer).__name__ == expected
-    assert type(read_published(tmp_path / "last.ckpt").quantizer).__name__ == "IBQ"  # as only IBQ was published
+    message = refusal(lambda: read_published(tmp_path / "last.ckpt"))
+    assert "has four residual blocks a resolution as IBQ has, and sizes that nobody published" in message
+    assert "give --family ibq or --family taming_vqgan" in message
+    assert message == refusal(lambda: read_published(tmp_path / "last.ckpt", peer_config={"n_embed": 8}))
     of_both = [Tokenizer.from_pretrained(tmp_path / "last.ckpt", family=family) for family in ("ibq", "taming")]
     assert of_both[0].fingerprint() != of_both[1].fingerprint()  # of equal tensors, and other codes
+
+
+def test_ibq_is_told_by_the_sizes_that_it_published():
+    of_2048 = {"class_path": "ibq", "init_args": {"codebook_size": 2048}}
+    with torch.device("meta"):
+        model = VQGanVAE.preset("ibq_1024", use_vgg_and_gan=False)
+        other = VQGanVAE.preset("ibq_1024", use_vgg_and_gan=False, quantizer=of_2048)
+    for found, family in ((model, "ibq"), (other, None)):
+        tensors = family_named("ibq").theirs(dict(found.network.state_dict()))
+        assert family_named("ibq").fits(tensors, {}) == (family == "ibq")
 
 
 def test_fewer_scales_than_convolutions(tmp_path):

@@ -202,6 +202,27 @@ def test_a_folder_of_titok_from_the_hub_says_what_shapes_do_not(tmp_path):
         read_published(tmp_path)
 
 
+def test_heads_of_titok_are_told_by_published_widths_only(tmp_path):
+    arguments = {"image_size": 16, "patch_size": 8, "layers": 1, "num_latent_tokens": 2}
+    for width, heads in ((512, 8), (1024, 16)):
+        parts = titok(arguments | {"width": width, "heads": heads})
+        model = VQGanVAE(**parts, quantizer="gradient_vq", codebook_size=8, use_vgg_and_gan=False)
+        write_published(model, "titok", tmp_path / "file.bin")
+        assert read_published(tmp_path / "file.bin").network.encoder.transformer[0].attn.heads == heads
+    wrong = {"vit_enc_model_size": "base", "vit_dec_model_size": "large"}
+    with pytest.raises(UserError, match="vit_enc_model_size base is 768 wide, and the tensors .* are 1024 wide"):
+        read_published(tmp_path / "file.bin", peer_config=wrong)
+    parts = titok(arguments | {"width": 128, "heads": 4})
+    model = VQGanVAE(**parts, quantizer="gradient_vq", codebook_size=8, use_vgg_and_gan=False)
+    write_published(model, "titok", tmp_path / "file.bin")
+    with pytest.raises(UserError, match="heads of a transformer of width 128 cannot be told"):
+        read_published(tmp_path / "file.bin")
+    sizes = {half: [128, 1, 4] for half in ("enc", "dec")}
+    read = read_published(tmp_path / "file.bin", peer_config={"sizes": sizes})
+    model.image_size = 16
+    assert Tokenizer(read).fingerprint() == Tokenizer(model.eval()).fingerprint()
+
+
 def test_a_codebook_of_titok_whose_codes_move_is_read_and_written(tmp_path):
     state = {**held("titok_rgb"), "quantize.embed_prob": torch.rand(24)}
     save_file(state, tmp_path / "in.safetensors")

@@ -532,6 +532,7 @@ class VQGanVAE(
         scales = _scales_of(self.quantizer)
         if scales is not None and "phi_rule" not in _quantizer_options(written):
             scales.follow_rule("proportional")
+            cast(Any, self.quantizer).is_of_before = True
 
     def current_name(self, name: str) -> str:
         prefix = "autoencoder."

@@ -27,6 +27,8 @@ HARMLESS = re.compile(
     r"(argparse|lightning|lightning_fabric|numpy|omegaconf|pathlib|pytorch_lightning|typing)\.[\w.]+"
 )
 """Names of classes and functions that describe a run beside its weights; each becomes an `Inert`."""
+AVERAGES = "model_ema."
+"""Prefix of the moving averages in a checkpoint of Lightning."""
 MOST_NAMES = 200
 MOST_UNPACKED = 8  # times the size of a file
 
@@ -191,7 +193,7 @@ def without_prefix(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, T
     return dict(tensors)
 
 
-def with_averages(tensors: Mapping[str, Tensor], prefix: str = "model_ema.") -> dict[str, Tensor]:
+def with_averages(tensors: Mapping[str, Tensor], prefix: str = AVERAGES) -> dict[str, Tensor]:
     """Return tensors, of which each has the value of its moving average where the file has one.
 
     Lightning modules of this family keep them below a prefix, under the names of the weights without dots.

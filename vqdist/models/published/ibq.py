@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.models.published.files import state_dict_in
+from vqdist.models.published.files import AVERAGES, state_dict_in, with_averages
+from vqdist.models.published.levels import number_of
 from vqdist.models.published.network import check_taming, codebook_shape
 from vqdist.models.published.taming import KNOWN, TamingFiles
 from vqdist.models.quantizers import IBQ
@@ -17,6 +18,10 @@ from vqdist.models.vqgan import VQGanVAE
 
 BLOCKS = 4
 """Residual blocks of each resolution of the published models, where taming and LDM have two."""
+CODES = (1024, 8192, 16384, 262144)
+"""Sizes of the published codebooks."""
+FOUR = "four residual blocks a resolution as IBQ has, and sizes that nobody published"
+AVERAGED = "moving averages as files of IBQ and of LDM have"
 OPTIONS = ("beta", "entropy_temperature", "sample_minimization_weight", "batch_maximization_weight")
 ENTROPY_WEIGHT = 0.05
 OTHERS = ("taming.", "ldm.")
@@ -30,31 +35,49 @@ class IBQFiles(TamingFiles):
     title = "SEED-Voken (IBQ)"
     known = (*KNOWN, *OPTIONS[1:], "use_entropy_loss")
 
+    def weights(self, content: Any, path: Path) -> dict[str, Tensor]:
+        """Return the tokenizer's tensors; of those that the file has an average of, the average, as published."""
+        return with_averages(super(TamingFiles, self).weights(content, path))
+
     def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-        """Return whether these are IBQ's: by the configuration, else by the number of blocks that only it has."""
+        """Return whether these are IBQ's: by the configuration, else by the sizes that only it has published."""
         if not super().fits(tensors, config):
             return False
         said = str(config)
         if "IBQ" in said or any(project in said for project in OTHERS):
             return "IBQ" in said
-        return f"encoder.down.0.block.{BLOCKS - 1}.conv1.weight" in tensors
+        return _has_its_blocks(tensors) and self._has_its_sizes(tensors)
 
     def recognises(self, content: Any, config: Mapping[str, Any], path: Path) -> bool:
-        """Return whether a file is of IBQ; raise `UserError` where it may as well be one of LDM with averages."""
+        """Return whether a file is of IBQ; raise `UserError` where it may as well be one of taming or LDM.
+
+        Their tensors have the same names, and other codes follow from them.
+        """
         found = super().recognises(content, config, path)
-        if not found and not config and self._is_averaged(content, path):
+        doubt = None if found or any(project in str(config) for project in OTHERS) else self._doubt(content, path)
+        if doubt is not None and (not config or doubt == FOUR):
             raise UserError(
-                f"{path} has moving averages as files of IBQ and of LDM have, and their names are the same; give "
-                "--family ibq or --family taming_vqgan"
+                f"{path} has {doubt}, and the names of its tensors are the same; give --family ibq or --family "
+                "taming_vqgan"
             )
         return found
 
-    def _is_averaged(self, content: Any, path: Path) -> bool:
+    def _has_its_sizes(self, tensors: Mapping[str, Tensor]) -> bool:
+        size, width = codebook_shape(tensors, self.codebook)
+        of_network = tensors["encoder.conv_in.weight"].shape[0], number_of(tensors, "encoder.down")
+        return size in CODES and (width, *of_network) == (256, 128, 5)
+
+    def _doubt(self, content: Any, path: Path) -> str | None:
+        """Return what a file of other sizes has in common with IBQ's; None where nothing speaks for it."""
         try:
             tensors = state_dict_in(content, self.keys, path)
         except UserError:
-            return False
-        return super().fits(tensors, {}) and f"model_ema.{self.codebook.replace('.', '')}" in tensors
+            return None
+        if not super().fits(tensors, {}):
+            return None
+        if _has_its_blocks(tensors):
+            return FOUR
+        return AVERAGED if f"{AVERAGES}{self.codebook.replace('.', '')}" in tensors else None
 
     def quantizer(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
         size = options.get("n_embed") or codebook_shape(tensors, self.codebook)[0]
@@ -69,3 +92,7 @@ class IBQFiles(TamingFiles):
         check_taming(model, self.title)
         if not isinstance(model.quantizer, IBQ):
             raise UserError(f"quantizer {type(model.quantizer).__name__} has no form in {self.title}; expected ibq")
+
+
+def _has_its_blocks(tensors: Mapping[str, Tensor]) -> bool:
+    return f"encoder.down.0.block.{BLOCKS - 1}.conv1.weight" in tensors

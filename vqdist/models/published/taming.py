@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqdist.errors import UserError
 from vqdist.models.published.base import NetworkFamily
-from vqdist.models.published.files import options_in, with_averages
+from vqdist.models.published.files import AVERAGES, options_in
 from vqdist.models.published.names import Names
 from vqdist.models.published.network import ENDS, check_taming, codebook_shape, parts_of, resolution_of
 from vqdist.models.quantizers import GradientVQ, Gumbel
@@ -33,8 +33,9 @@ class TamingFiles(NetworkFamily):
     """Options of which one at least is where the others are."""
 
     def weights(self, content: Any, path: Path) -> dict[str, Tensor]:
-        """Return the tokenizer's tensors; of those that the file has an average of, the average."""
-        return with_averages(super().weights(content, path))
+        """Return the tokenizer's tensors, and none of their averages: taming and LDM encode and decode without."""
+        found = super().weights(content, path)
+        return {name: one for name, one in found.items() if not name.startswith(AVERAGES)}
 
     def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         return self.codebook in tensors and "encoder.down.0.block.0.conv1.weight" in tensors

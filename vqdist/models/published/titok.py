@@ -36,8 +36,9 @@ KNOWN = (
 )
 CODEBOOK, USES = "quantize.embedding.weight", "quantize.embed_prob"
 MOVED = "quantizer.moved"
-HEAD_WIDTH = 64  # of all published sizes
-NAMED = {"small": 8, "base": 12, "large": 16}
+NAMED = {"small": (512, 8), "base": (768, 12), "large": (1024, 16)}
+"""Width and heads of the sizes that the project knows."""
+WIDTHS = {width: name for name, (width, _) in NAMED.items()}
 COMMITMENT = 0.25
 
 
@@ -110,17 +111,25 @@ TITLE = TiTokFiles.title
 
 
 def _transformer(tensors: Mapping[str, Tensor], half: str, width: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return width, layers and heads; shapes do not say the heads, but configurations and published widths do."""
+    """Return width, layers and heads; no shape says the heads, but configurations and published widths do."""
+    return {"width": width, "layers": number_of(tensors, f"{half}.transformer"), "heads": _heads(half, width, options)}
+
+
+def _heads(half: str, width: int, options: Mapping[str, Any]) -> int:
     short = half[:3]
     size = (options.get("sizes") or {}).get(short)
-    named = options.get(f"vit_{short}_model_size")
-    heads = size[2] if size else NAMED.get(str(named), width // HEAD_WIDTH)
-    if width % max(heads, 1) or not heads:
+    if size:
+        return size[2]
+    key = f"vit_{short}_model_size"
+    named = str(options.get(key) or WIDTHS.get(width))
+    if NAMED.get(named, (width,))[0] != width:
+        raise UserError(f"{key} {named} is {NAMED[named][0]} wide, and the tensors of the {half} are {width} wide")
+    if named not in NAMED:
         raise UserError(
             f"the heads of a transformer of width {width} cannot be told from its tensors; give --peer_config with "
-            f"vit_{short}_model_size, or with sizes: {{{short}: [width, layers, heads]}}"
+            f"{key} ({', '.join(NAMED)}), or with sizes: {{{short}: [width, layers, heads]}}"
         )
-    return {"width": width, "layers": number_of(tensors, f"{half}.transformer"), "heads": heads}
+    return NAMED[named][1]
 
 
 def _decoder(arguments: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

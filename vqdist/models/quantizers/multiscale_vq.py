@@ -120,6 +120,7 @@ class MultiScaleQuantizer(LibraryQuantizer):
 
     name = "multiscale_vq"
     library_classes = (MultiScaleVQ,)
+    is_of_before = False  # of an export whose fingerprint did not say the angle and the share of the convolutions
     scales: tuple[int, ...]
 
     def __init__(self, dim: int, codebook_size: int | None, options: dict[str, Any]):
@@ -153,8 +154,13 @@ class MultiScaleQuantizer(LibraryQuantizer):
 
     @property
     def traits(self) -> str:  # type: ignore[override]  # it changes where an export of before is loaded
-        """See `Quantizer`: empty where the rule of vqdist before would serve the scales alike."""
-        return f"phi_of {self.inner.phi_of}" if self.rule_matters else ""
+        """See `Quantizer`: empty where nothing differs from the defaults, and of an export that codes are stored of."""
+        said = [f"phi_of {self.inner.phi_of}"] if self.rule_matters else []
+        if self.is_of_before:
+            return ", ".join(said)
+        said += ["nearest by angle"] if self.inner.codebook.use_cosine_sim else []
+        said += [f"phi_ratio {self.inner.phi_ratio:g}"] if self.inner.phis and self.inner.phi_ratio != 0.5 else []
+        return ", ".join(said)
 
     @property
     def rule_matters(self) -> bool:
