@@ -77,7 +77,7 @@ def multistep(
     drops, name = (epochs, "epochs") if epochs else (steps, "steps")
     if bool(epochs) == bool(steps):
         found = "both" if epochs else "neither"
-        raise UserError(f"lr_schedule multistep was given {found} of epochs and steps; give one, as epochs: [250, 300]")
+        raise UserError(f"lr_schedule multistep has {found} of epochs and steps; give one, as epochs: [250, 300]")
     growing = isinstance(drops, (list, tuple)) and all(is_whole(drop) and drop > 0 for drop in drops)
     if not growing or any(first >= second for first, second in zip(drops, drops[1:])):
         raise UserError(f"{name} {drops!r} of lr_schedule are not possible; give growing whole numbers, as [250, 300]")

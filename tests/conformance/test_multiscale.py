@@ -383,9 +383,7 @@ def test_the_angle_and_the_share_of_the_convolutions_are_in_the_fingerprint(tmp_
     found = set()
     for change in ({}, {"use_cosine_sim": True}, {"phi_ratio": 0.25}, {"use_cosine_sim": True, "phi_ratio": 0.25}):
         options = {"v_patch_nums": [1, 2, 4], "num_phis": 3, "kmeans_init": False, **change}
-        model = build_vae(
-            quantizer="multiscale_vq", quantizer_kwargs=options, codebook_size=16, use_vgg_and_gan=False
-        )
+        model = build_vae(quantizer="multiscale_vq", quantizer_kwargs=options, codebook_size=16, use_vgg_and_gan=False)
         model.image_size = 16
         fingerprint = Tokenizer(model.eval()).fingerprint()
         model.save_pretrained(tmp_path)

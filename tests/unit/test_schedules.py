@@ -99,8 +99,8 @@ def test_a_rate_drops_after_epochs_whatever_the_step(warmup_steps):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "was given neither of epochs and steps; give one"),
-        ({"epochs": [1], "steps": [2]}, "was given both of epochs and steps; give one"),
+        ({}, "has neither of epochs and steps; give one"),
+        ({"epochs": [1], "steps": [2]}, "has both of epochs and steps; give one"),
         ({"epochs": [3, 3]}, r"epochs \[3, 3\] of lr_schedule are not possible; give growing whole numbers"),
         ({"epochs": [0.5]}, r"epochs \[0.5\] of lr_schedule are not possible"),
         ({"steps": 7}, "steps 7 of lr_schedule are not possible"),

@@ -177,7 +177,9 @@ class VQGanTrainerConfig(TrainerConfig):
 # options that are a number or a schedule of the step
 WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
 # all that the configuration adds to every trainer's is about the discriminator, but for this
-OF_THE_GENERATOR = ("quantizer_weight", "quantizer_temperature", "freeze", "freeze_codebook", "lr_scale")
-OF_THE_GENERATOR += ("init_from", "trust_code")
+OF_THE_GENERATOR = (
+    *("quantizer_weight", "quantizer_temperature", "freeze", "freeze_codebook", "lr_scale"),
+    *("init_from", "trust_code"),
+)
 _OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
 DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]

@@ -154,7 +154,7 @@ class MultiScaleQuantizer(LibraryQuantizer):
 
     @property
     def traits(self) -> str:  # type: ignore[override]  # it changes where an export of before is loaded
-        """See `Quantizer`: empty where nothing differs from the defaults, and of an export that codes are stored of."""
+        """See `Quantizer`: empty where nothing differs from what was the only choice once."""
         said = [f"phi_of {self.inner.phi_of}"] if self.rule_matters else []
         if self.is_of_before:
             return ", ".join(said)
