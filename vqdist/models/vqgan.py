@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from einops import rearrange
@@ -270,7 +270,7 @@ class VQGanVAE(
             check_scales(size, shape, self.quantizer.scales, f" (2 ** {self.layers} layers)" if self.layers else "")
 
     def check_training_size(self, size: int) -> None:
-        """Raise `UserError` if images of this size cannot be encoded, or not trained on: the discriminator may need more."""
+        """Raise `UserError` for a size that cannot be encoded or trained on: the discriminator may need more."""
         self.check_image_size(size)
         critic = self.discriminator
         smallest = 0 if critic is None else whole_number(critic, "discriminator", "min_image_size", least=0)
