@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from warm import PROGRAMS, programs
+from warm import PROGRAMS, Job, programs
 
 ROOT = Path(__file__).resolve().parent.parent
 # what tests and their workers import by name: helpers, and what one test has of another
@@ -146,6 +146,20 @@ def torchrun(arguments: list[str], *, processes: int = 2, **options):
     """`torchrun --nproc_per_node processes arguments` on a free port; `options` are those of `run`."""
     command = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port()), *arguments]
     return run(command, **options)
+
+
+def start_ranks(arguments: list[str], logs: Path, *, ranks: int = 2, **extra: str) -> list[Job]:
+    """Start the ranks of a command without a launcher, warm, each seen as it is; they print into `logs`/rank_N.log."""
+    logs.mkdir(parents=True, exist_ok=True)
+    place: dict[str, str] = {}
+    if ranks > 1:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    jobs = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        variables = environment(**{**place, **own, **extra})
+        jobs.append(Job(arguments, environment=variables, log=logs / f"rank_{rank}.log"))
+    return jobs
 
 
 def vqdist(*arguments: str, **options):

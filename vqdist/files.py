@@ -8,16 +8,23 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from vqdist.errors import UserError, an
+
+LARGEST_SMALL = 2**26
+"""Bytes of a file that is read as a whole: a manifest, a record, a configuration in JSON."""
+
+LARGEST_YAML = 2**20
+"""Bytes of a configuration in YAML, which takes a thousand times longer to read."""
 
 # what a full disk raises: of the system, of torch, of safetensors, and of those here that say it in words
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UserError)
@@ -43,10 +50,37 @@ def writing(path: Path) -> Iterator[None]:
         raise CannotWrite(f"{path} cannot be written: {reason_of(error)}") from error
 
 
+def read_small(path: Path, most: int = LARGEST_SMALL) -> bytes:
+    """Return the content of a small file; of no other is more than the size looked at.
+
+    Raises:
+        UserError: it is a pipe or a device, which may keep a reader waiting for ever, or has more bytes than `most`.
+        OSError: of the system.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is a pipe, socket or device, and a regular file is expected")
+        if status.st_size > most:
+            raise UserError(
+                f"{path} has {status.st_size:,} bytes, and {most:,} are the most of a file of its kind; it is damaged "
+                "or not of vqdist"
+            )
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(descriptor)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; `UserError` naming the file if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path).decode("utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not JSON, or not text, or nested without end
@@ -68,19 +102,33 @@ METRICS = "metrics.jsonl"
 """Name of the file of a run folder that holds its log lines."""
 
 
-def lines_of_metrics(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+LONGEST_METRICS = 2**20
+"""Bytes of a line there; a longer one is passed over."""
+
+
+def lines_of_metrics(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield the lines that a run wrote into metrics.jsonl: as they stand there, and as a dictionary with its `step`.
 
     Anything else is passed over: a line torn by a kill, bytes that are no UTF-8, brackets nested too deeply, numbers
-    of too many digits.
+    of too many digits, a line without an end. No more than one line is held at a time.
     """
-    for raw in content.split(b"\n"):
+    for raw in _short_lines(file):
         try:
             line = json.loads(raw.decode("utf-8"))
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and type(line.get("step")) is int:
             yield raw, line
+
+
+def _short_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of at most `LONGEST_METRICS` bytes, without their ends."""
+    beginning = True
+    while line := file.readline(LONGEST_METRICS + 1):
+        whole = line.endswith(b"\n") or len(line) <= LONGEST_METRICS
+        if beginning and whole:
+            yield line.removesuffix(b"\n")
+        beginning = whole
 
 
 def follow_umask(path: Path) -> None:
@@ -175,7 +223,7 @@ def _try_lock(path: Path) -> FolderLock | None:
 def _wait_for_holder(path: Path, deadline: float) -> None:
     """Sleep a moment before the next attempt; `UserError` where waiting does not help, or no longer."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(read_small(path))
         host, pid = holder["host"], holder["pid"]
     except (OSError, ValueError, KeyError, TypeError):  # it is about to write it, or has just gone
         host, pid, deadline = "an unknown machine", "unknown", deadline + 2.0

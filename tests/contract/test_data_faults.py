@@ -29,6 +29,16 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
 
 
 @pytest.mark.distributed
+def test_a_rank_that_cannot_read_a_validation_ends_both_with_a_checkpoint(tmp_path):
+    first, second = ends(tmp_path, "fails in a validation")
+    assert first.startswith(
+        "[2] True rank 1 has no images to validate on: cannot read the image FailingToValidate[15]"
+    )
+    assert second.startswith("[2] True cannot read the image FailingToValidate[15]")
+    assert all("; step 2 is saved in " in end for end in (first, second))
+
+
+@pytest.mark.distributed
 def test_a_signal_while_one_rank_waits_for_images_saves_the_step(tmp_path):
     for end in ends(tmp_path, "hangs"):
         assert end.startswith("[3] True stopped by SIGTERM after step 3, which is saved")

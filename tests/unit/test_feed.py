@@ -121,6 +121,79 @@ def test_a_loop_that_is_left_while_a_rank_has_no_images_ends_alike(tmp_path):
     assert complete_steps(tmp_path / "run/checkpoints") == [1]
 
 
+class Validation(Source):
+    """Grey images, which cannot be read in a validation from the so-manieth reading on."""
+
+    def __init__(self, after: int, error: Exception):
+        self.after, self.error, self.read = after, error, 0
+
+    def __len__(self):
+        return 8
+
+    def image(self, index):
+        self.read += 1
+        if self.read > self.after:
+            raise self.error
+        return Image.new("RGB", (16, 16), (6 * index,) * 3)
+
+    def fingerprint(self):
+        return "1" * 64
+
+
+def validated(tmp_path, after, error=SYSTEM[0], **options):
+    source = Validation(after, error)
+    settings = {"valid": source, "valid_frac": 0.05, "validate_every": 2, "num_train_steps": 6, **options}
+    trainer = build_trainer(tmp_path / "run", folder="synthetic:40", **settings)
+    if not settings.get("save_results_every"):
+        trainer.save_pictures = lambda path: None
+    return trainer, source
+
+
+@pytest.mark.parametrize("after", [0, 7, 8 + 7])  # its first image, its last, and that of the second validation
+def test_a_validation_that_cannot_read_costs_no_step(tmp_path, after):
+    trainer, source = validated(tmp_path, after)
+    step = 2 if after < 8 else 4
+    with pytest.raises(UserError, match=rf"cannot read the image .*; step {step} is saved in {tmp_path}/run"):
+        trainer.train()
+    assert complete_steps(tmp_path / "run/checkpoints") == [step]
+    trainer.close()
+    trainer, source = validated(tmp_path, 10**6)
+    assert trainer.step == step and trainer.train()["images"] == 8
+    lines = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
+    assert [line["step"] for line in lines if "valid/psnr" in line] == [2, 4, 6]  # that which failed is made up for
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_last_validation_that_cannot_read_costs_no_step(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("vqdist.trainers.data.SMALL", 0)  # so that a process loads them
+    trainer, _ = validated(tmp_path, 3, validate_every=0, num_workers=workers)
+    with pytest.raises(UserError, match="cannot read the image .*; step 6 is saved"):
+        trainer.train()
+    assert complete_steps(tmp_path / "run/checkpoints") == [6]
+
+
+def test_a_picture_that_cannot_be_read_costs_no_step(tmp_path):
+    options = {"validate_every": 0, "save_results_every": 3, "num_images_save": 2}
+    trainer, _ = validated(tmp_path, 0, **options)
+    with pytest.raises(UserError, match="cannot read the image .*; step 3 is saved"):
+        trainer.train()
+    assert complete_steps(tmp_path / "run/checkpoints") == [3]
+    trainer.close()
+    trainer, _ = validated(tmp_path, 10**6, **options)
+    trainer.train()
+    pictures = sorted(path.name for path in (tmp_path / "run/results").glob("*[0-9].png"))
+    assert pictures == ["step_00000003.png", "step_00000006.png"]
+
+
+def test_a_validation_outside_of_a_loop_raises_what_it_meets(tmp_path):
+    trainer, _ = validated(tmp_path, 0)
+    with pytest.raises(StorageError):
+        trainer.evaluate()
+    trainer, _ = validated(tmp_path / "other", 0, RuntimeError("a mistake of its author"))
+    with pytest.raises(RuntimeError, match="a mistake of its author"):
+        trainer.run_evaluation()
+
+
 def test_nothing_is_read_beyond_the_last_step(tmp_path):
     trainer = trainer_of(
         tmp_path, raising(SYSTEM[0]), after=12, num_train_steps=3, num_images_save=1, save_results_every=0
@@ -174,6 +247,25 @@ def test_broken_images_of_the_last_validation_end_no_run(tmp_path):
     trainer.save_pictures = lambda path: None
     assert trainer.train()["images"] == 8
     assert complete_steps(tmp_path / "run/checkpoints") == [2]
+
+
+@pytest.mark.parametrize(("bad", "ends"), [((3, 20, 40), True), ((3, 20), False)])
+def test_broken_images_of_an_own_validation_are_a_share_of_its_own(tmp_path, bad, ends):
+    """The limits are 8 of 200 images to train on and 2 of 50 to validate on."""
+    settings = {**QUICK, "num_train_steps": 4, "validate_every": 2, "max_bad_frac": 0.04, "num_images_save": 1}
+    settings |= {"folder": images(tmp_path / "images", 200, bad=range(6)), "valid_frac": 0.05}
+    trainer = build_trainer(tmp_path / "run", valid=images(tmp_path / "valid", 50, bad=bad), **settings)
+    trainer.save_pictures = lambda path: None
+    if ends:
+        with pytest.raises(UserError, match=r"3 of 50 images cannot be decoded .*allows 2 .*; step 2 is saved"):
+            trainer.train()
+        trainer.close()
+        trainer = build_trainer(tmp_path / "run", valid=str(tmp_path / "valid"), **settings)
+        assert len(trainer.report.bad_images.of_valid.names) == 3  # the resumed run knows them
+    else:
+        trainer.train()
+        last = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")][-2]
+        assert last["skipped_images"] == len(trainer.report.bad_images.all_names()) >= len(bad)
 
 
 def test_one_broken_image_of_few_is_skipped(tmp_path):

@@ -102,6 +102,8 @@ ODD_LINES = [
     b"{}",
     b"[1]",
     '{"step": 1, "a": "\ud800"}'.encode("utf-8", "surrogatepass"),
+    b'{"step": 1, "a": "' + b" " * 2**21 + b'"}',
+    b'{"step": 1, "a": "' + b" " * (2**20 - 21) + b'"}  ',
 ]
 
 

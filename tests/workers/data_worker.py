@@ -21,7 +21,7 @@ from vqdist.data.sources import Source
 from vqdist.errors import UserError
 from vqdist.stopping import Stopped
 
-KINDS = ("fails", "hangs", "fails first")
+KINDS = ("fails", "hangs", "fails first", "fails in a validation")
 
 
 class Failing(Source):
@@ -45,9 +45,28 @@ class Failing(Source):
         return "0" * 64
 
 
+class FailingToValidate(Failing):
+    """On rank 1, the last image of its share, so that the other rank has all of its own."""
+
+    def image(self, index):
+        if os.environ["RANK"] == "1" and index == 15:
+            raise OSError(errno.EIO, "Input/output error")
+        return Image.new("RGB", (16, 16), (3 * index,) * 3)
+
+    def __len__(self):
+        return 16
+
+
 def main() -> None:
     folder, kind = Path(sys.argv[1]), sys.argv[2]
     options = {"folder": Failing(kind), "valid_frac": 0.0, "num_train_steps": 9, "batch_size": 4, "num_workers": 1}
+    if kind == "fails in a validation":
+        options |= {
+            "folder": "synthetic:64",
+            "valid_frac": 0.05,
+            "valid": FailingToValidate(kind),
+            "validate_every": 2,
+        }
     trainer = build_trainer(folder / "run", backend="accelerate", **options)
     if kind == "hangs":
         threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM)).start()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,12 +61,13 @@ class DeepSpeedBackend(DistributedBackend):
         for variable, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             os.environ.setdefault(variable, value)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timeout,
-            verbose=False,
-        )
+        with _without_shared_buffers():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if on_gpu else "gloo",
+                auto_mpi_discovery=False,
+                timeout=timeout,
+                verbose=False,
+            )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(device)
@@ -131,6 +134,22 @@ def _refuse_stale_build_lock() -> None:
             f"a DeepSpeed build was killed and left {lock}, on which every start would wait for ever; remove it: "
             f"rm {lock}"
         )
+
+
+@contextmanager
+def _without_shared_buffers() -> Iterator[None]:
+    """Keep DeepSpeed, within this context, from making a buffer in /dev/shm for each rank of a single host.
+
+    DeepSpeed makes them on a CPU where LOCAL_SIZE is the number of processes, as its own launcher says. They are for
+    exchanges of its inference engine alone. Nothing removes those of a killed run, 66 MiB for each rank. A rank would
+    also wait for the buffer of another without an end, in a loop that no signal reaches.
+    """
+    size = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if size is not None:
+            os.environ["LOCAL_SIZE"] = size
 
 
 def _free_port() -> int:

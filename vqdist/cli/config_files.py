@@ -10,6 +10,7 @@ from typing import Any
 
 from vqdist.cli.parts import Given
 from vqdist.errors import UserError
+from vqdist.files import LARGEST_YAML, read_small
 from vqdist.shipped import resolve
 
 SHIPPED = {"config": "recipes", "deepspeed_config": "deepspeed_configs"}
@@ -47,7 +48,7 @@ class ConfigFiles:
         import yaml  # type: ignore[import-untyped]
 
         try:
-            root = yaml.compose(Path(name).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            root = yaml.compose(read_small(Path(name), LARGEST_YAML).decode("utf-8"), Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             where = f"{name}, line {mark.line + 1}" if mark else name

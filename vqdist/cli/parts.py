@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vqdist.errors import UserError, an
+from vqdist.files import LARGEST_YAML, read_small
 from vqdist.parts import Registry, Spec, arguments_of
 
 Given = tuple[str | None, str | None]
@@ -128,8 +129,8 @@ def _of_files(given: list[Given], option: str) -> Any:
         if name != "config" or value is None or not Path(value).is_file():
             continue
         try:
-            held = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            held = yaml.safe_load(read_small(Path(value), LARGEST_YAML).decode("utf-8"))
+        except (OSError, UserError, UnicodeDecodeError, yaml.YAMLError):
             continue  # the parser says so
         for key in option.split("."):
             held = held.get(key) if isinstance(held, Mapping) else None

@@ -43,7 +43,8 @@ def _numbers_of(run: Path) -> dict[str, str]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     try:
-        return [line for _, line in lines_of_metrics(file.read_bytes())]
+        with file.open("rb") as content:
+            return [line for _, line in lines_of_metrics(content)]
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from vqdist.errors import UserError
-from vqdist.files import METRICS, lines_of_metrics, writing
+from vqdist.files import METRICS, CannotWrite, lines_of_metrics, writing
 from vqdist.tracking.base import Sink
 
 
@@ -24,7 +24,7 @@ class JsonlSink(Sink):
         self.file = run_folder / METRICS
         self._resumed_step = resumed_step
         kept = self._drop_later_steps() if self.file.exists() else []
-        self._logged = {frozenset(line) - {"step"} for line in kept if line["step"] == resumed_step}
+        self._logged = {frozenset(line) - {"step"} for line in kept}
 
     def has(self, step: int, values: dict[str, float]) -> bool:
         """Return whether an earlier part of the run has written this line.
@@ -45,17 +45,21 @@ class JsonlSink(Sink):
             file.write(json.dumps(line) + "\n")
 
     def _drop_later_steps(self) -> list[dict[str, Any]]:
-        """Return the lines that are kept."""
+        """Return the lines of the resumed step itself."""
+        partial = self.file.with_name(self.file.name + ".partial")
+        last = []
         try:
-            content = self.file.read_bytes()
-            kept = [(raw, line) for raw, line in lines_of_metrics(content) if line["step"] <= self._resumed_step]
-            cleaned = b"".join(raw + b"\n" for raw, _ in kept)
-            if cleaned != content:
-                partial = self.file.with_name(self.file.name + ".partial")
-                partial.write_bytes(cleaned)
+            with self.file.open("rb") as file, partial.open("wb") as cleaned:
+                for raw, line in lines_of_metrics(file):
+                    if line["step"] <= self._resumed_step:
+                        cleaned.write(raw + b"\n")
+                    if line["step"] == self._resumed_step:
+                        last.append(line)
+            if filecmp.cmp(self.file, partial, shallow=False):
+                partial.unlink()
+            else:
                 partial.replace(self.file)
         except OSError as error:
-            raise UserError(
-                f"{self.file} cannot be read and cleaned: {error.strerror}; mend its permissions"
-            ) from error
-        return [line for _, line in kept]
+            partial.unlink(missing_ok=True)
+            raise CannotWrite(f"{self.file} cannot be read and cleaned: {error.strerror}") from error
+        return last

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vqdist.files import write_json
+from vqdist.files import read_small, write_json
 from vqdist.tracking.base import Sink, one_line, warn
 from vqdist.tracking.pictures import group_bars
 
@@ -165,8 +165,8 @@ def run_id(run_folder: Path) -> str:
     the names of W&B's own folders in them.
     """
     file = run_folder / ID_FILE
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(file.read_text(encoding="utf-8"))["id"]
+    with suppress(OSError, ValueError, TypeError, KeyError):  # a `UserError` is a ValueError
+        kept = json.loads(read_small(file))["id"]
         if isinstance(kept, str) and kept:
             return kept
     found = [match.groups() for path in run_folder.glob("wandb/*") if (match := OWN_FOLDER.fullmatch(path.name))]

@@ -21,6 +21,7 @@ class BadImages:
 
     Attributes:
         names: of those that this rank has met.
+        of_valid: those among the images to validate on; the same object, unless these are images of their own.
     """
 
     def __init__(self, backend: Backend, total: int, max_bad_frac: float):
@@ -30,6 +31,7 @@ class BadImages:
         self.names: set[str] = set()
         self._told: set[str] = set()
         self._known: set[int] = set()  # a number for each name that any rank has met
+        self.of_valid: BadImages = self
 
     def add(self, names: Iterable[str]) -> list[str]:
         """Take in names of skipped images; return those that are new to this rank."""
@@ -37,8 +39,15 @@ class BadImages:
         self.names.update(new)
         return new
 
-    def over_ranks(self) -> int:
-        """Return how many images were skipped by all ranks together; every rank calls this."""
+    def all_names(self) -> set[str]:
+        """Return the names that this rank has met, of images to train on and to validate on."""
+        return self.names | self.of_valid.names
+
+    def count_over_ranks(self) -> int:
+        """Return how many images all ranks have skipped, to train on and to validate on; every rank calls this."""
+        return self._over_ranks() + (0 if self.of_valid is self else self.of_valid._over_ranks())
+
+    def _over_ranks(self) -> int:
         new = [_number_of(name) for name in sorted(self.names - self._told)]
         self._told |= self.names
         device = self.backend.device
@@ -53,10 +62,12 @@ class BadImages:
         self.names, self._told, self._known = set(names), set(), set()
 
     def check(self) -> None:
-        """Raise `UserError` once more images were skipped than may be, as far as this rank knows."""
+        """Raise `UserError` once more images were skipped than may be, of either kind, as far as this rank knows."""
         count = max(len(self.names), len(self._known))
         if count > most_bad(self.total, self.max_bad_frac):
             raise too_many_bad(count, self.total, self.max_bad_frac, sorted(self.names))
+        if self.of_valid is not self:
+            self.of_valid.check()
 
 
 def _number_of(name: str) -> int:

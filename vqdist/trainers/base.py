@@ -18,6 +18,7 @@ from vqdist.backends import Engine
 from vqdist.backends.peers import naming_lost_peers
 from vqdist.data.loader import Batch
 from vqdist.models.pretrained import PretrainedModel
+from vqdist.stopping import BrokenOff
 from vqdist.tracking import check_trackers
 from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.config import TrainerConfig, build_config, signature_of
@@ -290,7 +291,7 @@ class Trainer(RunOwner):
         if self.guard.skip:
             numbers["skipped_steps"] = self.guard.skipped_steps
         if self.config.on_bad_image == "skip":
-            numbers["skipped_images"] = self.report.bad_images.over_ranks()
+            numbers["skipped_images"] = self.report.bad_images.count_over_ranks()
         self.report.log(numbers)
         self.resume.end_if(self.guard.numbers())
 
@@ -376,6 +377,8 @@ class Trainer(RunOwner):
         self._loop = lambda: None  # of `steps`, as long as somebody holds it
         self.stop = StopRequest(self.backend)
         bad_images = BadImages(self.backend, len(self.dataset), self.config.max_bad_frac)
+        if self.data.own_valid:
+            bad_images.of_valid = BadImages(self.backend, len(self.data.valid), self.config.max_bad_frac)
         self.report = Report(self.backend, self.progress, self.stop, self.run.folder, bad_images)
         trainer = weakref.proxy(self)  # who has the feed: when it goes, both do
         self.feed = Feed(
@@ -406,16 +409,27 @@ class Trainer(RunOwner):
         """Yield this rank's share of the validation images, as `take` gives them.
 
         Raises:
-            BrokenOff: a rank got a signal; raised on every rank at the same batch, and so only where all are taken.
+            BrokenOff: a rank got a signal, or could not read its images; raised on every rank at the same batch, and
+                so only where all are taken.
         """
         loader = self.data.valid_batches(self.backend, labels=self.with_labels)
         for _ in range(0, len(self.split.valid), self.config.batch_size * self.backend.world_size):
             self.stop.break_off_if_asked()
-            batch = next(loader, None)
+            batch = None
+            if not self.stop.fault:
+                with self.feed.noting_problems():
+                    batch = next(loader, None)
             if batch is not None:
-                self.report.note_bad(batch.bad)
+                self.report.note_bad(batch.bad, of_valid=True)
                 yield self.take(batch)
+        self.stop.break_off_if_faulty()
 
     def picture_images(self) -> Tensor:
-        """Return the images (n, c, h, w) that pictures show, the same at every step, on this rank's device."""
-        return self.to_device(self.data.shown(self.config.num_images_save))
+        """Return the images (n, c, h, w) that pictures show, the same at every step, on this rank's device.
+
+        Raises:
+            BrokenOff: this rank could not read them.
+        """
+        with self.feed.noting_problems():
+            return self.to_device(self.data.shown(self.config.num_images_save))
+        raise BrokenOff

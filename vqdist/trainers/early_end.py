@@ -60,7 +60,8 @@ class EarlyEnd:
         saved = f"; step {self.progress.step} is saved in {self.run.folder}" if self.progress.step else ""
         rank, reason = first_to_say(self.backend, None if problem is None else str(problem) or type(problem).__name__)
         if problem is None:
-            raise UserError(f"rank {rank} has no images to train on: {reason}{saved}")
+            purpose = "validate on" if self.report.validation_broken_off else "train on"
+            raise UserError(f"rank {rank} has no images to {purpose}: {reason}{saved}")
         if isinstance(problem, UserError) and saved:
             raise UserError(f"{problem}{saved}") from problem
         raise problem

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 
 from vqdist.backends import Backend
 from vqdist.data.loader import Batch
@@ -92,6 +93,22 @@ class Feed:
             self.report.note_bad(batches[-1].bad)
             self.bad_images.check()
         return batches
+
+    @contextmanager
+    def noting_problems(self) -> Iterator[None]:
+        """Within this context an error of reading other images, as those to validate on, becomes the `problem`.
+
+        The caller lets all ranks break off what they read them for: see `StopRequest`. Outside of a loop, where
+        nobody would act on it, the error passes.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self.stop.is_listening:
+                raise
+            self.problem, self.stop.fault = error, True
+            self._held.clear()
+            self._close()
 
     def forget(self) -> None:
         """Begin anew at the position of the run, and end the loader processes."""

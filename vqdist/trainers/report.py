@@ -20,7 +20,7 @@ from vqdist.stopping import BrokenOff
 from vqdist.tracking import Tracker, memory_gb
 from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.progress import Progress
-from vqdist.trainers.stop_request import StopRequest
+from vqdist.trainers.stop_request import FAULT, StopRequest
 
 LogFunction = Callable[[dict[str, float]], Any]
 
@@ -168,16 +168,21 @@ class Report:
         if self.log_fn is not None:
             self.log_fn({"step": self.progress.step, **numbers})
 
-    def note_bad(self, names: list[str]) -> None:
-        """Name images that could not be decoded and were replaced, each once."""
-        for name in self.bad_images.add(names):
+    def note_bad(self, names: list[str], *, of_valid: bool = False) -> None:
+        """Name images that could not be decoded and were replaced, each once.
+
+        Args:
+            names: of files.
+            of_valid: whether they are among the images to validate on.
+        """
+        for name in (self.bad_images.of_valid if of_valid else self.bad_images).add(names):
             said = f"rank {self.backend.rank}: skipped an image that cannot be decoded: {printable(name)}"
             tqdm.write(said, file=sys.stderr)
 
     def print_bad_images(self, most: int = 5) -> None:
         """Say how many images could not be decoded."""
-        if self.bad_images.names:
-            listed = sorted(map(printable, self.bad_images.names))
+        if names := self.bad_images.all_names():
+            listed = sorted(map(printable, names))
             some = ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
             self.print(f"{len(listed)} images could not be decoded and were skipped: {some}")
 
@@ -206,7 +211,10 @@ class Report:
             self.picture_broken_off, self._undrawn = True, 0
             if self.stop.asked():
                 return
-            save_pictures(self.picture_path)
+            try:
+                save_pictures(self.picture_path)
+            except BrokenOff:
+                self._undrawn = self.stop.received or FAULT
             self.picture_broken_off = bool(self.stop.agree(self._undrawn))
             if not self.picture_broken_off:
                 self.pictured = self.progress.step
@@ -217,7 +225,7 @@ class Report:
             with self.stop.breaking_off():
                 draw()
         except BrokenOff:
-            self._undrawn = self.stop.received
+            self._undrawn = self.stop.received or FAULT
 
     @property
     def picture_path(self) -> Path:

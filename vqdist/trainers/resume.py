@@ -201,6 +201,7 @@ class Resume:
             "counts": self.trained.counts_to_come(),
             "own": self.networks.of_rank,
             "bad_images": sorted(self.report.bad_images.names),
+            "bad_valid_images": sorted(self.report.bad_images.of_valid.names),
         }
         torch.save(numbers, folder / f"numbers_rank_{self.backend.rank:05d}.pt")
 
@@ -325,7 +326,10 @@ class Resume:
         if path is not None and path.is_file():
             loaded = torch.load(path, self.backend.device, weights_only=True)
         self.report.means.restore(loaded["means"])
-        self.report.bad_images.restore(loaded.get("bad_images", []))
+        bad_images = self.report.bad_images
+        bad_images.restore(loaded.get("bad_images", []))
+        if bad_images.of_valid is not bad_images:
+            bad_images.of_valid.restore(loaded.get("bad_valid_images", []))
         for name, counts in self.trained.counts_to_come().items():
             counts.copy_(loaded["counts"].get(name, torch.zeros_like(counts)))
         for name, own in self.networks.of_rank.items():  # rank 0's, where there are none of this rank

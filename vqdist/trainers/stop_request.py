@@ -20,8 +20,8 @@ class StopRequest:
         backend: its ranks tell one another.
 
     Attributes:
-        number: the signal that all ranks know of, or 0; `FAULT` where a rank has no batch for a coming step.
-        fault: whether this rank has none.
+        number: the signal that all ranks know of, or 0; `FAULT` where a rank cannot read its images.
+        fault: whether this rank cannot.
     """
 
     def __init__(self, backend: Backend):
@@ -79,6 +79,17 @@ class StopRequest:
     def break_off_if_asked(self) -> None:
         """Raise `BrokenOff` on every rank alike once one of them received a signal."""
         if self.asked():
+            raise BrokenOff
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether a loop is there that acts on signals and faults."""
+        return self._signals is not None
+
+    def break_off_if_faulty(self) -> None:
+        """Raise `BrokenOff` on every rank alike if one of them has a `fault`; every rank waits for all."""
+        if self.is_listening and self.backend.any(self.fault):
+            self.number = self.number or FAULT
             raise BrokenOff
 
     def breaking_off(self) -> AbstractContextManager[None]:
