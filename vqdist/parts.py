@@ -16,21 +16,19 @@ an example of each kind.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import inspect
 import os
 import re
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from vqdist.errors import PeerLost, RanksDiverged, UserError, an
+from vqdist.importing import import_path, parameters_of, reason_of, signature_of
+from vqdist.names import near, unknown
 
 T = TypeVar("T")
 
@@ -38,10 +36,6 @@ PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 KEYS = ("class_path", "init_args")
 GIVEN_BUILT = "given_as_object"
 """Key of a recorded part whose arguments nobody knows, since it was given as an object."""
-
-INSTALLED = f"{os.sep}site-packages{os.sep}"
-# files that are no user's: of the import system, of the standard library, of vqdist
-_NOT_OWN = ("<frozen", str(Path(os.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep)
 
 PartSpec = str | dict[str, Any]
 """A part as a configuration says it: a name, an import path, or both keys of `KEYS`."""
@@ -245,7 +239,7 @@ class Registry(Generic[T]):
         except (UserError, PeerLost, RanksDiverged, MemoryError, OverflowError):
             raise
         except (Exception, SystemExit) as error:  # a constructor of a user may raise anything
-            raise UserError(f"{self.kind} {spec.target} cannot be built ({_reason(error)})") from error
+            raise UserError(f"{self.kind} {spec.target} cannot be built ({reason_of(error)})") from error
         return self.check(built, spec.target)
 
     def verify(self, given: PartSpec | T, /, *arguments: Any, **context: Any) -> None:
@@ -261,7 +255,7 @@ class Registry(Generic[T]):
         """Return the specification, its factory, and the checked keyword arguments."""
         spec = Spec.of(given, self.kind)
         factory = self.factory(spec.target)
-        taken = _parameters(factory)
+        taken = parameters_of(factory)
         known = {name: value for name, value in context.items() if taken is None or name in taken}
         keywords = {**known, **spec.init_args}
         self._check_arguments(spec, factory, arguments, keywords, hidden=known.keys() - spec.init_args.keys())
@@ -269,7 +263,7 @@ class Registry(Generic[T]):
 
     def takes(self, target: str, argument: str) -> bool:
         """Return whether the factory of a name or import path has a parameter of this name."""
-        taken = _parameters(self.factory(target))
+        taken = parameters_of(self.factory(target))
         return taken is None or argument in taken
 
     def check(self, part: Any, called: str) -> T:
@@ -293,7 +287,7 @@ class Registry(Generic[T]):
         hidden: set[str],
     ) -> None:
         """Raise `UserError` for arguments that the factory does not take, or lacks."""
-        taken = _parameters(factory)
+        taken = parameters_of(factory)
         if taken is not None:
             for name in spec.init_args:
                 if name not in taken:
@@ -302,48 +296,13 @@ class Registry(Generic[T]):
                         f"{self.kind} {spec.target} has no argument {name!r}{near(name, rest)}; "
                         f"it takes {', '.join(rest) or 'none'}"
                     )
-        signature = _signature_of(factory)
+        signature = signature_of(factory)
         if signature is None:  # a class of an extension has none: the call says what is wrong
             return
         try:
             signature.bind(*arguments, **keywords)
         except TypeError as error:
             raise UserError(f"{self.kind} {spec.target}: {error}; give it in init_args") from error
-
-
-def import_path(path: str, what: str = "part") -> Any:
-    """Return the object at an import path, `package.module.Name` or deeper.
-
-    Raises:
-        UserError: the module is not found, cannot be imported, or has no such name; the nearest is named.
-    """
-    module_name, _, rest = path.rpartition(".")
-    names = [rest]
-    while True:
-        try:
-            found: Any = importlib.import_module(module_name)
-            break
-        except ModuleNotFoundError as error:
-            missing = error.name or ""
-            if missing != module_name and not module_name.startswith(f"{missing}."):
-                raise UserError(f"{what} {path}: {module_name} needs a module that is missing: {missing}") from error
-            if "." not in module_name:
-                raise UserError(
-                    f"{what} {path}: there is no module {module_name!r} here; start the command in the folder that "
-                    "holds it, or put that folder on PYTHONPATH"
-                ) from error
-            module_name, _, name = module_name.rpartition(".")
-            names.insert(0, name)
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:  # a module of a user may raise anything while it is imported
-            raise UserError(f"{what} {path}: {module_name} cannot be imported ({_reason(error)})") from error
-    for name in names:
-        if not hasattr(found, name):
-            public = [known for known in dir(found) if not known.startswith("_")]
-            raise UserError(f"{what} {path}: {_name_of(found)} has no {name!r}{near(name, public)}")
-        found = getattr(found, name)
-    return found
 
 
 def recorded(given: Any) -> Any:
@@ -384,7 +343,7 @@ def called(given: Any) -> str:
 
 def arguments_of(factory: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return the parameters of a class or function, for --help."""
-    signature = _signature_of(factory)
+    signature = signature_of(factory)
     return [] if signature is None else list(signature.parameters.values())
 
 
@@ -408,94 +367,8 @@ def _is_of(part: Any, base: type) -> bool:
     return isinstance(part, base)
 
 
-def unknown(
-    what: str,
-    name: str,
-    known: Iterable[str],
-    hint: str = "",
-    *,
-    of: str = "",
-    like: str | None = None,
-    written: str | None = None,
-) -> UserError:
-    """Return the one error for a name that is not known: it tells the nearest, and lists all where they are few.
-
-    Args:
-        what: kind of thing: "option", "model".
-        name: as given.
-        known: names that there are.
-        hint: added at the end.
-        of: owner of the names: "quantizer vq has no option 'decai'"; without one, "there is no option 'decai'".
-        like: compared with the names in place of `name`, where only a part of it is one.
-        written: how the message writes the name, as `--lr`; by default in quotes.
-    """
-    known = list(known)
-    close = near(name if like is None else like, known)
-    listed = ", ".join(known) if len(known) <= (FEW if close else MANY) else ""
-    lacks = f"{of} has no" if of else "there is no"
-    return UserError(f"{lacks} {what} {written or repr(name)}{close}{f'; there are {listed}' if listed else ''}{hint}")
-
-
-FEW, MANY = 12, 40  # names that a message lists, where some are near and where none is
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """Return "; nearest: " and the names that are most like this one; empty if none is.
-
-    Names are compared without case, and dotted ones also by their last part: `lr` is near `trainer.lr`.
-    """
-    known = list(known)
-    close: list[str] = []
-    for form in (str.lower, _last_part):
-        by_form: dict[str, list[str]] = {}
-        for option in known:
-            by_form.setdefault(form(option), []).append(option)
-        for match in difflib.get_close_matches(form(name), by_form, n=3):
-            close += by_form[match]
-    return f"; nearest: {', '.join(list(dict.fromkeys(close))[:MOST_NEAR])}" if close else ""
-
-
-MOST_NEAR = 5  # names in one message
-
-
-def _last_part(name: str) -> str:
-    return name.lower().rpartition(".")[2]
-
-
-def _reason(error: BaseException) -> str:
-    """Return an error in one line, with the last line of the user's own files that led to it, if there is one."""
-    said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:200]
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_NOT_OWN) and INSTALLED not in frame.filename]
-    return f"{said}; {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else said
-
-
-def _signature_of(factory: Callable[..., Any]) -> inspect.Signature | None:
-    """Return the signature of a class or function, or None of one that has none."""
-    try:
-        # kept, since a schedule is built in every step
-        return _kept_signature(factory) if inspect.isroutine(factory) else inspect.signature(factory)
-    except (TypeError, ValueError):
-        return None
-
-
-_kept_signature = functools.lru_cache(maxsize=64)(inspect.signature)
-
-
-def _parameters(factory: Callable[..., Any]) -> list[str] | None:
-    """Names of keyword arguments; None where any is taken or nobody can tell."""
-    signature = _signature_of(factory)
-    if signature is None:
-        return None
-    parameters = signature.parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [parameter.name for parameter in parameters if parameter.kind in kinds]
-
-
 def _may_be(cls: type, base: type) -> bool:
-    """Whether instances of a class may be of a base; of protocols with attributes only instances tell."""
+    """Return whether instances of a class may be of a base; of protocols with attributes only instances tell."""
     if getattr(base, "_is_protocol", False):
         return True
     return issubclass(cls, base)
@@ -508,7 +381,3 @@ def path_of(thing: Any) -> str:
 
 def _place_of(factory: Any) -> str:
     return factory if isinstance(factory, str) else path_of(factory)
-
-
-def _name_of(thing: Any) -> str:
-    return getattr(thing, "__name__", type(thing).__name__)

@@ -21,13 +21,16 @@ TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 LEAVES = {
     *("vqdist.errors", "vqdist.files", "vqdist.options", "vqdist.parts", "vqdist.registries", "vqdist.storage"),
     *("vqdist.classes", "vqdist.draw_options", "vqdist.locations", "vqdist.sizes", "vqdist.version"),
+    *("vqdist.importing", "vqdist.names"),
 }
 PARTS = {
     "vqdist.errors": set(),
     "vqdist.files": {"vqdist.errors"},
     "vqdist.storage": set(),
     "vqdist.version": set(),
-    "vqdist.parts": {"vqdist.errors"},
+    "vqdist.names": {"vqdist.errors"},
+    "vqdist.importing": {"vqdist.errors", "vqdist.names"},
+    "vqdist.parts": {"vqdist.errors", "vqdist.importing", "vqdist.names"},
     "vqdist.registries": {"vqdist.parts"},
     "vqdist.classes": {"vqdist.errors"},
     "vqdist.sizes": {"vqdist.errors", "vqdist.options"},

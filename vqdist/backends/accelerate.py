@@ -25,7 +25,7 @@ from vqdist.backends.fsdp import FullyShardedEngine, not_by_accelerate, sharding
 from vqdist.backends.local import TorchEngine, capabilities_of_torch
 from vqdist.backends.optimizer import check_optimizer
 from vqdist.errors import UserError
-from vqdist.parts import unknown
+from vqdist.names import unknown
 
 OWNED_BY_THE_RUN = {
     "gradient_accumulation_steps": "grad_accum_every",

@@ -7,7 +7,7 @@ from typing import Any
 
 from vqdist.errors import UserError
 from vqdist.files import read_json
-from vqdist.parts import unknown
+from vqdist.names import unknown
 
 OWNED_BY_THE_RUN = {
     "train_batch_size": "batch_size, grad_accum_every and the number of processes",

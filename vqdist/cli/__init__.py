@@ -15,7 +15,7 @@ from vqdist.cli import convert, encode, evaluate, recipes, report, sample, train
 from vqdist.cli.loading import rank_of_command
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
 from vqdist.errors import PeerLost, RanksDiverged, UserError
-from vqdist.parts import unknown
+from vqdist.names import unknown
 from vqdist.stopping import Stopped, UntilTheEnd, end_with_launcher
 from vqdist.version import __version__
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vqdist.cli.config_files import ConfigFiles, with_paths
 from vqdist.cli.parts import Given, Parts, help_asked_for, joined
 from vqdist.errors import UserError
-from vqdist.parts import near, unknown
+from vqdist.names import near, unknown
 
 
 @dataclass(frozen=True)

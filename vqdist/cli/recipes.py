@@ -9,7 +9,7 @@ from pathlib import Path
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.errors import UserError
 from vqdist.files import writing
-from vqdist.parts import unknown
+from vqdist.names import unknown
 from vqdist.shipped import KINDS, files_of
 
 COMMAND = re.compile(r"vqdist train (\w+)")

@@ -25,8 +25,8 @@ from vqdist.models.arguments import check_channels, check_whole_numbers
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.published.files import read_torch
 from vqdist.models.tokenizer import TokenizerNetwork, check_image_size, check_images
+from vqdist.names import unknown
 from vqdist.options import is_whole
-from vqdist.parts import unknown
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
 KL_REDUCTIONS = ("mean", "dalle")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vqdist.parts import unknown
+from vqdist.names import unknown
 
 IMAGENET = "no licence of its own; trained on ImageNet, whose terms forbid commercial use"
 OPEN_IMAGES = "no licence of its own; trained on OpenImages"

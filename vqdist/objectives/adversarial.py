@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqdist import losses
 from vqdist.errors import UserError
-from vqdist.parts import unknown
+from vqdist.names import unknown
 
 
 def _halved(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

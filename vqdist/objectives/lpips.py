@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.losses import at_least_float32
+from vqdist.names import unknown
 from vqdist.objectives.base import Term
 from vqdist.objectives.frozen import HoldsFrozen, Scaling, check_pair, download_weights, read_weights
-from vqdist.parts import unknown
 from vqdist.schedules import Weight
 
 # for images in [-1, 1]; in [0, 1] they are nearly ImageNet's mean and deviation

@@ -24,7 +24,7 @@ from vqdist.data.sources.base import (
 )
 from vqdist.data.specs import absolute_path
 from vqdist.errors import UserError
-from vqdist.parts import unknown
+from vqdist.names import unknown
 
 
 class TorchvisionSource(Source):

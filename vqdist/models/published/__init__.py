@@ -19,7 +19,7 @@ from vqdist.models.published.base import Family, NetworkFamily, network_tensors
 from vqdist.models.published.critics import Critic, critic_in
 from vqdist.models.published.files import read_config, read_content
 from vqdist.models.vqgan import VQGanVAE
-from vqdist.parts import unknown
+from vqdist.names import unknown
 from vqdist.registries import FAMILIES
 
 __all__ = [

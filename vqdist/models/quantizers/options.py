@@ -8,8 +8,8 @@ from numbers import Real
 from typing import Any, TypeGuard
 
 from vqdist.errors import UserError
+from vqdist.names import unknown
 from vqdist.options import is_whole
-from vqdist.parts import unknown
 
 _LAYOUT = "the layout is fixed: features (b, d, h, w), indices (b, h, w) or (b, h, w, q)"
 _SYNCHRONISED = "ranks would drift apart without a word; codebooks are synchronised whenever a process group is up"
