@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,52 @@ def host_generators_kept() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)
+
+
+class OwnGenerators:
+    """A state of the global generators that one of several users has: within this context they go on from there.
+
+    It begins as they are at construction. After the context they are again as they were before it, so two trainings
+    in one process take turns and each draws what it would draw alone. The context may be entered within itself.
+    """
+
+    def __init__(self) -> None:
+        self._own = self._others = _snapshot()
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._others = _snapshot()
+            _go_on_from(self._own)
+        self._depth += 1
+
+    def __exit__(self, *_exception: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._own = _snapshot()
+            _go_on_from(self._others)
+
+
+class _Snapshot(NamedTuple):
+    """The states of the generators in the forms that they give themselves, as each step takes and sets them."""
+
+    python: Any
+    of_numpy: Any
+    of_torch: Tensor
+    of_device: Tensor | None
+
+
+def _snapshot() -> _Snapshot:
+    of_device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return _Snapshot(random.getstate(), np.random.get_state(), torch.get_rng_state(), of_device)
+
+
+def _go_on_from(state: _Snapshot) -> None:
+    random.setstate(state.python)
+    np.random.set_state(state.of_numpy)
+    torch.set_rng_state(state.of_torch)
+    if state.of_device is not None:
+        torch.cuda.set_rng_state(state.of_device)
 
 
 def generator_states() -> dict[str, Tensor]:

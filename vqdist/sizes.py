@@ -16,6 +16,22 @@ def sides_of(image_size: ImageSize) -> tuple[int, int]:
     return image_size if isinstance(image_size, tuple) else (image_size, image_size)
 
 
+def pixels(image_size: ImageSize) -> str:
+    """Return a size as people write it: "256 x 384 pixels"."""
+    height, width = sides_of(image_size)
+    return f"{height} x {width} pixels"
+
+
+def in_thousands(number: int) -> str:
+    """Return a number in four characters or so: "831", "12.3 K", "1.4 G"."""
+    value, unit = float(number), ""
+    for larger in "KMGT":
+        if value < 999.5:
+            break
+        value, unit = value / 1000, f" {larger}"
+    return f"{value:.3g}{unit}"
+
+
 def image_size_of(given: Any) -> ImageSize:
     """Return an image size in its one form: an integer where the sides are equal, else a tuple.
 

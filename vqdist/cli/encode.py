@@ -10,7 +10,7 @@ from typing import Any
 
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
-from vqdist.data.config import MAX_BAD_FRAC
+from vqdist.data.config import MAX_BAD_FRAC, View
 from vqdist.data.specs import check_spec
 from vqdist.errors import UserError, printable
 from vqdist.locations import find_local_export
@@ -124,6 +124,7 @@ def _open(options):
         tokenizer.image_size,
         channels=tokenizer.channels,
         augment=False,
+        view=View(resample=tokenizer.resample),
         on_bad_image=options.data.on_bad_image,
         max_bad_frac=options.data.max_bad_frac,
     )

@@ -13,7 +13,7 @@ from vqdist.backends.environment import rank_of_launcher
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.cli.sample import add_draw_options, draw_options, given_draw_options
-from vqdist.data.config import CODES, MAX_BAD_FRAC
+from vqdist.data.config import CODES, MAX_BAD_FRAC, View
 from vqdist.data.specs import check_spec
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an, printable
@@ -208,6 +208,7 @@ def _open_images(options, model: Tokenizer | AutoregressiveModel) -> ImageDatase
         model.image_size,
         channels=model.channels,
         augment=False,
+        view=View(resample=(getattr(model, "tokenizer", None) or model).resample),
         on_bad_image=options.data.on_bad_image,
         max_bad_frac=options.data.max_bad_frac,
     )

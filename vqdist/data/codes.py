@@ -34,7 +34,7 @@ from vqdist.classes import checked_names, missing, numbers_among
 from vqdist.data.sources.base import checked_index
 from vqdist.errors import UserError
 from vqdist.files import read_json, sha256_of
-from vqdist.sizes import ImageSize, image_size_of
+from vqdist.sizes import ImageSize, image_size_of, pixels
 
 FORMAT_VERSION = 1
 PLAN = "encode.json"
@@ -118,6 +118,12 @@ class CodeDataset(Dataset):
 
     def __len__(self) -> int:
         return self._manifest["count"]
+
+    def __repr__(self) -> str:
+        """Return one line: where the codes are, how many, and of how large images."""
+        levels = f" x {self.num_levels}" if self.num_levels > 1 else ""
+        codes = f"{self.num_codes}{levels} codes of {self.codebook_size} each"
+        return f"CodeDataset({self.folder}, {len(self):,} images of {pixels(self.image_size)}, {codes})"
 
     @property
     def item_bytes(self) -> int:

@@ -20,7 +20,7 @@ from vqdist.data.sources.base import checked_fingerprint, checked_index, checked
 from vqdist.errors import UserError, an
 from vqdist.options import is_whole
 from vqdist.seeding import derive_seed
-from vqdist.sizes import ImageSize, image_size_of
+from vqdist.sizes import ImageSize, image_size_of, pixels
 
 LARGEST_SIDE = 2**16  # in pixels
 
@@ -95,6 +95,12 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def __repr__(self) -> str:
+        """Return one line: the source, and how its images are looked at."""
+        colours = f"{self.channels} channel{'s' if self.channels > 1 else ''}"
+        augmented = ", augmented" if self.augment else ""
+        return f"ImageDataset({self.source!r}, {pixels(self.image_size)}, {colours}{augmented})"
 
     @property
     def item_bytes(self) -> int:

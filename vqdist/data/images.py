@@ -267,7 +267,7 @@ def _decode_all(content: bytes) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             _check_size(image, num_scans(content))
             image.load()
-            return _upright(image)
+            return upright(image)
 
 
 def _check_size(image: Image.Image, scans: int) -> None:
@@ -294,7 +294,8 @@ def _silence_libtiff() -> None:
             getattr(library, name)(None)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its EXIF orientation says."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # the pixels are good and only the metadata is broken: cameras and editors write such files

@@ -73,6 +73,11 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
     else:
         tokenizer = None
 
+    def __repr__(self) -> str:
+        """Return one line; `print(*model.children())` shows the layers."""
+        classes = [f"{self.num_classes} classes"] if self.num_classes else []
+        return self.in_brief(f"{self.num_codes} codes of {self.codebook_size}", *classes)
+
     @abstractmethod
     def inputs(self, item: Tensor, label: Tensor) -> tuple[Tensor, ...]:
         """Return what `forward` takes for images (b, c, h, w) in [0, 1], or the tokenizer's codes (b, n) or (b, n, q).

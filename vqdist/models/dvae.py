@@ -141,6 +141,10 @@ class DiscreteVAE(
         self.encoder = build_encoder(channels, hidden_dim, num_layers, num_resnet_blocks, num_tokens)
         self.decoder = build_decoder(channels, hidden_dim, num_layers, num_resnet_blocks, codebook_dim)
 
+    def __repr__(self) -> str:
+        """Return one line; `print(vae.encoder)` shows the layers."""
+        return self.in_brief(f"{self.num_tokens} codes of dimension {self.codebook.embedding_dim}")
+
     # ------------------------------------------------------------------------------------- facts
 
     @property

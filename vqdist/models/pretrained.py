@@ -26,7 +26,7 @@ from vqdist.models.export_config import check_config
 from vqdist.models.mending import LIVE, mend_codebook
 from vqdist.options import plain
 from vqdist.parts import PATH, Registry, trusting
-from vqdist.sizes import ImageSize, image_size_of
+from vqdist.sizes import ImageSize, image_size_of, in_thousands, pixels
 from vqdist.storage import save_module
 
 M = TypeVar("M", bound="PretrainedModel")
@@ -60,6 +60,7 @@ class PretrainedModel(PyTorchModelHubMixin):
             config.json.
         image_size: side in pixels of the images that the model was trained on, or (height, width) of images that are
             not square, or None if nobody said; written too.
+        resample: filter with which images become of this size; written where it is not `bicubic`.
         class_names: of the classes that the model knows, or None where they have no names; written too.
         buffers_are_live: whether the codebook is the one of training and no average of it; written too.
         discriminator_file: weights of the discriminator beside the model in the folder that it was loaded from; a copy
@@ -68,6 +69,7 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     model_type: ClassVar[str]
     image_size: ImageSize | None = None
+    resample: str = "bicubic"
     buffers_are_live: bool = True
     class_names: list[str] | None = None
     discriminator_file: Path | None = None
@@ -92,6 +94,12 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     def __new__(cls, *args: Any, **kwargs: Any):
         return super().__new__(cls, *plain(args), **plain(kwargs))  # records them, and leaves out what JSON has not
+
+    def in_brief(self, *facts: str) -> str:
+        """Return one line for a prompt: the class, facts, image size and number of parameters."""
+        count = sum(weight.numel() for weight in cast(nn.Module, self).parameters())
+        size = [] if self.image_size is None else [pixels(self.image_size)]
+        return f"{type(self).__name__}({', '.join([*facts, *size, f'{in_thousands(count)} parameters'])})"
 
     def check_all_read(self) -> None:
         """Raise `UserError` for arguments that were given and that training would not read."""
@@ -118,6 +126,8 @@ class PretrainedModel(PyTorchModelHubMixin):
         facts: dict[str, Any] = {"model_type": self.model_type, "image_size": self.image_size}
         if self.class_names is not None:
             facts["class_names"] = self.class_names
+        if self.resample != PretrainedModel.resample:
+            facts["resample"] = self.resample
         config = {**self.configuration(), **facts, **(LIVE if self.buffers_are_live else {})}
         (save_directory / "config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
 
@@ -261,10 +271,17 @@ class PretrainedModel(PyTorchModelHubMixin):
             check_config(used, cls, Path(model_id))
         image_size = kwargs.get("image_size", written.get("image_size"))
         names = checked_names(written.get("class_names"), f"config.json of {model_id}")
-        for name in {"model_type", "image_size", "class_names", *LIVE} - cls._hub_mixin_init_parameters.keys():
+        for name in {
+            "model_type",
+            "image_size",
+            "class_names",
+            "resample",
+            *LIVE,
+        } - cls._hub_mixin_init_parameters.keys():
             kwargs.pop(name, None)  # facts about the model, not arguments of it
         model = super()._from_pretrained(model_id=model_id, **kwargs)
         model.class_names = names
+        model.resample = str(written.get("resample", model.resample))
         model.discriminator_file = _discriminator_beside(Path(model_id), written, kwargs)
         model.image_size = model.image_size if image_size is None else image_size_of(image_size)
         model.follow_before({**written, **{name: value for name, value in kwargs.items() if name in written}})

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError, an
 from vqdist.models.pretrained import load_model_of_any_type
-from vqdist.sizes import ImageSize, image_size_of, sides_of
+from vqdist.parts import import_path
+from vqdist.sizes import ImageSize, image_size_of, pixels, sides_of
+
+BATCH_OF = "vqdist.data.inputs.batch_of"
+PIL_IMAGES = "vqdist.data.inputs.pil_images"
+"""Between batches and what people have at hand: models do not know where data come from."""
 
 
 class TokenizerNetwork(nn.Module, ABC):
@@ -108,6 +113,7 @@ class TokenizerModel(Protocol):
 
     model_type: ClassVar[str]
     image_size: ImageSize | None
+    resample: str
     buffers_are_live: bool
 
     @property
@@ -125,7 +131,16 @@ class TokenizerModel(Protocol):
 
 
 class Tokenizer(nn.Module):
-    """Images of one size to codes and back, through the averaged weights of any model of vqdist.
+    """Images to codes and back, through the averaged weights of any model of vqdist.
+
+    A batch (b, c, h, w) in [0, 1] must have the tokenizer's size. Other images may have any: `preprocess` makes a
+    batch of PIL images, paths, arrays, and lists of these.
+
+    ```python
+    tokenizer = vqdist.Tokenizer.from_pretrained("runs/a")
+    codes = tokenizer.encode(["cat.jpg", Image.open("dog.png")])  # (2, n)
+    cat, dog = tokenizer.to_pil(tokenizer.decode(codes))
+    ```
 
     Args:
         model: a `VQGanVAE`, `DiscreteVAE`, or any other whose `network` is a `TokenizerNetwork`.
@@ -144,6 +159,15 @@ class Tokenizer(nn.Module):
         self.network = model.network.eval()
         self.image_size = image_size
         self.code_shape = model.code_shape(image_size)
+
+    def __repr__(self) -> str:
+        """Return one line; `print(tokenizer.network)` shows the layers."""
+        levels = f" x {self.num_levels}" if self.num_levels > 1 else ""
+        maps = " + ".join(f"{side} x {side}" for side in self.network.scales or ())
+        codes = (maps or " x ".join(map(str, self.code_shape))) + levels
+        colours = f"{self.channels} channel{'s' if self.channels > 1 else ''}"
+        model = type(self._model[0]).__name__
+        return f"Tokenizer({model}, {pixels(self.image_size)}, {colours}, {codes} codes of {self.codebook_size})"
 
     @classmethod
     def from_pretrained(
@@ -233,15 +257,53 @@ class Tokenizer(nn.Module):
             return sum(side**2 for side in self.network.scales)
         return math.prod(self.code_shape)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (b, c, h, w) in [0, 1] -> codes (b, n), or (b, n, q) with q levels; rows of the picture in turn.
+    @property
+    def resample(self) -> str:
+        """Filter of every resize, as in the run."""
+        return self._model[0].resample
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and batches go."""
+        return next(self.network.parameters()).device
+
+    def preprocess(self, images: Any) -> Tensor:
+        """Return images of any size as a batch, resized and cropped as those that the tokenizer was trained on.
+
+        Args:
+            images: PIL images; paths; arrays (h, w), (h, w, c), or (c, h, w) where the last axis is no number of
+                channels; tensors (c, h, w); batches of arrays or tensors; or lists of all of these. Bytes reach from
+                0 to 255, floats from 0 to 1. Floats of the right size are taken as they are.
+
+        Returns:
+            (b, c, h, w) float32 in [0, 1], on the device of the weights.
+
+        Raises:
+            UserError: one is no image, or there are none.
+        """
+        options = {"image_size": self.image_size, "channels": self.channels, "resample": self.resample}
+        return import_path(BATCH_OF)(images, **options).to(self.device)
+
+    def to_pil(self, images: Tensor) -> list[Any]:
+        """Return images (b, c, h, w) in [0, 1], as `decode` and `reconstruct` give them, as PIL images."""
+        return import_path(PIL_IMAGES)(images)
+
+    def _batch(self, images: Any) -> Tensor:
+        """Return a batch as it is, and anything else as `preprocess` makes it one."""
+        return images if isinstance(images, Tensor) else self.preprocess(images)
+
+    def encode(self, images: Any) -> Tensor:
+        """Images -> codes (b, n), or (b, n, q) with q levels; rows of the picture in turn.
 
         With scales, the rows of the coarsest map come first.
+
+        Args:
+            images: (b, c, h, w) in [0, 1] of the tokenizer's size, or what `preprocess` takes.
 
         Raises:
             UserError: the images are others than the tokenizer is for, or it gave codes that do not exist.
         """
-        codes = self.unchecked_codes(images)
+        codes = self.unchecked_codes(self._batch(images))
         check_codes(codes, self.network)
         return codes
 
@@ -274,10 +336,22 @@ class Tokenizer(nn.Module):
             ids = rearrange(indices, "b (h w) ... -> b h w ...", h=self.code_shape[0])
         return self.network.detokenize(ids).float().clamp(0, 1)
 
+    def reconstruct(self, images: Any) -> Tensor:
+        """Return what is left of images in their codes: (b, c, h, w) in [0, 1].
+
+        Args:
+            images: see `encode`.
+        """
+        return self.decode(self.encode(images))
+
+    def forward(self, images: Any) -> Tensor:
+        """Return `reconstruct` of images."""
+        return self.reconstruct(images)
+
     @torch.no_grad()
-    def img_to_idxBl(self, imgs: Tensor) -> list[Tensor]:
-        """See `TokenizerNetwork.img_to_idxBl`."""
-        return self.network.img_to_idxBl(imgs)
+    def img_to_idxBl(self, imgs: Any) -> list[Tensor]:
+        """See `TokenizerNetwork.img_to_idxBl`; images as for `encode`."""
+        return self.network.img_to_idxBl(self._batch(imgs))
 
     @torch.no_grad()
     def idxBl_to_var_input(self, idxBl: Sequence[Tensor]) -> Tensor:

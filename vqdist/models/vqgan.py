@@ -225,6 +225,13 @@ class VQGanVAE(
         """
         return cls(preset=name, **arguments)
 
+    def __repr__(self) -> str:
+        """Return one line; `print(vae.network)` shows the layers."""
+        network, critic = self.autoencoder, self.discriminator
+        against = [] if critic is None else [f"discriminator {type(critic).__name__}"]
+        parts = [type(network.encoder).__name__, repr(network.quantizer), type(network.decoder).__name__]
+        return self.in_brief(*parts, *against)
+
     @property
     def network(self) -> VQAutoencoder:
         """The network that reconstructs images: all that is saved."""

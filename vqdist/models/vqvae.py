@@ -86,6 +86,10 @@ class SimpleVQVAE(
             nn.ConvTranspose2d(hidden_dim, channels, 4, stride=2, padding=1),
         )
 
+    def __repr__(self) -> str:
+        """Return one line; `print(vae.encoder)` shows the layers."""
+        return self.in_brief(repr(self.quantizer))
+
     @property
     def network(self) -> SimpleVQVAE:
         """The part that reconstructs images: all of it."""

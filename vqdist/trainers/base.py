@@ -18,10 +18,11 @@ from vqdist.backends import Engine
 from vqdist.backends.peers import naming_lost_peers
 from vqdist.data.loader import Batch
 from vqdist.models.pretrained import PretrainedModel
+from vqdist.seeding import OwnGenerators
 from vqdist.stopping import BrokenOff
 from vqdist.tracking import check_trackers
 from vqdist.trainers.bad_images import BadImages
-from vqdist.trainers.config import TrainerConfig, build_config, signature_of
+from vqdist.trainers.config import TrainerConfig, build_config, described, signature_of
 from vqdist.trainers.data import Images, RunData, open_images
 from vqdist.trainers.early_end import EarlyEnd
 from vqdist.trainers.feed import Feed
@@ -84,7 +85,11 @@ class Trainer(RunOwner):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = signature_of(cls.config_class, cls.model_argument)
+        model = inspect.signature(cls.__init__).parameters.get(cls.model_argument)
+        default = inspect.Parameter.empty if model is None else model.default
+        cls.__signature__ = signature_of(cls.config_class, cls.model_argument, default)
+        if cls.__doc__:
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{described(cls.config_class)}"
 
     def __init__(
         self,
@@ -190,7 +195,7 @@ class Trainer(RunOwner):
         left = self._loop()
         if left is not None:  # still held, as a notebook does after an error; it would end within this one
             left.abandon()
-        loop = Steps(self._steps(log_fn))
+        loop = Steps(self._steps(log_fn), within=self.generators)
         self._loop = weakref.ref(loop)
         return loop
 
@@ -231,6 +236,10 @@ class Trainer(RunOwner):
         Returns:
             This step's numbers on this rank, as 0-d tensors: reading one waits for the device.
         """
+        with self.generators:
+            return self._train_step()
+
+    def _train_step(self) -> dict[str, Tensor]:
         self._in_step = True
         self.report.reopen()
         micro_batches = self.next_micro_batches()
@@ -373,6 +382,7 @@ class Trainer(RunOwner):
 
     def _go_on(self) -> None:
         """Go on from the newest checkpoint, if there is one; from then on the folder is this run's."""
+        self.generators = OwnGenerators()
         self._in_step = False
         self._loop = lambda: None  # of `steps`, as long as somebody holds it
         self.stop = StopRequest(self.backend)

@@ -5,12 +5,15 @@ Configurations import no torch, so that a command line is read and checked at on
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import os
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import textwrap
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeVar, cast
 
 from vqdist.data.config import DataConfig
 from vqdist.errors import UserError
@@ -250,11 +253,11 @@ def make_config(config_class: type[C], options: dict[str, Any]) -> C:
 
     A path may stand where a string is expected, a number of numpy for Python's, a bare word for a list of one.
     """
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    known = {f.name: f for f in fields(config_class)}
     for name in options:
-        if name not in fields:
-            raise unknown("option", name, fields)
-    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+        if name not in known:
+            raise unknown("option", name, known)
+    required = [name for name, f in known.items() if f.default is f.default_factory is MISSING]
     missing = [name for name in required if name not in options]
     if missing:
         raise UserError(f"these options have no default and were not given: {', '.join(missing)}")
@@ -263,14 +266,47 @@ def make_config(config_class: type[C], options: dict[str, Any]) -> C:
     return config_class(**options)
 
 
-def signature_of(config_class: type[TrainerConfig], first: str) -> inspect.Signature:
-    """Return what `help(Trainer)` shows: the model, the datasets and every option of the configuration."""
-    positional = inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+def signature_of(
+    config_class: type[TrainerConfig], first: str, default: Any = inspect.Parameter.empty
+) -> inspect.Signature:
+    """Return what `help(Trainer)` shows: the model, the datasets and every option of the configuration.
+
+    Args:
+        config_class: has the options.
+        first: name of the model.
+        default: of the model, where it may be left out.
+    """
+    positional = inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
     datasets = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("dataset", "valid_dataset")
     ]
-    options = list(inspect.signature(config_class).parameters.values())
-    return inspect.Signature([positional, *datasets, *options])
+    made = {f.name: f.default_factory() for f in fields(config_class) if f.default_factory is not MISSING}
+    options = inspect.signature(config_class).parameters.values()
+    shown = [one.replace(default=made[one.name]) if one.name in made else one for one in options]
+    return inspect.Signature([positional, *datasets, *shown])
+
+
+def described(config_class: type[TrainerConfig]) -> str:
+    """Return the options with what stands below each in the class, as a section of a docstring."""
+    words: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        words |= _words_of(base)
+    lines = [f"    {f.name}: {words.get(f.name, '')}".rstrip() for f in fields(config_class)]
+    return "\n".join(["Options:", *lines])
+
+
+@functools.cache
+def _words_of(config_class: type) -> dict[str, str]:
+    """Return the string below each field in the source of a class; none where there is no source."""
+    try:
+        (found,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    except OSError:
+        return {}
+    words = {}
+    for above, below in itertools.pairwise(cast(ast.ClassDef, found).body):
+        if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            words[ast.unparse(above.target)] = str(below.value.value)
+    return words
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], free: frozenset[str], prefix: str = "") -> list[str]:

@@ -21,6 +21,7 @@ from vqdist.data.loader import Split
 from vqdist.errors import PeerLost
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.schedules import learning_rate
+from vqdist.seeding import OwnGenerators
 from vqdist.tracking import Tracker
 from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig
@@ -52,6 +53,7 @@ class RunOwner(ABC):
         memory_format: layout of images on the device.
         networks: the engines and the average.
         guard: keeps values that are not finite out of checkpoints.
+        generators: the state of the random number generators, which is the run's own.
         stop: signals.
         report: log lines, validations and pictures.
         feed: training batches.
@@ -68,6 +70,7 @@ class RunOwner(ABC):
     memory_format: torch.memory_format
     networks: Networks
     guard: FiniteGuard
+    generators: OwnGenerators
     stop: StopRequest
     report: Report
     feed: Feed

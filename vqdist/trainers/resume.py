@@ -33,7 +33,9 @@ STATE = "state.safetensors"  # file of what belongs to no network
 
 
 class Trained(Protocol):
-    """The parts of a trainer that depend on the model."""
+    """The parts of a trainer that depend on the model, and its random numbers."""
+
+    generators: seeding.OwnGenerators
 
     @abstractmethod
     def averaged_model(self) -> AbstractContextManager[PretrainedModel]:
@@ -195,7 +197,9 @@ class Resume:
         )
 
     def _write_rank_state(self, folder: Path) -> None:
-        torch.save(seeding.generator_states(), folder / f"random_rank_{self.backend.rank:05d}.pt")
+        with self.trained.generators:
+            states = seeding.generator_states()
+        torch.save(states, folder / f"random_rank_{self.backend.rank:05d}.pt")
         numbers = {
             "means": self.report.means.state(),
             "counts": self.trained.counts_to_come(),
@@ -299,13 +303,15 @@ class Resume:
         backend = self.backend
         if info["world_size"] == backend.world_size:
             states = torch.load(path / f"random_rank_{backend.rank:05d}.pt", weights_only=True)
-            seeding.restore_generator_states(states)
+            with self.trained.generators:
+                seeding.restore_generator_states(states)
             self._load_numbers(path / f"numbers_rank_{backend.rank:05d}.pt")
             if info["backend"] != backend.name:
                 self.report.print(f"{path} was saved by backend {info['backend']} and is resumed by {backend.name}")
             return
         self._load_numbers(None)
-        seeding.seed_everything(self.run.config.seed, "resume", self.progress.step, backend.rank)
+        with self.trained.generators:
+            seeding.seed_everything(self.run.config.seed, "resume", self.progress.step, backend.rank)
         self.report.print(
             f"{path} was saved by {_processes(info['world_size'])} ({info['backend']}) and is resumed by "
             f"{backend.world_size} ({backend.name}): weights, optimizers, EMA, step and data position are "

@@ -39,6 +39,7 @@ def place_network(model: PretrainedModel, backend: Backend, config: TrainerConfi
     keep_freed_memory(backend.device)
     channels_last = backend.device.type == "cuda" if config.channels_last is None else config.channels_last
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.resample = config.resample  # the export says it
     network: Any = model  # a module, as every model is
     network.to(device=backend.device, memory_format=memory_format).train()
     if config.compile and not backend.capabilities.compiles:

@@ -7,7 +7,9 @@ import gc
 import inspect
 import sys
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
+from typing import Any
 
 from torch import Tensor
 
@@ -39,13 +41,18 @@ class Steps(Iterator[tuple[int, dict[str, Tensor]]]):
 
     Args:
         loop: takes a `Left` at its yield.
+        within: a context for what runs in the loop, which may be entered often; the body is outside of it.
     """
 
-    def __init__(self, loop: Generator[tuple[int, dict[str, Tensor]], None, None]):
+    def __init__(
+        self, loop: Generator[tuple[int, dict[str, Tensor]], None, None], *, within: AbstractContextManager[Any]
+    ):
         self._loop = loop
+        self._within = within
 
     def __next__(self) -> tuple[int, dict[str, Tensor]]:
-        return next(self._loop)
+        with self._within:
+            return next(self._loop)
 
     def close(self) -> None:
         """Leave the loop as `break` does; every rank calls this, and gets the errors of it here."""
@@ -66,7 +73,8 @@ class Steps(Iterator[tuple[int, dict[str, Tensor]]]):
     def _leave(self, *, by_all: bool) -> None:
         if inspect.getgeneratorstate(self._loop) == inspect.GEN_SUSPENDED:
             try:
-                self._loop.throw(Left(by_all=by_all))
+                with self._within:
+                    self._loop.throw(Left(by_all=by_all))
             except (StopIteration, Left):
                 pass
         self._loop.close()

@@ -19,7 +19,7 @@ from vqdist.data.config import STILL, View
 from vqdist.data.files import is_storage_failure, storage_error
 from vqdist.data.images import EXTENSIONS, BadImageError, image_to_tensor
 from vqdist.data.specs import FORMS
-from vqdist.errors import UserError, an
+from vqdist.errors import UserError, an, printable
 from vqdist.sizes import ImageSize
 
 USUAL_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
@@ -72,6 +72,11 @@ class Source:
 
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} has no __len__")
+
+    def __repr__(self) -> str:
+        """Return one line: the spec, and how many images and classes there are."""
+        classes = f", {len(self.class_names)} classes" if self.class_names else ""
+        return f"{type(self).__name__}({printable(self.spec)}, {len(self):,} images{classes})"
 
     def image(self, index: int) -> Image.Image:
         """Return the decoded image at 0 <= index < len; `BadImageError` names it if it cannot be decoded."""

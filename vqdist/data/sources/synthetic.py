@@ -64,6 +64,9 @@ class DummyDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def __repr__(self) -> str:
+        return f"DummyDataset({len(self)})"
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = checked_index(index, len(self))
         return self.source.tensor(index, image_size=64, channels=3), self.source.label(index)

@@ -84,6 +84,13 @@ class Quantizer(nn.Module, ABC):
         self.codebook_size = codebook_size
         self.num_levels = num_levels
 
+    def __repr__(self) -> str:
+        """Return one line: of the parts of a quantizer nothing can be seen that its arguments do not say."""
+        levels = [] if self.num_levels == 1 else [f"{self.num_levels} levels"]
+        scales = [] if self.scales is None else [f"scales {'-'.join(map(str, self.scales))}"]
+        facts = [f"{self.codebook_size} codes", *levels, *scales, f"features of {self.dim}"]
+        return f"{type(self).__name__}({', '.join(facts)})"
+
     @abstractmethod
     def forward(self, features: Tensor) -> Quantized:
         """Map features (b, d, h, w) to `Quantized`; in train mode a codebook may move towards them."""
