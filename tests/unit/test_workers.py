@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
+import types
 
 import pytest
 import torch
 
 from vqdist.data import workers
+from vqdist.data.dataset import ImageDataset
+from vqdist.data.loader import train_loader
 from vqdist.data.workers import LoaderLost, Workers
 from vqdist.errors import UserError
 
@@ -147,10 +153,112 @@ def test_no_descriptors_left_is_one_line(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-def test_processes_that_are_not_forked_load_the_same(monkeypatch):
-    context = multiprocessing.get_context("spawn")
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
-    monkeypatch.setattr(multiprocessing, "Pipe", context.Pipe)
-    monkeypatch.setattr(multiprocessing, "Process", context.Process)
-    loaded = list(loading([[1], [2, 3]], count=1))
-    assert [items.tolist() for items, _ in loaded] == [[1], [4, 9]]
+# ------------------------------------------------------------------------------------------- not forked
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Let processes start in another way within a test, as `multiprocessing.set_start_method` does for good."""
+
+    def start(method: str) -> None:
+        context = multiprocessing.get_context(method)
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+        monkeypatch.setattr(multiprocessing, "Pipe", context.Pipe)
+        monkeypatch.setattr(multiprocessing, "Process", context.Process)
+
+    return start
+
+
+class Numbers(torch.utils.data.Dataset):
+    """A dataset of somebody's own, with tensors in it."""
+
+    def __init__(self):
+        self.pixels = torch.arange(10.0)
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return (self.pixels[index] / 10 + torch.rand(1) / 100)[:, None, None].expand(3, 16, 16)
+
+
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.nightly)])
+def test_processes_that_are_not_forked_load_the_same(started, method):
+    started(method)
+
+    def batches(workers: int) -> list[torch.Tensor]:
+        loader = train_loader(
+            ImageDataset(Numbers(), 16, seed=3),
+            torch.arange(10),
+            seed=3,
+            batch_size=4,
+            rank=0,
+            world_size=1,
+            position=0,
+            num_workers=workers,
+            pin_memory=False,
+            prefetch_factor=2,
+        )
+        with contextlib.closing(loader):
+            return [batch.item for batch in itertools.islice(loader, 3)]
+
+    assert torch.equal(torch.cat(batches(1)), torch.cat(batches(0)))
+    assert multiprocessing.active_children() == []
+
+
+def test_what_cannot_be_pickled_is_one_line(started):
+    started("spawn")
+    dataset = Numbers()
+    dataset.transform = lambda image: image
+    with pytest.raises(UserError, match=r"^the dataset cannot be handed to loader processes \(\w+: .*lambda") as error:
+        Workers(dataset, [[0]], count=2, prefetch=1, nbytes=8, set_up=nothing, describe=str)
+    assert "start method spawn pickles it" in str(error.value) and "num_workers 0" in str(error.value)
+    assert multiprocessing.active_children() == []
+
+
+def at_a_prompt(monkeypatch, **names) -> None:
+    """Let `__main__` be what it is in a notebook: a module without a file."""
+    prompt = types.ModuleType("__main__")
+    for name, thing in names.items():
+        thing.__module__, thing.__qualname__ = "__main__", name
+        setattr(prompt, name, thing)
+    monkeypatch.setitem(sys.modules, "__main__", prompt)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_dataset_of_a_notebook_is_one_line(started, monkeypatch, method):
+    started(method)
+    mine = type("Mine", (Numbers,), {})
+    at_a_prompt(monkeypatch, Mine=mine)
+    options = {"prefetch": 1, "nbytes": 8, "set_up": nothing, "describe": str}
+    with pytest.raises(UserError, match=rf"^Mine is defined in a notebook .*start method {method}\) .*my_data.py"):
+        Workers(ImageDataset(mine(), 16), [[0]], count=1, **options)
+    workers.refuse_names_of_prompt(ImageDataset(Numbers(), 16))  # of a module
+
+
+def test_a_function_of_a_notebook_within_a_dataset_of_a_module_is_named(started, monkeypatch):
+    started("spawn")
+
+    def brighter(image):
+        return image + 0.1
+
+    at_a_prompt(monkeypatch, brighter=brighter)
+    dataset = Numbers()
+    dataset.transform = brighter
+    with pytest.raises(UserError, match=r"^brighter is defined in a notebook or at a prompt"):
+        workers.refuse_names_of_prompt(dataset)
+
+
+@pytest.mark.nightly  # two interpreters that import everything
+def test_a_script_without_a_guard_is_told_of_it(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from vqdist.data.workers import Workers\n"
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        "list(Workers(len, [[0]], count=1, prefetch=1, nbytes=8, set_up=int, describe=str))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert "ended with code 1 before it read anything; with the start method spawn" in last
+    assert 'below `if __name__ == "__main__":`' in last

@@ -3,12 +3,14 @@
 Torch's loader waits for ever for a batch that a process could not hand over (a full /dev/shm, a long TMPDIR, no file
 descriptors left), raises for a dead process from a signal handler in the midst of anything, and prints tracebacks.
 Here a batch lies in memory that a process has shared with its child since it forked it. That needs no file, no socket
-and no descriptor. Where processes are not forked, a batch goes through the pipe.
+and no descriptor. Processes start as `multiprocessing` says, which `multiprocessing.set_start_method` changes. Where
+they are not forked, a batch goes through the pipe, and what loads is pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import mmap
 import multiprocessing
@@ -25,13 +27,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vqdist.errors import UserError
 
+OR_WITHOUT = "or load without processes, with num_workers 0"
 LOOK = 2.0  # seconds after which a process looks whether its parent is still there
 SLOW = 60.0  # seconds of waiting for a batch after which it is said
 GIVE_UP = 1800.0  # seconds of waiting after which the run ends
@@ -102,10 +107,15 @@ class Workers:
         self.patience = GIVE_UP if patience is None else patience
         self._workers: list[_Worker] = []
         raise_limit_of_descriptors()
+        if not is_forked():
+            refuse_names_of_prompt(load)
         try:
             for _ in range(count):
                 ends = [worker.connection for worker in self._workers]
                 self._workers.append(_Worker(load, prefetch, nbytes, set_up, ends))
+        except UserError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise LoaderLost(
@@ -140,6 +150,7 @@ class Workers:
             reply = worker.connection.recv()
         except (EOFError, OSError) as error:
             raise self._lost(worker) from error
+        worker.has_answered = True
         if isinstance(reply, _Failure):
             raise reply.error from (RemoteError(reply.text) if reply.text else None)
         items = worker.items_of(reply, self.pin_memory)
@@ -172,6 +183,12 @@ class Workers:
         code = worker.process.exitcode
         how = f"ended with code {code}" if code is None or code >= 0 else f"was killed by {_name_of(-code)}"
         memory = ", as the system does where memory is short" if code == -signal.SIGKILL else ""
+        if code == 1 and not worker.has_answered and not is_forked():  # of the interpreter, after a traceback
+            return LoaderLost(
+                f"loader process {worker.process.pid} {how} before it read anything; with the start method "
+                f"{multiprocessing.get_start_method()} it imports the script and the dataset anew: let the script "
+                f'train below `if __name__ == "__main__":`, {OR_WITHOUT}'
+            )
         return LoaderLost(
             f"loader process {worker.process.pid} {how}{memory}, while it read {self.describe(worker.asked[0])}; "
             "start the same command again, with fewer processes (--data.num_workers) if memory was short"
@@ -203,17 +220,20 @@ class _Worker:
     ):
         self.prefetch = prefetch
         self.asked: deque[Any] = deque()
+        self.has_answered = False
         self.connection, theirs = multiprocessing.Pipe()
-        forked = multiprocessing.get_start_method() == "fork"
+        forked = is_forked()
         self.slots = [mmap.mmap(-1, max(1, nbytes)) for _ in range(prefetch)] if forked else []
         self._next = 0
         arguments = (load, theirs, self.slots, set_up, [*inherited, self.connection] if forked else [])
         self.process = multiprocessing.Process(target=_serve, args=arguments, daemon=True)
         try:
             self.process.start()
-        except OSError:
+        except Exception as error:
             self.connection.close()
-            raise
+            if forked or isinstance(error, OSError):
+                raise
+            raise _not_sendable(error) from error
         finally:
             theirs.close()
 
@@ -303,6 +323,49 @@ def _failure(error: Exception) -> _Failure:
     except Exception:  # an exception may hold anything
         error = UserError(str(error)) if mistake else RuntimeError(f"{type(error).__name__}: {error}")
     return _Failure(error, text)
+
+
+def is_forked() -> bool:
+    """Return whether loader processes are copies of this one: they need no pickle, and share its memory."""
+    return multiprocessing.get_start_method() == "fork"
+
+
+def refuse_names_of_prompt(load: Load) -> None:
+    """Raise `UserError` for classes and functions of a notebook or a prompt, which no other process can import."""
+    main = sys.modules.get("__main__")
+    if getattr(getattr(main, "__spec__", None), "name", None) or getattr(main, "__file__", None):
+        return
+    names = _NamesOfMain(io.BytesIO())
+    with contextlib.suppress(Exception):  # some things are pickled while a process starts only: then it says so
+        names.dump(load)
+    if names.found:
+        raise UserError(
+            f"{names.found[0]} is defined in a notebook or at a prompt, and loader processes (start method "
+            f"{multiprocessing.get_start_method()}) cannot import it; put it into a module, as my_data.py, and import "
+            f"it from there, {OR_WITHOUT}"
+        )
+
+
+class _NamesOfMain(ForkingPickler):
+    """A pickler that notes the names of `__main__`; it passes over the content of arrays."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self.found: list[str] = []
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, type | FunctionType) and thing.__module__ == "__main__":
+            self.found.append(thing.__qualname__)
+        return (int, ()) if isinstance(thing, Tensor | np.ndarray) else NotImplemented
+
+
+def _not_sendable(error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(
+        f"the dataset cannot be handed to loader processes ({reason}); the start method "
+        f"{multiprocessing.get_start_method()} pickles it: let it open files in __getitem__, and use functions of a "
+        f"module in place of lambdas, {OR_WITHOUT}"
+    )
 
 
 def raise_limit_of_descriptors() -> None:
