@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -119,6 +119,9 @@ def code_histogram(ids: Tensor, *, codebook_size: int, num_levels: int = 1) -> T
     return counts.scatter_add_(0, bins, torch.ones_like(bins))[:-1]  # as bincount, which waits for a CUDA device
 
 
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue, of ITU-R BT.601
+
+
 class ReconstructionMetrics:
     """L1, PSNR, SSIM, codebook usage and perplexity over a set of images that is spread over ranks.
 
@@ -129,35 +132,62 @@ class ReconstructionMetrics:
         network: whose codes are counted.
         backend: adds the ranks' numbers.
         image_size: of the images; where a side is below 11 pixels, the window of SSIM shrinks to fit.
+        distances: of more measures, by name: pairs of images -> (b,), whose means are given beside the others.
+        rounded: whether reconstructions are rounded to 8 bits first, as those that were written to files.
     """
 
-    def __init__(self, network: TokenizerNetwork, backend: Backend, image_size: ImageSize):
-        self.backend = backend
+    def __init__(
+        self,
+        network: TokenizerNetwork,
+        backend: Backend,
+        image_size: ImageSize,
+        *,
+        distances: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+        rounded: bool = False,
+    ):
+        self.backend, self.distances, self.rounded = backend, dict(distances or {}), rounded
         smallest = min(sides_of(image_size))
         side = max(1, (smallest - 1) // 2 * 2 - 1)  # odd, with room for the reflection
         self.window = (gaussian_window() if smallest >= 11 else torch.full((side,), 1 / side)).to(backend.device)
         self.codes = CodeHistogram(network, backend.device)
-        # sums over images of L1, squared error and SSIM, and their number
-        self.sums = torch.zeros(4, dtype=torch.float64, device=backend.device)
+        # sums over images of L1, squared error, PSNR, SSIM, SSIM of luma and the distances, and their number
+        self.sums = torch.zeros(6 + len(self.distances), dtype=torch.float64, device=backend.device)
 
     def update(self, image: Tensor, recon: Tensor, indices: Tensor) -> None:
         """Count a batch: images and reconstructions (b, c, h, w), codes (b, ...)."""
         image, recon = image.to(torch.float32), recon.to(torch.float32).clamp(0, 1)
+        if self.rounded:
+            recon = (recon * 255).round() / 255
+        squared = (recon - image).square().mean(dim=(1, 2, 3))
         by_image = [
             (recon - image).abs().mean(dim=(1, 2, 3)),
-            (recon - image).square().mean(dim=(1, 2, 3)),
+            squared,
+            -10 * squared.double().log10(),
             structural_similarity(recon, image, self.window),
+            structural_similarity(luma(recon), luma(image), self.window),
+            *(distance(recon, image) for distance in self.distances.values()),
             torch.ones(len(image), device=image.device),
         ]
-        self.sums += torch.stack(by_image).double().sum(dim=1)
+        self.sums += torch.stack([values.double() for values in by_image]).sum(dim=1)
         self.codes.add(indices)
 
     def compute(self) -> dict[str, float]:
         """Return the numbers over all ranks' images; every rank calls this and gets the same."""
         *totals, images = self.backend.sum(self.sums.clone()).tolist()
-        l1, squared, ssim = (total / images if images else math.nan for total in totals)
+        names = ("l1", "squared", "psnr_per_image", "ssim", "ssim_luma", *self.distances)
+        means = dict(zip(names, (total / images if images else math.nan for total in totals), strict=True))
+        squared = means.pop("squared")
         psnr = math.inf if squared == 0 else -10 * math.log10(squared)
-        return {"l1": l1, "psnr": psnr, "ssim": ssim, **self.codes.usage(self.backend), "images": int(images)}
+        numbers = {"l1": means.pop("l1"), "psnr": psnr, **means}
+        return {**numbers, **self.codes.usage(self.backend), "images": int(images)}
+
+
+def luma(image: Tensor) -> Tensor:
+    """Return the brightness (b, 1, h, w) of images (b, c, h, w); grey is its own, alpha is left out."""
+    if image.shape[1] < 3:
+        return image[:, :1]
+    weights = torch.tensor(LUMA, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
+    return (image[:, :3] * weights).sum(dim=1, keepdim=True)
 
 
 def gaussian_window(side: int = 11, sigma: float = 1.5) -> Tensor:

@@ -63,7 +63,9 @@ def test_the_first_line_as_it_stands(tmp_path):
 def test_evaluate_prints_one_json_object(trained):
     result = vqdist("evaluate", str(trained), "--data", "synthetic:40")
     numbers = json.loads(result.stdout)
-    assert list(numbers) == ["l1", "psnr", "ssim", "codebook_usage", "codebook_perplexity", "images"]
+    measures = ["l1", "psnr", "psnr_per_image", "ssim", "ssim_luma", "codebook_usage", "codebook_perplexity", "images"]
+    assert list(numbers) == [*measures, "protocol"]
+    assert numbers["protocol"]["images"] == 40 and numbers["protocol"]["data"] == "synthetic:40"
     assert numbers["images"] == 40
     assert 0 < numbers["l1"] < 1 and 0 < numbers["codebook_usage"] < 1
 
@@ -82,6 +84,7 @@ def test_evaluate_on_two_ranks_gives_the_numbers_of_one(trained):
     arguments = ["evaluate", str(trained), "--data", "synthetic:33", "--batch_size", "8"]
     one = json.loads(vqdist(*arguments).stdout)
     two = json.loads(torchrun(["-m", "vqdist", *arguments]).stdout)
+    assert two.pop("protocol") == one.pop("protocol")
     assert two == pytest.approx(one, rel=1e-4)
 
 

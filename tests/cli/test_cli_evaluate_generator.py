@@ -21,17 +21,19 @@ from varied_codes import vary_codes
 from vqdist import ImageDataset, Tokenizer
 from vqdist.backends.local import LocalBackend
 from vqdist.cli import main
-from vqdist.cli.evaluate import _GeneratorRun
+from vqdist.cli.measuring import GeneratorRun
 from vqdist.drawing import draw_numbers
 from vqdist.encoding import CodeWriter
-from vqdist.fidelity import fidelity, load_extractor
+from vqdist.evaluation.extractors import load_extractor
+from vqdist.evaluation.features import Features
+from vqdist.evaluation.fidelity import fidelity as fidelity_of
 from vqdist.models.pretrained import load_model_of_any_type
 from vqdist.sampling import DrawOptions
 
 IMAGES = 40
 DATA = f"synthetic:{IMAGES}"
 PREDICTION = ["nll", "bits_per_code", "perplexity", "accuracy"]
-RECONSTRUCTION = ["l1", "psnr", "ssim", "codebook_usage", "codebook_perplexity"]
+RECONSTRUCTION = ["l1", "psnr", "psnr_per_image", "ssim", "ssim_luma", "codebook_usage", "codebook_perplexity"]
 FIDELITY = ["fid", "kid", "kid_std", "precision", "recall", "samples"]
 
 
@@ -62,7 +64,9 @@ def evaluate(runs, capsys):
     def run(name: str, *options: str, data: str = DATA) -> dict[str, float]:
         assert main(["evaluate", str(runs / name), "--data", data, *options]) == 0
         (line,) = capsys.readouterr().out.splitlines()
-        return json.loads(line)
+        numbers = json.loads(line)
+        assert {"data_hash", "pixels"} <= numbers.pop("protocol").keys()
+        return numbers
 
     return run
 
@@ -75,6 +79,10 @@ def images_and_labels() -> tuple[Tensor, Tensor]:
 def features(runs: Path) -> list[str]:
     """Return the options of the feature extractor."""
     return ["--features", str(runs / "features.pt"), "--trust_features", "true"]
+
+
+def fidelity(generated: Tensor, real: Tensor) -> dict[str, float]:
+    return fidelity_of(Features(generated), Features(real))
 
 
 def features_of(runs: Path, images: Tensor) -> Tensor:
@@ -174,7 +182,7 @@ def test_a_thousand_samples_unless_said(runs, evaluate):
 def test_samples_have_the_classes_of_the_data_in_any_order(count):
     """Also of a source that is sorted by class, whose first images are all of one."""
     labels = [0] * 50 + [1] * 30 + [2] * 20
-    run = _GeneratorRun(SimpleNamespace(), build_prior(num_classes=3), _Labelled(labels), None)
+    run = GeneratorRun(SimpleNamespace(), build_prior(num_classes=3), _Labelled(labels), None)
     run.num_samples = count
     assert run.sample_labels().bincount().tolist() == [count // 2, count * 3 // 10, count // 5]
 
@@ -232,6 +240,7 @@ def test_two_ranks_give_the_numbers_of_one(name, samples, runs, evaluate):
     one = evaluate(name, *options, data="synthetic:33")
     arguments = ["evaluate", str(runs / name), "--data", "synthetic:33", *options]
     two = json.loads(torchrun(["-m", "vqdist", *arguments]).stdout)
+    assert two.pop("protocol")["samples"] == int(samples)
     assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 

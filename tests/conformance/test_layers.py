@@ -57,7 +57,7 @@ PARTS = {
     "vqdist.ranks": {*LEAVES, "vqdist.backends"},
     "vqdist.tracking": LEAVES,
     "vqdist.metrics": {*LEAVES, "vqdist.backends", "vqdist.models"},
-    "vqdist.evaluation": {*LEAVES, "vqdist.backends", "vqdist.metrics", "vqdist.models"},
+    "vqdist.evaluation": {*LEAVES, "vqdist.backends", "vqdist.metrics", "vqdist.models", "vqdist.objectives"},
 }
 PARTS["vqdist.encoding"] = {
     *(*LEAVES, "vqdist.backends", "vqdist.ranks"),
@@ -67,7 +67,7 @@ PARTS["vqdist.drawing"] = {
     *(*LEAVES, "vqdist.backends", "vqdist.models", "vqdist.ranks", "vqdist.sampling", "vqdist.seeding"),
     "vqdist.tracking",
 }
-PARTS["vqdist.fidelity"] = {*LEAVES, "vqdist.backends", "vqdist.objectives"}
+
 PARTS["vqdist.trainers"] = PARTS.keys() - {"vqdist.version"}
 PARTS["vqdist.doctor"] = {*LEAVES, "vqdist", "vqdist.backends"}
 PARTS["vqdist.cli"] = set(PARTS)

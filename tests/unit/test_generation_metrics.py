@@ -17,7 +17,10 @@ from benchmarks import digit_classifier
 from vqdist import UserError
 from vqdist.backends.local import LocalBackend
 from vqdist.data.sources import open_source
-from vqdist.fidelity import FeatureExtractor, FeatureSet, check_count, fidelity, frechet_distance, load_extractor
+from vqdist.evaluation.extractors import FeatureExtractor, load_extractor
+from vqdist.evaluation.features import Features, FeatureSet, Moments
+from vqdist.evaluation.fidelity import check_count, frechet_distance, inception_score
+from vqdist.evaluation.fidelity import fidelity as fidelity_of
 
 
 def gaussian(rows: int, width: int, *, seed: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -31,6 +34,15 @@ def with_moments(mean: Tensor, covariance: Tensor, *, rows: int = 400, seed: int
     rows_of -= rows_of.mean(dim=0)
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(rows_of.T.cov()), rows_of.T, upper=False)
     return (torch.linalg.cholesky(covariance) @ white).T + mean
+
+
+def fidelity(generated: Tensor, real: Tensor) -> dict[str, float]:
+    """Of two sets whose features alone are known."""
+    return fidelity_of(Features(generated), Features(real))
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    return frechet_distance(Moments.of(first), Moments.of(second))
 
 
 def root(matrix: Tensor) -> Tensor:
@@ -47,7 +59,7 @@ def test_fid_of_gaussians_with_diagonal_covariances():
     means = torch.tensor([[1.0, 0.0, -2.0], [0.0, 2.0, -2.0]], dtype=torch.float64)
     variances = torch.tensor([[1.0, 4.0, 9.0], [4.0, 4.0, 1.0]], dtype=torch.float64)
     first, second = (with_moments(means[i], variances[i].diag(), seed=i) for i in (0, 1))
-    assert frechet_distance(first, second) == pytest.approx((1 + 4 + 0) + (1 + 0 + 4), rel=1e-9)
+    assert frechet(first, second) == pytest.approx((1 + 4 + 0) + (1 + 0 + 4), rel=1e-9)
 
 
 def test_fid_of_gaussians_is_the_closed_formula():
@@ -57,8 +69,8 @@ def test_fid_of_gaussians_is_the_closed_formula():
     c1, c2 = (matrix @ matrix.T + 0.1 * torch.eye(5) for matrix in mixing)
     expected = (means[0] - means[1]).square().sum() + (c1 + c2 - 2 * root(root(c1) @ c2 @ root(c1))).trace()
     features = [with_moments(mean, c, seed=seed) for mean, c, seed in zip(means, (c1, c2), (6, 7), strict=True)]
-    assert frechet_distance(*features) == pytest.approx(float(expected), rel=1e-7)
-    assert frechet_distance(*features) == pytest.approx(frechet_distance(*reversed(features)), rel=1e-7)
+    assert frechet(*features) == pytest.approx(float(expected), rel=1e-7)
+    assert frechet(*features) == pytest.approx(frechet(*reversed(features)), rel=1e-7)
 
 
 def kid_by_hand(first: Tensor, second: Tensor) -> float:
@@ -131,6 +143,43 @@ def test_fewer_images_than_features_have_a_fid_all_the_same():
     assert fidelity(features + 1, features)["fid"] == pytest.approx(30, abs=1e-3)
 
 
+def score_by_hand(logits: Tensor) -> float:
+    """exp of the mean KL(p(y|x) || p(y)) (arXiv 1606.03498)."""
+    p = logits.double().softmax(dim=1)
+    marginal = p.mean(dim=0)
+    return float((p * (p.log() - marginal.log())).sum(dim=1).mean().exp())
+
+
+def test_inception_score_is_the_mean_over_ten_consecutive_splits():
+    logits = gaussian(50, 7, seed=0, std=2.0)
+    scores = torch.tensor([score_by_hand(part) for part in logits.split(5)], dtype=torch.float64)
+    numbers = inception_score(logits)
+    assert numbers["is"] == pytest.approx(float(scores.mean()), rel=1e-9)
+    assert numbers["is_std"] == pytest.approx(float(scores.std(correction=0)), rel=1e-9)
+    assert inception_score(logits[:9])["is"] == pytest.approx(score_by_hand(logits[:9]), rel=1e-9)
+
+
+def test_sfid_is_the_distance_of_spatial_features_in_any_order():
+    """The ADM evaluator flattens (h, w, channel), torch (channel, h, w): a Frechet distance knows no order."""
+    maps = [gaussian(40, 2 * 3 * 3, seed=seed).view(40, 2, 3, 3) for seed in (0, 1)]
+    pooled = [gaussian(40, 4, seed=seed) for seed in (2, 3)]
+    ours = fidelity_of(*(Features(pool, spatial.flatten(1)) for pool, spatial in zip(pooled, maps, strict=True)))
+    theirs = frechet(*(spatial.permute(0, 2, 3, 1).flatten(1) for spatial in maps))
+    assert ours["sfid"] == pytest.approx(theirs, rel=1e-9) and ours["fid"] == pytest.approx(frechet(*pooled))
+
+
+def test_fid_is_that_of_the_matrix_root():
+    """As pytorch-fid, clean-fid and the ADM evaluator have it: with a root of the product of the covariances."""
+    first, second = gaussian(50, 6, seed=0), gaussian(60, 6, seed=1, mean=0.3)
+    c1, c2 = first.T.cov(), second.T.cov()
+    values, vectors = torch.linalg.eig(c1 @ c2)
+    product_root = (vectors @ values.sqrt().diag() @ torch.linalg.inv(vectors)).real
+    torch.testing.assert_close(product_root @ product_root, c1 @ c2)
+    trace = (c1 + c2 - 2 * product_root).trace()
+    expected = (first.mean(dim=0) - second.mean(dim=0)).square().sum() + trace
+    assert frechet(first, second) == pytest.approx(float(expected), rel=1e-8)
+
+
 def test_float32_features_are_compared_in_float64():
     generated, real = gaussian(30, 4, seed=0, mean=1e4).float(), gaussian(30, 4, seed=1, mean=1e4).float()
     assert fidelity(generated, real) == fidelity(generated.double(), real.double())
@@ -179,7 +228,7 @@ def test_features_come_back_in_order_from_any_number_of_ranks(total, block, worl
     for features in sets:
         features.over_ranks()
     for features in sets:
-        assert torch.equal(features.over_ranks(), images.flatten(1))
+        assert torch.equal(features.over_ranks().features, images.flatten(1))
 
 
 # --------------------------------------------------------------------------------------------- extractors
@@ -421,7 +470,7 @@ def test_inception_sees_grey_as_colour_in_8_bits(hub, monkeypatch):
     hub.parent.mkdir(parents=True)
     torch.save({}, hub)
     torch.manual_seed(0)
-    network = Bare("bare", ["2048"], feature_extractor_weights_path=str(hub))
+    network = Bare("bare", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(hub))
     torch.save(network.state_dict(), hub)
     of_a_file = load(str(hub), channels=1, image_size=16, trust_code=False)
     extractor = load("inception", channels=1, image_size=16, trust_code=False)
@@ -431,6 +480,18 @@ def test_inception_sees_grey_as_colour_in_8_bits(hub, monkeypatch):
     assert torch.equal(extractor(image), expected) and expected.std() > 0
     assert torch.equal(extractor(image.expand(-1, 3, -1, -1)), expected)
     assert torch.equal(of_a_file(image), expected)
+    assert of_a_file.digest() == extractor.digest()
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    seen = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda _layer, _given, out: seen.append(out))
+    logits = network(pixels)[1]
+    outputs = extractor.outputs(image)
+    assert outputs["spatial"].shape == (1, 2023) and torch.equal(outputs["spatial"], seen[0][:, :7].flatten(1))
+    assert torch.equal(outputs["logits"], logits) and extractor.widths == {
+        "features": 2048,
+        "spatial": 2023,
+        "logits": 1008,
+    }
 
 
 @every_form

@@ -127,6 +127,25 @@ def test_ssim_is_the_published_formula(side, window):
     assert numbers["ssim"] == pytest.approx(ssim_by_hand(image, recon, window), abs=1e-4)
 
 
+def test_ssim_of_luma_is_that_of_the_brightness_alone():
+    image = pictures(1, 16)
+    recon = 0.5 * image + 0.5 * pictures(1, 16, seed=1)
+    brightness = [
+        0.299 * picture[:, :1] + 0.587 * picture[:, 1:2] + 0.114 * picture[:, 2:3] for picture in (image, recon)
+    ]
+    expected = ssim_by_hand(*brightness, gaussian_window())
+    numbers = measure([(image, recon, codes(0))], image_size=16)
+    assert numbers["ssim_luma"] == pytest.approx(expected, abs=1e-4) and numbers["ssim_luma"] != numbers["ssim"]
+
+
+def test_psnr_per_image_is_the_mean_of_each():
+    image = torch.full((2, 3, 16, 16), 0.5)
+    recon = image + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    numbers = measure([(image, recon, codes(0))], image_size=16)
+    assert numbers["psnr_per_image"] == pytest.approx((20 + 40) / 2, abs=1e-3)
+    assert numbers["psnr"] == pytest.approx(-10 * math.log10((0.01 + 0.0001) / 2), abs=1e-3)
+
+
 @pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 12), (4, 8)])
 def test_psnr_and_ssim_are_those_of_torchmetrics(channels, side):
     from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -318,7 +337,8 @@ def test_evaluation_leaves_the_model_as_it_was(training):
     recons = [autoencoder(image).recon.clamp(0, 1) for image in batches]
     expected = (torch.cat(recons) - torch.cat(batches)).abs().mean().item()
     assert numbers["l1"] == pytest.approx(expected, rel=1e-5) and numbers["images"] == 4
-    assert numbers.keys() == {"l1", "psnr", "ssim", "codebook_usage", "codebook_perplexity", "images"}
+    quality = {"l1", "psnr", "psnr_per_image", "ssim", "ssim_luma"}
+    assert numbers.keys() == {*quality, "codebook_usage", "codebook_perplexity", "images"}
 
 
 def test_reconstructions_for_pictures_are_in_range_and_of_eval_mode():

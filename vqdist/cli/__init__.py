@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from vqdist.cli import convert, encode, evaluate, recipes, report, sample, train
+from vqdist.cli import convert, encode, evaluate, recipes, report, sample, statistics, train
 from vqdist.cli.loading import rank_of_command
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
 from vqdist.errors import PeerLost, RanksDiverged, UserError
@@ -133,6 +133,8 @@ COMMANDS = {
     "train": train.train,
     "evaluate": evaluate.evaluate,
     "reconstruct": evaluate.reconstruct,
+    "statistics": statistics.statistics,
+    "fidelity": statistics.fidelity,
     "encode": encode.encode,
     "sample": sample.sample,
     "convert": convert.convert,

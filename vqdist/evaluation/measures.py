@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from vqdist.sizes import ImageSize
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    network: TokenizerNetwork, batches: Iterable[Tensor], backend: Backend, *, image_size: ImageSize
+    network: TokenizerNetwork, batches: Iterable[Tensor], backend: Backend, *, image_size: ImageSize, **options: Any
 ) -> dict[str, float]:
     """L1, PSNR, SSIM, codebook usage and perplexity, and the number of images. Every rank calls this.
 
@@ -26,8 +27,9 @@ def evaluate_reconstruction(
         batches: this rank's images, (b, c, h, w) in [0, 1] on the backend's device.
         backend: adds the ranks' numbers.
         image_size: of the images.
+        options: of `ReconstructionMetrics`: further distances, and rounding.
     """
-    metrics = ReconstructionMetrics(network, backend, image_size)
+    metrics = ReconstructionMetrics(network, backend, image_size, **options)
     with in_eval_mode(network):
         for image in batches:
             metrics.update(image, *network.reconstruct(image))

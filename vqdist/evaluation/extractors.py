@@ -1,26 +1,24 @@
-"""Likeness of two sets of images: FID, KID, precision and recall between the features of both.
+"""Networks whose features of images are compared: FID's Inception, VGG16, and programs of the user's.
 
 Features are what a network that was trained for something else says of an image; two sets are as alike as their
 features are. Which network that is decides what the numbers mean: only numbers of the same network can be compared,
 and only between sets of the same sizes.
 
-Shapes: b batch, c channel, h w image, f features.
+Shapes: b batch, c channel, h w image, f features, s spatial features, k classes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import urllib.error
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from vqdist.backends.base import Backend
 from vqdist.errors import UserError, an
 from vqdist.objectives.frozen import IMAGENET_MEAN, IMAGENET_STD, download_weights
 from vqdist.sizes import ImageSize, sides_of
@@ -28,12 +26,15 @@ from vqdist.sizes import ImageSize, sides_of
 INCEPTION, VGG16 = "inception", "vgg16"
 # networks that are known here, each with one of its weights by which a file is recognised
 KNOWN = {INCEPTION: "Conv2d_1a_3x3.conv.weight", VGG16: "features.0.weight"}
-NEIGHBOURS = 3  # of precision and recall, as their paper has it
-MIN_IMAGES = NEIGHBOURS + 1
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as the paper's authors have it; subsets are smaller where images are fewer
+SPATIAL_CHANNELS = 7  # of the layer that sFID looks at, as the ADM evaluator has it
 
 
-# --------------------------------------------------------------------------------------------- extractors
+class KnownNetwork(nn.Module):
+    """Images (b, 1 | 3, h, w) in [0, 1] -> features (b, f); perhaps more that some measures need."""
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return `features` (b, f); where there are any, `spatial` (b, s) for sFID and `logits` (b, k) for IS."""
+        return {"features": self(images)}
 
 
 class FeatureExtractor(nn.Module):
@@ -46,6 +47,7 @@ class FeatureExtractor(nn.Module):
 
     Attributes:
         width: number of features, f.
+        widths: of all that it sees, by name, see `KnownNetwork.outputs`.
 
     Raises:
         UserError: the network does not take such images, or does not give (b, f) with f of at least 2.
@@ -66,12 +68,30 @@ class FeatureExtractor(nn.Module):
             ) from error
         _check_features(features, len(images), name)
         self.width = features.shape[1]
+        self.widths = {name: value.shape[1] for name, value in self.outputs(images).items()}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (b, c, h, w) in [0, 1] -> features (b, f)."""
         features = self.network(images.to(torch.float32))
         return features.to(torch.float32) if isinstance(features, Tensor) else features
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return all that the network sees of images (b, c, h, w) in [0, 1], see `KnownNetwork.outputs`."""
+        if isinstance(self.network, KnownNetwork):
+            return {name: value.to(torch.float32) for name, value in self.network.outputs(images.float()).items()}
+        features = self(images)
+        _check_features(features, len(images), self.name)
+        return {"features": features}
+
+    def digest(self) -> str:
+        """Return 16 digits that tell networks apart: of the SHA-256 of the weights, and of a program's code."""
+        sums = hashlib.sha256(str(getattr(self.network, "code", "")).encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            sums.update(name.encode())
+            sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return sums.hexdigest()[:16]
 
 
 def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_code: bool = False) -> FeatureExtractor:
@@ -170,8 +190,12 @@ def _load_torchscript(path: Path, trusted: bool) -> nn.Module:
         ) from error
 
 
-class _Inception(nn.Module):
-    """Images (b, 1 | 3, h, w) in [0, 1] -> the (b, 2048) pooled features of FID's Inception, from 8-bit pixels."""
+class _Inception(KnownNetwork):
+    """Images (b, 1 | 3, h, w) in [0, 1] -> the (b, 2048) pooled features of FID's Inception, from 8-bit pixels.
+
+    Spatial features are the first 7 channels of the first branch of the fourth 17x17 block, which the ADM evaluator
+    knows as mixed_6/conv: (b, 2023). Logits (b, 1008) lack the bias, as in torch-fidelity and the ADM evaluator.
+    """
 
     def __init__(self, weights: Path):
         super().__init__()
@@ -181,7 +205,8 @@ class _Inception(nn.Module):
             # torch-fidelity unpickles whatever the file holds, so it gets only one that is seen to hold tensors
             torch.load(weights, map_location="cpu", weights_only=True)
             path = str(weights)
-            self.network = FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=path)
+            wanted = ["2048", "logits_unbiased"]
+            self.network = FeatureExtractorInceptionV3(INCEPTION, wanted, feature_extractor_weights_path=path)
         except Exception as error:  # a damaged file raises almost anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -190,11 +215,20 @@ class _Inception(nn.Module):
             ) from error
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-        return self.network(pixels.expand(-1, 3, -1, -1))[0]
+        return self.outputs(images)["features"]
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        seen: list[Tensor] = []
+        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _layer, _given, out: seen.append(out))
+        try:
+            features, logits = self.network(pixels)
+        finally:
+            hook.remove()
+        return {"features": features, "spatial": seen[0][:, :SPATIAL_CHANNELS].flatten(1), "logits": logits}
 
 
-class _VGG16(nn.Module):
+class _VGG16(KnownNetwork):
     """Images (b, 1 | 3, h, w) in [0, 1] -> (b, 4096) features of VGG16's second dense layer, from 8-bit pixels.
 
     They are those of torch-fidelity's, which would unpickle whatever the file holds.
@@ -244,107 +278,3 @@ def _inception_weights() -> Path:
             "give --features FILE with these weights"
         ) from error
     return path
-
-
-# --------------------------------------------------------------------------------------------- features over ranks
-
-
-class FeatureSet:
-    """The features of a set of images that is spread over ranks in blocks: block i belongs to rank i % world_size.
-
-    Args:
-        extractor: on the backend's device.
-        backend: gathers the ranks' features.
-        total: number of images over all ranks.
-        block: images of a block; the last one may have fewer.
-    """
-
-    def __init__(self, extractor: FeatureExtractor, backend: Backend, total: int, *, block: int = 1):
-        self.extractor, self.backend, self.total, self.block = extractor, backend, total, block
-        self._features: list[Tensor] = []
-
-    def add(self, images: Tensor) -> None:
-        """Look at this rank's next images, (b, c, h, w) in [0, 1]."""
-        features = self.extractor(images)
-        _check_features(features, len(images), self.extractor.name)
-        self._features.append(features)
-
-    def over_ranks(self) -> Tensor:
-        """Return the features (total, f) of all images in their order; every rank calls this and gets the same."""
-        mine = torch.cat([torch.zeros(0, self.extractor.width, device=self.backend.device), *self._features])
-        blocks = -(-self.total // self.block)
-        rows = -(-blocks // self.backend.world_size) * self.block  # of the rank that has most
-        shares = self.backend.gather(pad(mine, (0, 0, 0, rows - len(mine))))
-        return rearrange(shares, "rank (i block) f -> (i rank block) f", block=self.block)[: self.total]
-
-
-# --------------------------------------------------------------------------------------------- numbers
-
-
-def fidelity(generated: Tensor, real: Tensor, *, coverage: bool = True) -> dict[str, float]:
-    """FID, KID, precision and recall of generated images, by torch-fidelity in float64; the same on every rank.
-
-    Args:
-        generated, real: features (N, f) and (M, f); at least `MIN_IMAGES` rows each.
-        coverage: also precision and recall, which take N * M distances.
-
-    Returns:
-        `fid`: Frechet distance of the Gaussians fitted to the two sets (arXiv 1706.08500); as few rows as features, or
-        fewer, make it too large. `kid`, `kid_std`: squared maximum mean discrepancy with a cubic kernel, mean and
-        standard deviation over 100 subsets of 1000, or of the smaller set's size (arXiv 1801.01401); the mean may be a
-        little below 0, the deviation says nothing where a subset is nearly the whole. `precision`: share of the
-        generated images that lie within the real ones, nearer to one of them than its third neighbour is; `recall`:
-        share of the real ones within the generated (arXiv 1904.06991).
-    """
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
-    check_count(len(generated), "samples")
-    check_count(len(real), "images")
-    generated, real = _finite(generated).double(), _finite(real).double()
-    size = min(KID_SUBSET_SIZE, len(generated), len(real))
-    subsets = 1 if len(generated) == len(real) == size else KID_SUBSETS  # there is one subset: the whole
-    kid = kid_features_to_metric(generated, real, kid_subsets=subsets, kid_subset_size=size, verbose=False)
-    return {
-        "fid": frechet_distance(generated, real),
-        "kid": kid[KEY_METRIC_KID_MEAN],
-        "kid_std": kid[KEY_METRIC_KID_STD],
-        **(_precision_and_recall(generated, real) if coverage else {}),
-    }
-
-
-def _precision_and_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    # in parts: all distances at once are 20 GB for 50,000 images
-    prc = prc_features_to_metric(
-        generated, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=512, save_cpu_ram=True, verbose=False
-    )
-    return {"precision": prc[KEY_METRIC_PRECISION], "recall": prc[KEY_METRIC_RECALL]}
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), m and C the means and covariances of features (N, f) and (M, f)."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-
-    statistics = [fid_features_to_statistics(features.double().cpu()) for features in (first, second)]
-    # below 0 only by rounding, of nearly equal sets
-    return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
-
-
-def check_count(count: int, what: str) -> None:
-    """Raise `UserError` if there are too few images of a set to measure its fidelity."""
-    if count < MIN_IMAGES:
-        raise UserError(
-            f"there are {count} {what} but precision and recall look at the third neighbour of each; give at least "
-            f"{MIN_IMAGES}"
-        )
-
-
-def _finite(features: Tensor) -> Tensor:
-    broken = int((~features.isfinite().all(dim=1)).sum())
-    if broken:
-        raise UserError(
-            f"the features of {broken} of {len(features)} images are not finite; look at the feature extractor, and "
-            "at the run's weights"
-        )
-    return features

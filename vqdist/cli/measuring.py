@@ -1,0 +1,239 @@
+"""Runs that `vqdist evaluate` measures over the images, or the stored codes, of a dataset."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from vqdist.cli.sample import draw_options
+from vqdist.errors import printable
+from vqdist.sizes import ImageSize
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vqdist.backends import Backend
+    from vqdist.data.codes import CodeDataset
+    from vqdist.data.dataset import ImageDataset
+    from vqdist.data.loader import Batch
+    from vqdist.evaluation.extractors import FeatureExtractor
+    from vqdist.evaluation.features import Features, FeatureSet
+    from vqdist.evaluation.references import Reference, ReferenceFile
+    from vqdist.models.autoregressive import AutoregressiveModel
+    from vqdist.models.tokenizer import TokenizerNetwork
+    from vqdist.objectives.lpips import LPIPS
+
+NUM_SAMPLES = 1000
+
+
+@dataclass
+class MeasuredRun:
+    """A run that is measured over the images (or codes) of `dataset`. Every rank calls every method."""
+
+    options: Any  # as the parser gives them
+    network: nn.Module
+    dataset: ImageDataset | CodeDataset
+    extractor: FeatureExtractor | None
+    reference: ReferenceFile | None = None  # in place of the images themselves
+    lpips: LPIPS | None = None
+    skipped: set[str] = field(default_factory=set)
+
+    def on(self, backend: Backend) -> MeasuredRun:
+        """Return this run, with its networks on the backend's device."""
+        self.backend = backend
+        self.network.to(backend.device)
+        if self.extractor is not None:
+            self.extractor.to(backend.device)
+        return self
+
+    def numbers(self) -> dict[str, float]:
+        """Measure what there is to measure."""
+        raise NotImplementedError
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what the numbers were measured on, see `vqdist.evaluation.protocol`."""
+        from vqdist.evaluation import protocol
+
+        images = protocol.of_images(self.dataset, self.options.data.folder)
+        pixels = {"pixels": "8 bits" if self.options.round_pixels else "float"}
+        lpips = {} if self.lpips is None else {"lpips": self.lpips.net}
+        return {**images, **pixels, **lpips, **protocol.of_features(self.extractor, self.reference)}
+
+    def feature_set(self, count: int, **options: Any) -> FeatureSet:
+        """Return what collects the features of so many images; only where there is an extractor."""
+        from vqdist.evaluation.features import FeatureSet
+
+        return FeatureSet(cast("FeatureExtractor", self.extractor), self.backend, count, **options)
+
+    def batches(self, title: str, *, labels: bool = False) -> Iterator[Batch]:
+        """Yield this rank's share of the data, on its device."""
+        import torch
+
+        from vqdist.data.loader import valid_loader
+
+        loader = valid_loader(
+            self.dataset,
+            torch.arange(len(self.dataset)),
+            batch_size=self.options.batch_size,
+            rank=self.backend.rank,
+            world_size=self.backend.world_size,
+            num_workers=self.options.num_workers,
+            labels=labels,
+        )
+        for batch in self.progress(loader, title, -(-len(self.dataset) // self.backend.world_size)):
+            self.report_skipped(batch.bad)
+            device = self.backend.device
+            yield batch._replace(item=batch.item.to(device), label=batch.label.to(device))
+
+    def progress(self, batches: Iterator, title: str, items: int) -> Iterator:
+        """Return these batches of so many items, with a bar on a terminal."""
+        from tqdm import tqdm
+
+        shown = self.backend.is_main and sys.stderr.isatty()
+        return tqdm(batches, title, -(-items // self.options.batch_size), unit="batch", disable=not shown)
+
+    def report_skipped(self, names: list[str]) -> None:
+        """Say it once of an image, however often the data is gone through."""
+        from vqdist.data.dataset import most_bad, too_many_bad
+
+        for name in names:
+            if name not in self.skipped:
+                print(f"skipped an image that cannot be decoded: {printable(name)}", file=sys.stderr)
+                self.skipped.add(name)
+        share, total = self.options.data.max_bad_frac, len(self.dataset)
+        if len(self.skipped) > most_bad(total, share):
+            raise too_many_bad(len(self.skipped), total, share, sorted(self.skipped))
+
+    def reconstruction_numbers(self, network: TokenizerNetwork, image_size: ImageSize) -> dict[str, float]:
+        """Measure the reconstructions of the images."""
+        from vqdist.evaluation import evaluate_reconstruction
+
+        images = (batch.item for batch in self.batches("reconstruct"))
+        distances = {} if self.lpips is None else {"lpips": self.lpips.to(self.backend.device).distances}
+        options: dict[str, Any] = {"distances": distances, "rounded": self.options.round_pixels}
+        return evaluate_reconstruction(network, images, self.backend, image_size=image_size, **options)
+
+    def features_of_images(self, *, and_reconstructions: bool) -> tuple[Features, Features | None]:
+        """Return the features of the images, and those of their reconstructions."""
+        from vqdist.evaluation import reconstruct
+
+        real = self.feature_set(len(self.dataset))
+        again = self.feature_set(len(self.dataset)) if and_reconstructions else None
+        for batch in self.batches("features"):
+            real.add(batch.item)
+            if again is not None:
+                again.add(reconstruct(cast("TokenizerNetwork", self.network), batch.item))
+        return real.over_ranks(), None if again is None else again.over_ranks()
+
+    def compared_with(self, images: Features) -> Features | Reference:
+        """Return what samples and reconstructions are compared with: the images, or the reference in their place."""
+        from vqdist.evaluation.references import reference_in
+
+        if self.reference is None:
+            return images
+        extractor = cast("FeatureExtractor", self.extractor)
+        return reference_in(self.reference, extractor, self.backend, self.options.batch_size)
+
+
+class TokenizerRun(MeasuredRun):
+    """A run of a model that is an image tokenizer and nothing else; `network` is its `TokenizerNetwork`."""
+
+    network: TokenizerNetwork
+    dataset: ImageDataset
+
+    def numbers(self) -> dict[str, float]:
+        """Of its reconstructions."""
+        numbers = self.reconstruction_numbers(self.network, self.dataset.image_size)
+        if self.extractor is not None:
+            real, again = self.features_of_images(and_reconstructions=True)
+            numbers |= _distances(self.compared_with(real), cast("Features", again))
+        return numbers
+
+
+class GeneratorRun(MeasuredRun):
+    """A run of an `AutoregressiveModel`."""
+
+    network: AutoregressiveModel
+
+    def check(self) -> None:
+        """Find what is wrong with the labels and the samples before anything is computed."""
+        from vqdist.evaluation.fidelity import check_count
+
+        if self.network.num_classes:
+            for index in {0, len(self.dataset) // 2, len(self.dataset) - 1}:
+                self.network.check_label(self.dataset.label(index))
+        if self.extractor is not None:
+            self.draw_options = draw_options(self.options, self.network)
+            self.num_samples = NUM_SAMPLES if self.options.num_samples is None else self.options.num_samples
+            check_count(self.num_samples, "samples")
+
+    def numbers(self) -> dict[str, float]:
+        """Of its predictions, of its reconstructions if it has a codebook of its own, and of its samples."""
+        from vqdist.evaluation import evaluate_prediction
+        from vqdist.models.tokenizer import TokenizerNetwork
+
+        numbers = evaluate_prediction(self.network, self.items_and_labels(), self.backend)
+        is_tokenizer = isinstance(self.network, TokenizerNetwork)
+        if is_tokenizer:
+            network = cast(TokenizerNetwork, self.network)
+            numbers |= self.reconstruction_numbers(network, self.network.image_size)
+        if self.extractor is not None:
+            numbers |= self.fidelity_numbers(is_tokenizer)
+        return numbers
+
+    def items_and_labels(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images or codes with the classes of the images, as the model wants them."""
+        known = self.network.num_classes
+        for batch in self.batches("predict", labels=known > 0):
+            for label in batch.label.unique().tolist() if known else ():
+                self.network.check_label(label)
+            yield batch.item, batch.label if known else batch.label.new_zeros(len(batch.label))
+
+    def fidelity_numbers(self, is_tokenizer: bool) -> dict[str, float]:
+        """Of the samples against the images; and of the reconstructions."""
+        from vqdist.evaluation.fidelity import fidelity
+
+        images, again = self.features_of_images(and_reconstructions=is_tokenizer)
+        real = self.compared_with(images)
+        numbers = {**fidelity(self.features_of_samples(), real), "samples": self.num_samples}
+        return numbers if again is None else {**numbers, **_distances(real, again)}
+
+    def protocol(self) -> dict[str, Any]:
+        """Return also how the samples were drawn."""
+        if self.extractor is None:
+            return super().protocol()
+        drawn = {"samples": self.num_samples, "seed": self.options.seed or 0, **asdict(self.draw_options)}
+        return {**super().protocol(), **drawn}
+
+    def features_of_samples(self) -> Features:
+        """Return the features of images that the model draws."""
+        from vqdist.drawing import draw_batches
+
+        size, seed = self.options.batch_size, self.options.seed or 0
+        drawn = self.feature_set(self.num_samples, block=size)
+        batches = draw_batches(
+            self.network, self.sample_labels(), self.draw_options, seed=seed, batch_size=size, backend=self.backend
+        )
+        for _, images in self.progress(batches, "sample", -(-self.num_samples // self.backend.world_size)):
+            drawn.add(images)
+        return drawn.over_ranks()
+
+    def sample_labels(self) -> Tensor:
+        """(N,) classes of images that lie evenly over the data: in any order of it, each class as often as there."""
+        import torch
+
+        model, count = self.network, self.num_samples
+        if not model.num_classes:
+            return model.labels(None, count)
+        labels = [self.dataset.label(number * len(self.dataset) // count) for number in range(count)]
+        return model.labels(torch.tensor([model.check_label(label) for label in labels]), count)
+
+
+def _distances(real: Features | Reference, reconstructions: Features) -> dict[str, float]:
+    """Return `rfid`, `rsfid` and `rkid` of reconstructions, and `ris`, their inception score."""
+    from vqdist.evaluation.fidelity import fidelity
+
+    numbers = fidelity(reconstructions, real, coverage=False)
+    return {f"r{name}": numbers[name] for name in ("fid", "sfid", "kid", "is") if name in numbers}

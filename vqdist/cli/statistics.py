@@ -1,0 +1,173 @@
+"""`vqdist statistics`, which looks at a set of images once, and `vqdist fidelity`, which compares images with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqdist.cli.evaluate import BATCH_SIZE, add_feature_options
+from vqdist.cli.loading import loading
+from vqdist.cli.parsing import make_parser, parse
+from vqdist.data.specs import check_spec
+from vqdist.errors import UserError
+
+if TYPE_CHECKING:
+    from vqdist.backends import Backend
+    from vqdist.evaluation.extractors import FeatureExtractor
+    from vqdist.evaluation.features import Features
+    from vqdist.evaluation.references import Reference
+
+KEPT = 10_000  # images whose features a file keeps, as many as ADM's reference batches hold
+FIDELITY_EPILOG = """\
+Prints one JSON object: fid, sfid, kid, is, precision and recall where the extractor and the reference allow them, and
+the protocol: what they were measured on. SAMPLES and --reference may be images (as --data of train), or an .npz of
+the ADM evaluator, of pytorch-fid, clean-fid or `vqdist statistics`."""
+
+
+def statistics(arguments: list[str]) -> int:
+    """Write the statistics of a set of images as a file: `vqdist statistics --data DIR --out ref.npz`."""
+    parser = _parser("vqdist statistics", "Look at all images of --data once, and write what FID compares with.")
+    parser.add_argument(
+        "--data.folder", type=str | dict[str, Any], required=True, help="Images, as for train (short: --data)."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="File to write (.npz).")
+    parser.add_argument(
+        "--keep", type=int, default=KEPT, help="Images whose features are kept, for KID, precision and recall."
+    )
+    options = parse(parser, arguments)
+    if options.out.suffix != ".npz":
+        raise UserError(f"--out {options.out} is no name of statistics; give one that ends in .npz")
+    if options.keep < 0:
+        raise UserError(f"--keep {options.keep} is not possible; give 0 or more")
+    with loading("torch"):
+        from vqdist.evaluation.references import Reference
+
+        looking = _Looking(options, [options.data.folder])
+    looked, protocol = looking.at(options.data.folder)
+    if looking.backend.is_main:
+        Reference.of(looked, protocol).write(options.out, options.keep)
+        print(options.out)
+    looking.backend.close()
+    return 0
+
+
+def fidelity(arguments: list[str]) -> int:
+    """Compare images with others or with statistics of others: `vqdist fidelity SAMPLES --reference ref.npz`."""
+    parser = _parser("vqdist fidelity", "Compare images with others, or with statistics of others.", FIDELITY_EPILOG)
+    parser.add_argument("samples", type=str, help="Images: a folder or another source, or an .npz of images (arr_0).")
+    parser.add_argument("--reference", type=str, required=True, help="Images, or statistics, to compare with.")
+    options = parse(parser, arguments)
+    with loading("torch"):
+        from vqdist.evaluation.fidelity import fidelity as compare
+
+        looking = _Looking(options, [options.samples, options.reference])
+    samples, protocol = looking.at(options.samples)
+    reference, of_reference = looking.reference(options.reference)
+    numbers: dict[str, Any] = {**compare(samples, reference), "samples": len(samples)}
+    said = {"reference": options.reference, "reference_hash": of_reference.get("data_hash")}
+    if looking.backend.is_main:
+        print(json.dumps({**numbers, "protocol": {**protocol, **said}}))
+    looking.backend.close()
+    return 0
+
+
+def _parser(program: str, description: str, epilog: str | None = None):
+    parser = make_parser(program, description, epilog)
+    add_feature_options(parser, required=True)
+    parser.add_argument(
+        "--image_size",
+        type=int | list[int] | None,
+        default=None,
+        help="Side in pixels, or [height, width]; by default that of the first image.",
+    )
+    parser.add_argument("--channels", type=int, default=3, help="Of the images: 1 or 3.")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="Images that a rank looks at at once.")
+    parser.add_argument("--num_workers", type=int, default=0, help="Loader processes of each rank.")
+    parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
+    return parser
+
+
+class _Looking:
+    """Looks at sets of images with one extractor, over ranks. Every rank calls every method.
+
+    Args:
+        options: as the parser gives them.
+        specs: what will be looked at; the first one that is no file of statistics says the size of an image.
+    """
+
+    def __init__(self, options: Any, specs: list[Any]):
+        from vqdist.backends import create_backend
+        from vqdist.evaluation.extractors import load_extractor
+
+        if options.batch_size < 1 or options.num_workers < 0:
+            raise UserError(
+                f"batch_size {options.batch_size} and num_workers {options.num_workers} are not possible; they must "
+                "be at least 1 and 0"
+            )
+        self.options = options
+        for spec in specs:
+            if not _is_file(spec):
+                check_spec(spec)
+        self.image_size = options.image_size or next(filter(None, map(_size_of_first, specs)))
+        self.extractor: FeatureExtractor = load_extractor(
+            options.features,
+            channels=options.channels,
+            image_size=self.image_size,
+            trust_code=options.trust_features,
+        )
+        self.backend: Backend = create_backend(options.backend)
+        self.extractor.to(self.backend.device)
+
+    def at(self, spec: Any) -> tuple[Features, dict[str, Any]]:
+        """Return the features of a set of images, and what the protocol says of it."""
+        from vqdist.evaluation import protocol
+
+        features, said = self._at_file(spec) if _is_file(spec) else self._at_images(spec)
+        return features, {**said, **protocol.of_features(self.extractor, None)}
+
+    def reference(self, spec: Any) -> tuple[Features | Reference, dict[str, Any]]:
+        """Return what images are compared with, and what the protocol says of it."""
+        from vqdist.evaluation.references import ReferenceFile, reference_in
+
+        if not _is_file(spec):
+            return self.at(spec)
+        file = ReferenceFile(spec)
+        reference = reference_in(file, self.extractor, self.backend, self.options.batch_size)
+        return reference, {"data_hash": file.digest()}
+
+    def _at_images(self, spec: Any) -> tuple[Features, dict[str, Any]]:
+        from torch import nn
+
+        from vqdist.cli.measuring import MeasuredRun
+        from vqdist.data.dataset import ImageDataset
+        from vqdist.evaluation import protocol
+
+        dataset = ImageDataset(spec, self.image_size, channels=self.options.channels, augment=False)
+        run = MeasuredRun(self.options, nn.Identity(), dataset, self.extractor).on(self.backend)
+        features, _ = run.features_of_images(and_reconstructions=False)
+        return features, protocol.of_images(dataset, spec)
+
+    def _at_file(self, spec: str) -> tuple[Features, dict[str, Any]]:
+        from vqdist.evaluation.references import ReferenceFile, features_in
+        from vqdist.version import __version__
+
+        file = ReferenceFile(spec)
+        features = features_in(file, self.extractor, self.backend, self.options.batch_size)
+        said = {"vqdist": __version__, "data": str(spec), "data_hash": file.digest(), "images": file.count}
+        return features, said
+
+
+def _is_file(spec: Any) -> bool:
+    """Return whether a spec names a file of arrays, as against images."""
+    return isinstance(spec, str) and Path(spec).suffix in (".npz", ".pt")
+
+
+def _size_of_first(spec: Any) -> Any:
+    from vqdist.data.sources import open_source
+    from vqdist.evaluation.references import ReferenceFile
+
+    if _is_file(spec):
+        return ReferenceFile(spec).image_size
+    width, height = open_source(spec).image(0).size
+    return [height, width]

@@ -1,0 +1,60 @@
+"""What a number was measured on. Two numbers are compared only where their protocols agree.
+
+A protocol is a flat dictionary that is written beside the numbers; it says:
+
+- `data`, `data_hash`, `images`: the images as they were named, a hash of the list of their names, and their number.
+- `image_size`, `view`: height and width, and how an image comes to them.
+- `pixels`: `float`, or `8 bits` where reconstructions are rounded as if they had been written to files.
+- `features`, `features_hash`: the extractor, and a hash of its weights.
+- `reference`, `reference_hash`: the file of statistics in place of the images' own.
+- `samples`, and options of drawing, of a generator.
+- `lpips`: the network of LPIPS.
+- `vqdist`: the version; it makes no two protocols different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vqdist.sizes import sides_of
+from vqdist.version import __version__
+
+if TYPE_CHECKING:
+    from vqdist.evaluation.extractors import FeatureExtractor
+    from vqdist.evaluation.references import ReferenceFile
+
+KEY = "protocol"
+SAYS_NOTHING = ("vqdist", "data", "reference")  # names of what a hash tells apart
+
+
+def of_images(dataset: Any, spec: Any) -> dict[str, Any]:
+    """Return what the protocol says of a set of images or of stored codes.
+
+    Args:
+        dataset: an `ImageDataset` or `CodeDataset`.
+        spec: as the user named it.
+    """
+    said: dict[str, Any] = {"vqdist": __version__, "data": str(spec)}
+    said |= {"data_hash": dataset.fingerprint()[:16], "images": len(dataset)}
+    if hasattr(dataset, "view"):
+        said["image_size"] = list(sides_of(dataset.image_size))
+        said["view"] = f"shorter side resized ({dataset.view.resample}, antialiased), centre"
+    return said
+
+
+def of_features(extractor: FeatureExtractor | None, reference: ReferenceFile | None) -> dict[str, Any]:
+    """Return what the protocol says of an extractor and of what is compared with."""
+    said: dict[str, Any] = {}
+    if extractor is not None:
+        said |= {"features": extractor.name, "features_hash": extractor.digest()}
+    if reference is not None:
+        said |= {"reference": str(reference.path), "reference_hash": reference.digest()}
+    return said
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what two protocols say differently, by name; what one does not say at all is None there."""
+    names = [name for name in dict.fromkeys([*first, *second]) if name not in SAYS_NOTHING]
+    pairs = {name: (first.get(name), second.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
