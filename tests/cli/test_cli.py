@@ -65,6 +65,8 @@ def test_evaluate_prints_one_json_object(trained):
     numbers = json.loads(result.stdout)
     measures = ["l1", "psnr", "psnr_per_image", "ssim", "ssim_luma", "codebook_usage", "codebook_perplexity", "images"]
     assert list(numbers) == [*measures, "protocol"]
+    kept = json.loads((trained / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert kept.pop("step") > 0 and kept == numbers
     assert numbers["protocol"]["images"] == 40 and numbers["protocol"]["data"] == "synthetic:40"
     assert numbers["images"] == 40
     assert 0 < numbers["l1"] < 1 and 0 < numbers["codebook_usage"] < 1

@@ -36,6 +36,7 @@ PARTS = {
     "vqdist.sizes": {"vqdist.errors", "vqdist.options"},
     "vqdist.draw_options": {"vqdist.errors"},
     "vqdist.locations": {"vqdist.errors", "vqdist.files"},
+    "vqdist.protocol": {"vqdist.errors", "vqdist.files", "vqdist.sizes", "vqdist.version"},
     "vqdist.declared": set(),
     "vqdist.shipped": set(),
     "vqdist.options": {"vqdist.errors"},

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from vqdist import protocol
 from vqdist.backends.environment import rank_of_launcher
 from vqdist.cli.loading import loading
 from vqdist.cli.measuring import NUM_SAMPLES, GeneratorRun, MeasuredRun, TokenizerRun
@@ -16,7 +17,8 @@ from vqdist.data.config import CODES, MAX_BAD_FRAC, View
 from vqdist.data.specs import check_spec
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an, printable
-from vqdist.files import read_json
+from vqdist.export import RECORD
+from vqdist.files import METRICS, read_json
 from vqdist.locations import find_local_export
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
@@ -41,7 +43,7 @@ recall of samples against the images. Samples have the classes of the images, as
 tokenizer's numbers too. sfid and is need the extractor `inception`.
 
 The protocol is printed with the numbers: which images, sizes, extractor, reference and options they belong to. Only
-numbers of one protocol can be compared."""
+numbers of one protocol can be compared; `vqdist report RUN RUN ...` does so with the last evaluation of each run."""
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -53,7 +55,6 @@ def evaluate(arguments: list[str]) -> int:
     with loading("torch and the run"):
         from vqdist.backends import create_backend
         from vqdist.backends.peers import naming_lost_peers
-        from vqdist.evaluation import protocol
         from vqdist.models.autoregressive import AutoregressiveModel
         from vqdist.models.pretrained import load_model_of_any_type
 
@@ -66,9 +67,21 @@ def evaluate(arguments: list[str]) -> int:
     with naming_lost_peers():
         numbers = measured.on(backend).numbers()
     if backend.is_main:
-        print(json.dumps({**numbers, protocol.KEY: measured.protocol()}))
+        found = {**numbers, protocol.KEY: measured.protocol()}
+        print(json.dumps(found))
+        _keep(run, export, found)
     backend.close()
     return 0
+
+
+def _keep(run: Path, export: Path, found: dict[str, Any]) -> None:
+    """Add an evaluation to those of a run, where it is the folder of one; a run of others may not be written to."""
+    record = export / RECORD
+    if (run / METRICS).is_file() and record.is_file():
+        try:
+            protocol.keep(run, read_json(record)["step"], found)
+        except (UserError, KeyError) as error:
+            print(f"vqdist: the numbers are not kept for `vqdist report`: {error}", file=sys.stderr)
 
 
 def reconstruct(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from vqdist import protocol
 from vqdist.cli.sample import draw_options
 from vqdist.errors import printable
 from vqdist.sizes import ImageSize
@@ -54,8 +55,6 @@ class MeasuredRun:
 
     def protocol(self) -> dict[str, Any]:
         """Return what the numbers were measured on, see `vqdist.evaluation.protocol`."""
-        from vqdist.evaluation import protocol
-
         images = protocol.of_images(self.dataset, self.options.data.folder)
         pixels = {"pixels": "8 bits" if self.options.round_pixels else "float"}
         lpips = {} if self.lpips is None else {"lpips": self.lpips.net}

@@ -5,21 +5,51 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vqdist import protocol
 from vqdist.cli.parsing import make_parser, parse
-from vqdist.errors import UserError
+from vqdist.errors import UserError, printable
 from vqdist.files import METRICS, lines_of_metrics, read_json
 
-VALID = "valid/"
+VALID, EVALUATE = "valid/", "evaluate/"
 
 
 def report(arguments: list[str]) -> int:
-    """Print the last validation and training numbers of runs side by side: `vqdist report RUN RUN ...`."""
+    """Print the last numbers of runs side by side, of training, validation and evaluation: `vqdist report RUN ...`."""
     parser = make_parser("vqdist report", "The last numbers of runs, one column a run.")
     parser.add_argument("runs", type=str, nargs="+", help="Run folders.")
     options = parse(parser, arguments)
-    columns = [_numbers_of(Path(run).expanduser()) for run in options.runs]
+    runs = [Path(run).expanduser() for run in options.runs]
+    columns = [_numbers_of(run) for run in runs]
+    evaluated = {name: last for name, run in zip(options.runs, runs, strict=True) if (last := protocol.last_of(run))}
+    differing = _differences(evaluated)
+    if not differing:
+        for name, column in zip(options.runs, columns, strict=True):
+            column |= _evaluation(evaluated.get(name))
     print(_table(options.runs, columns))
+    for line in differing:
+        print(line)
     return 0
+
+
+def _evaluation(found: dict[str, Any] | None) -> dict[str, str]:
+    """Return the numbers of an evaluation for a column of the table."""
+    numbers = {name: value for name, value in (found or {}).items() if isinstance(value, int | float)}
+    step = {"evaluated at step": numbers.pop("step")} if numbers else {}
+    return {
+        name: _shown(value) for name, value in {**step, **{f"{EVALUATE}{k}": v for k, v in numbers.items()}}.items()
+    }
+
+
+def _differences(evaluated: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a line for each run whose evaluation has another protocol than that of the first one."""
+    (first, *others) = [*evaluated] or [""]
+    lines = []
+    for name in others:
+        found = protocol.differences(evaluated[first][protocol.KEY], evaluated[name][protocol.KEY])
+        if found:
+            said = ", ".join(f"{key} {_shown(a)} and {_shown(b)}" for key, (a, b) in found.items())
+            lines.append(f"the evaluations of {first} and {name} cannot be compared: {said}")
+    return lines
 
 
 def _numbers_of(run: Path) -> dict[str, str]:
@@ -52,6 +82,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 def _shown(value: object) -> str:
     if value is None:
         return "nan"
+    if isinstance(value, str):
+        return printable(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

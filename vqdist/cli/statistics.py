@@ -11,6 +11,7 @@ from vqdist.cli.loading import loading
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.data.specs import check_spec
 from vqdist.errors import UserError
+from vqdist.sizes import image_size_of
 
 if TYPE_CHECKING:
     from vqdist.backends import Backend
@@ -109,7 +110,7 @@ class _Looking:
         for spec in specs:
             if not _is_file(spec):
                 check_spec(spec)
-        self.image_size = options.image_size or next(filter(None, map(_size_of_first, specs)))
+        self.image_size = image_size_of(options.image_size or next(filter(None, map(_size_of_first, specs))))
         self.extractor: FeatureExtractor = load_extractor(
             options.features,
             channels=options.channels,
@@ -121,7 +122,7 @@ class _Looking:
 
     def at(self, spec: Any) -> tuple[Features, dict[str, Any]]:
         """Return the features of a set of images, and what the protocol says of it."""
-        from vqdist.evaluation import protocol
+        from vqdist import protocol
 
         features, said = self._at_file(spec) if _is_file(spec) else self._at_images(spec)
         return features, {**said, **protocol.of_features(self.extractor, None)}
@@ -139,9 +140,9 @@ class _Looking:
     def _at_images(self, spec: Any) -> tuple[Features, dict[str, Any]]:
         from torch import nn
 
+        from vqdist import protocol
         from vqdist.cli.measuring import MeasuredRun
         from vqdist.data.dataset import ImageDataset
-        from vqdist.evaluation import protocol
 
         dataset = ImageDataset(spec, self.image_size, channels=self.options.channels, augment=False)
         run = MeasuredRun(self.options, nn.Identity(), dataset, self.extractor).on(self.backend)

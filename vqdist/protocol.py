@@ -10,21 +10,23 @@ A protocol is a flat dictionary that is written beside the numbers; it says:
 - `samples`, and options of drawing, of a generator.
 - `lpips`: the network of LPIPS.
 - `vqdist`: the version; it makes no two protocols different.
+
+`vqdist evaluate RUN` adds a line to `evaluations.jsonl` of the run; `vqdist report` reads it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from vqdist.files import lines_of_metrics, writing
 from vqdist.sizes import sides_of
 from vqdist.version import __version__
 
-if TYPE_CHECKING:
-    from vqdist.evaluation.extractors import FeatureExtractor
-    from vqdist.evaluation.references import ReferenceFile
-
 KEY = "protocol"
+EVALUATIONS = "evaluations.jsonl"
 SAYS_NOTHING = ("vqdist", "data", "reference")  # names of what a hash tells apart
 
 
@@ -43,8 +45,13 @@ def of_images(dataset: Any, spec: Any) -> dict[str, Any]:
     return said
 
 
-def of_features(extractor: FeatureExtractor | None, reference: ReferenceFile | None) -> dict[str, Any]:
-    """Return what the protocol says of an extractor and of what is compared with."""
+def of_features(extractor: Any, reference: Any) -> dict[str, Any]:
+    """Return what the protocol says of an extractor and of what is compared with.
+
+    Args:
+        extractor: a `FeatureExtractor` or None.
+        reference: a `ReferenceFile` or None.
+    """
     said: dict[str, Any] = {}
     if extractor is not None:
         said |= {"features": extractor.name, "features_hash": extractor.digest()}
@@ -58,3 +65,23 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
     names = [name for name in dict.fromkeys([*first, *second]) if name not in SAYS_NOTHING]
     pairs = {name: (first.get(name), second.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def keep(run: Path, step: int, numbers: Mapping[str, Any]) -> None:
+    """Add the numbers of an evaluation, with their protocol, to those of a run.
+
+    Raises:
+        CannotWrite: the file cannot be written.
+    """
+    path = run / EVALUATIONS
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+
+def last_of(run: Path) -> dict[str, Any] | None:
+    """Return the last evaluation of a run, with its `step` and protocol; None where there is none."""
+    path = run / EVALUATIONS
+    if not path.is_file():
+        return None
+    found = [line for _, line in lines_of_metrics(path.read_bytes()) if isinstance(line.get(KEY), dict)]
+    return found[-1] if found else None
