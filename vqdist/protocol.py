@@ -1,4 +1,4 @@
-"""What a number was measured on. Two numbers are compared only where their protocols agree.
+"""The protocol of a number: all that it was measured on. Two numbers are compared only where their protocols agree.
 
 A protocol is a flat dictionary that is written beside the numbers; it says:
 
@@ -83,5 +83,9 @@ def last_of(run: Path) -> dict[str, Any] | None:
     path = run / EVALUATIONS
     if not path.is_file():
         return None
-    found = [line for _, line in lines_of_metrics(path.read_bytes()) if isinstance(line.get(KEY), dict)]
-    return found[-1] if found else None
+    found = None
+    with open(path, "rb") as file:
+        for _, line in lines_of_metrics(file):
+            if isinstance(line.get(KEY), dict):
+                found = line
+    return found

@@ -101,7 +101,7 @@ class MeasuredRun:
             if name not in self.skipped:
                 print(f"skipped an image that cannot be decoded: {printable(name)}", file=sys.stderr)
                 self.skipped.add(name)
-        share, total = self.options.data.max_bad_frac, len(self.dataset)
+        share, total = getattr(self.dataset, "max_bad_frac", 0.0), len(self.dataset)  # of codes none is bad
         if len(self.skipped) > most_bad(total, share):
             raise too_many_bad(len(self.skipped), total, share, sorted(self.skipped))
 

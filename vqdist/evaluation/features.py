@@ -33,7 +33,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor sees of N images.
+    """All that an extractor sees of N images.
 
     Attributes:
         features: (N, f).

@@ -30,7 +30,7 @@ LARGEST = 64 << 30  # bytes that an array of a file may take, unpacked
 
 @dataclass(frozen=True)
 class Reference:
-    """What images are compared with: the moments of a set, and features of all or some of its images.
+    """The other side of a comparison: the moments of a set, and features of all or some of its images.
 
     Attributes:
         moments: of the features.
