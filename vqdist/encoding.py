@@ -39,7 +39,7 @@ from vqdist.data.loader import Batch, default_workers, listed_loader
 from vqdist.data.sources import folder_of
 from vqdist.errors import UserError
 from vqdist.files import LEASE_SECONDS, LOCK, FolderLock, lock_folder, read_json, sha256_of, write_json
-from vqdist.metrics import code_histogram, codebook_usage
+from vqdist.metrics import code_histogram, codebook_usage, few_codes
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.ranks import on_main
 
@@ -105,7 +105,8 @@ class CodeWriter:
         Returns:
             `count` and `shards` of the folder, `encoded` (images of this call, over all ranks), `images_per_second`
             (None if there was nothing to encode), `replaced` (images that could not be decoded, over all ranks),
-            `codebook_usage` and `codebook_perplexity` over all codes; the same on every rank.
+            `codebook_usage` and `codebook_perplexity` over all codes, `few` (a sentence if few codes are in use, else
+            None); the same on every rank.
         """
         try:
             return self._write(backend, num_workers, progress)
@@ -297,6 +298,7 @@ class CodeWriter:
         return int((np.unique(np.concatenate(seen)) >= 0).sum())
 
     def _summary(self, numbers: dict[str, Any], encoded: int, seconds: float, replaced: int) -> dict[str, Any]:
+        drawn = self.plan["count"] * self.plan["num_codes"]
         return {
             "count": self.plan["count"],
             "shards": len(self._shards()),
@@ -305,6 +307,7 @@ class CodeWriter:
             "replaced": replaced,
             "codebook_usage": numbers["codebook_usage"],
             "codebook_perplexity": numbers["codebook_perplexity"],
+            "few": few_codes(numbers["codebook_usage"], drawn, self.plan["codebook_size"]),
         }
 
 

@@ -57,6 +57,22 @@ def mend_export(folder: Path) -> None:
         _remove(left)
 
 
+def remove_export(folder: Path) -> None:
+    """Remove an export, if there is one, so that no moment shows half of it."""
+    _, old = _beside(folder)
+    _remove(old)
+    if os.path.lexists(folder):
+        folder.rename(old)
+    _remove(old)
+
+
+def step_of_export(folder: Path) -> int | None:
+    """Return the step of an export that is whole; None of any other, and of one without a record."""
+    record = _record_of(folder)
+    step = None if record is None or not is_whole(folder) else record.get("step")
+    return step if isinstance(step, int) else None
+
+
 def is_export_of(folder: Path, record: dict[str, Any]) -> bool:
     """Return whether a folder is the export with this record, and each file has the checksum that stands there."""
     return _record_of(folder) == record and _files_are(folder, record)

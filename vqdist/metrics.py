@@ -15,6 +15,9 @@ from vqdist.models.tokenizer import TokenizerNetwork, check_range
 from vqdist.sizes import ImageSize, sides_of
 
 
+FEW_CODES = 0.1
+
+
 class RunningMeans:
     """Means of named 0-d tensors since the last `reset`, kept on the device: adding waits for nothing."""
 
@@ -56,6 +59,9 @@ class CodeHistogram:
     Args:
         network: whose codes are counted.
         device: of the codes.
+
+    Attributes:
+        few: a sentence where few codes were in use at the last `usage`, else None.
     """
 
     def __init__(self, network: TokenizerNetwork, device: torch.device):
@@ -63,6 +69,7 @@ class CodeHistogram:
         self.codebook_size, self.num_levels, self.scales = network.codebook_size, network.num_levels, network.scales
         parts = self.num_levels if self.scales is None else len(self.scales)
         self.counts = torch.zeros(parts * self.codebook_size, dtype=torch.int64, device=device)
+        self.few: str | None = None
         self._range = torch.zeros(2, dtype=torch.int64, device=device)  # from the lowest code to the highest
 
     def add(self, ids: Tensor) -> None:
@@ -83,6 +90,8 @@ class CodeHistogram:
 
         With scales also `codebook_usage_scale_I`, I from 1: the share of the codebook that each scale uses.
 
+        Afterwards `few` has a warning if that is little.
+
         Raises:
             UserError: a rank's codes were not all in the codebook.
         """
@@ -91,11 +100,14 @@ class CodeHistogram:
         least = -1 if self.num_levels > 1 else 0
         check_range(int(ranges[:, 0].min()), int(ranges[:, 1].max()), self.network, least=least)
         counts = backend.sum(self.counts.clone())
+        drawn = int(counts.sum()) // (self.num_levels if self.scales is None else 1)
         if self.scales is None:
             usage, perplexity = codebook_usage(counts, self.num_levels)
+            self.few = few_codes(usage, drawn, self.codebook_size)
             return {"codebook_usage": usage, "codebook_perplexity": perplexity}
         by_scale = counts.view(len(self.scales), -1)
         usage, perplexity = codebook_usage(by_scale.sum(dim=0))
+        self.few = few_codes(usage, drawn, self.codebook_size)
         shares = enumerate((by_scale > 0).double().mean(dim=1).tolist(), start=1)
         parts = {f"codebook_usage_scale_{number}": share for number, share in shares}
         return {"codebook_usage": usage, "codebook_perplexity": perplexity, **parts}
@@ -274,6 +286,26 @@ class CodePredictionMetrics:
                 numbers[f"nll_scale_{number + 1}"] = nlls[number] / (max(1, images) * length)
                 numbers[f"accuracy_scale_{number + 1}"] = hits[number] / (max(1, images) * length)
         return {**numbers, "images": images}
+
+
+def few_codes(usage: float, drawn: int, codebook_size: int) -> str | None:
+    """Return a sentence where less than a tenth of the codes is in use that could be, else None.
+
+    A large codebook is not in use as a whole where few codes were drawn: as many codes as could be are those that so
+    many draws give on average if all codes are equally likely.
+
+    Args:
+        usage: share of the codes that occur, of each level on average.
+        drawn: how many codes were counted, of each level.
+        codebook_size: codes of each level.
+    """
+    possible = -math.expm1(-drawn / codebook_size)
+    if usage >= FEW_CODES * possible:
+        return None
+    return (
+        f"{usage * codebook_size:.0f} of {codebook_size} codes are in use ({drawn} were drawn); docs/gan.md says which options "
+        "keep codes alive"
+    )
 
 
 def codebook_usage(histogram: Tensor, num_levels: int = 1) -> tuple[float, float]:

@@ -159,4 +159,6 @@ def _report(out: str, numbers: dict) -> None:
             "own label",
             file=sys.stderr,
         )
+    if (few := numbers.pop("few")) is not None:
+        print(f"warning: {few}", file=sys.stderr)
     print(json.dumps(numbers))

@@ -307,3 +307,7 @@ def _print_summary(trainer, numbers: dict[str, float]) -> None:
         print(f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
     print(f"  {trainer.picture_name:<{width}}  {trainer.picture_path}")
     print(f"  {'model':<{width}}  {trainer.run_folder / 'export'}")
+    if trainer.best.is_another:
+        print(f"  {'best':<{width}}  {trainer.best.folder}")
+    for warning in trainer.report.warnings.values():
+        print(f"warning: {warning}")

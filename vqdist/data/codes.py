@@ -88,6 +88,7 @@ class CodeDataset(Dataset):
         scales: sides of the token maps of a multi-scale tokenizer, the finest last; None where there is one map.
         code_side: side of that one map; None with scales, of codes in a row, and where the map is not square.
         class_names: of the labels, or None where they have no names.
+        codebook_usage: share of the codes that occur; None where the manifest does not have it.
         classes_seen: how many different classes the images have; 0 where the source has none.
 
     Raises:
@@ -109,6 +110,7 @@ class CodeDataset(Dataset):
         self.classes_seen: int = manifest["classes_seen"]
         self.code_side: int | None = manifest["code_side"]
         self.class_names = checked_names(manifest.get("classes"), self.folder / MANIFEST)
+        self.codebook_usage: float | None = manifest.get("codebook_usage")
         self._numbers: list[int] | None = None  # of these classes, where a model counts them in another way
         self.scales: tuple[int, ...] | None = None if manifest["scales"] is None else tuple(manifest["scales"])
         self._dtypes = {"codes": code_dtype(self.codebook_size), "labels": LABEL_DTYPE}

@@ -21,7 +21,14 @@ from vqdist.data.loader import Batch
 from vqdist.drawing import draw_numbers
 from vqdist.errors import UserError, an, printable
 from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reconstruct
-from vqdist.metrics import CodeHistogram, CodePredictionMetrics, RunningMeans
+from vqdist.metrics import (
+    CodeHistogram,
+    CodePredictionMetrics,
+    RunningMeans,
+    code_histogram,
+    codebook_usage,
+    few_codes,
+)
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.tokenizer import Tokenizer, TokenizerNetwork
 from vqdist.sampling import DrawOptions, uniform_per_image
@@ -29,6 +36,7 @@ from vqdist.seeding import derive_seed
 from vqdist.tracking import Tracker
 from vqdist.trainers.ar_config import IMAGE_OPTIONS, ARTrainerConfig
 from vqdist.trainers.base import Trainer, mark_last
+from vqdist.trainers.best import OF_PREDICTIONS
 from vqdist.trainers.data import Images
 
 
@@ -50,6 +58,7 @@ class ARTrainer(Trainer):
     model_argument = "model"
     _absent_classes: str | None = None  # a line about them
     picture_name = "samples"
+    measure = OF_PREDICTIONS
 
     def __init__(self, model: AutoregressiveModel, **options):
         super().__init__(model, **options)
@@ -108,6 +117,8 @@ class ARTrainer(Trainer):
         super()._go_on()
         if self._absent_classes is not None:
             self.report.print(printable(self._absent_classes))
+        if isinstance(self.dataset, CodeDataset) and (few := _few_codes_in(self.dataset)) is not None:
+            self.report.warn("codebook", few)
 
     def _codes_to_validate_on(self, dataset: CodeDataset, valid_dataset: Dataset | None) -> CodeDataset:
         """Return those that are given, or those that are trained on, which are split."""
@@ -147,6 +158,10 @@ class ARTrainer(Trainer):
         super()._set_up_networks()
         # of a tokenizer that is trained along: its codebook may die, one that is frozen cannot
         self.codes = CodeHistogram(cast(TokenizerNetwork, self.model), self.device) if self._is_tokenizer else None
+        # of a frozen one it is counted from the start on whether few of its codes are in use
+        self._seen: Tensor | None = None
+        if not self._is_tokenizer and not isinstance(self.dataset, CodeDataset):
+            self._seen = torch.zeros(self.model.codebook_size, dtype=torch.int64, device=self.device)
         scales = self.model.scale_lengths  # the likelihood of all codes is the loss already, that of each scale is not
         self.predicted = CodePredictionMetrics(
             self.model.num_codes, scales, self.device, likelihood=scales is not None
@@ -174,6 +189,8 @@ class ARTrainer(Trainer):
             self.predicted.update(out.logits.detach(), out.indices)
             if self.codes is not None:
                 self.codes.add(out.indices)
+            if self._seen is not None:
+                self._seen += code_histogram(out.indices, codebook_size=len(self._seen))
         numbers = self.step_engine("model", means.means(), lr=self.learning_rate(self.config.lr))
         numbers["lr"] = torch.tensor(self.learning_rate(self.config.lr))
         return numbers
@@ -193,8 +210,19 @@ class ARTrainer(Trainer):
         numbers = {name: value for name, value in predicted.items() if name.startswith(("accuracy", "nll_scale"))}
         if self.codes is not None:
             numbers |= self.codes.usage(self.backend)
+            self.report.watch_codebook(self.codes.few)
             self.codes.reset()
+        if self._seen is not None:
+            self._watch_codes(self._seen)
         return numbers
+
+    def _watch_codes(self, seen: Tensor) -> None:
+        """Look at the codes of a frozen tokenizer, until it is clear that enough are in use."""
+        counts = self.backend.sum(seen.clone())
+        few = few_codes(codebook_usage(counts)[0], int(counts.sum()), len(counts))
+        self.report.watch_codebook(few)
+        if few is None:
+            self._seen = None
 
     def evaluate(self) -> dict[str, float]:
         """Measure the predictions of the validation images' codes; of VQ-AR also the reconstructions."""
@@ -249,3 +277,10 @@ class ARTrainer(Trainer):
     def _is_tokenizer(self) -> bool:
         """Whether the model makes its codes itself, end to end."""
         return isinstance(self.model, TokenizerNetwork)
+
+
+def _few_codes_in(codes: CodeDataset) -> str | None:
+    """Return a sentence where stored codes are of a small part of the codebook, else None."""
+    if codes.codebook_usage is None:
+        return None
+    return few_codes(codes.codebook_usage, len(codes) * codes.num_codes, codes.codebook_size)

@@ -22,6 +22,7 @@ from vqdist.seeding import OwnGenerators
 from vqdist.stopping import BrokenOff
 from vqdist.tracking import check_trackers
 from vqdist.trainers.bad_images import BadImages
+from vqdist.trainers.best import Best, Measure
 from vqdist.trainers.config import TrainerConfig, build_config, described, signature_of
 from vqdist.trainers.data import Images, RunData, open_images
 from vqdist.trainers.early_end import EarlyEnd
@@ -67,11 +68,13 @@ class Trainer(RunOwner):
     Attributes:
         model_argument: what the constructor calls the model.
         picture_name: what the pictures show.
+        measure: by which number validations are compared; None keeps no best one.
         with_labels: whether batches come with the classes of their images.
     """
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
     model_argument: ClassVar[str] = "vae"
+    measure: ClassVar[Measure | None] = None
     picture_name: ClassVar[str] = "reconstructions"
     if TYPE_CHECKING:  # an attribute or a property of each trainer
 
@@ -213,6 +216,7 @@ class Trainer(RunOwner):
                     self.report.draw(self.save_pictures)
                     self.early_end.if_asked(of=self.num_train_steps)
                 if self.step < self.num_train_steps:
+                    self.best.hold()
                     self._read_ahead()
                     self.stop.asked_now()
                     self.early_end.if_asked(of=self.num_train_steps)
@@ -325,7 +329,11 @@ class Trainer(RunOwner):
         Nothing without a validation split, or where a signal breaks the validation off, on every rank at the same
         batch.
         """
-        return self.report.validate(self.evaluate) if len(self.split.valid) else {}
+        if not len(self.split.valid):
+            return {}
+        numbers = self.report.validate(self.evaluate)
+        self.best.note(numbers)
+        return numbers
 
     def finish(self) -> dict[str, float]:
         """Save, measure and draw the end of the run, if that was not done at this very step."""
@@ -341,6 +349,7 @@ class Trainer(RunOwner):
         if self.report.picture_broken_off:
             self.early_end.stop_now(self.stop.number)
         self.resume.settle()
+        self.best.finish()
         self.report.print_bad_images()
         if self.tracker is not None:
             self.tracker.artifact(self.run.folder / "export")
@@ -398,7 +407,10 @@ class Trainer(RunOwner):
             self.run, self.backend, self.networks, self.progress, self.report, self.guard, trained=self
         )
         self.early_end = EarlyEnd(self.stop, self.feed, self.resume)
-        if self.resume.load_newest():
+        self.best = Best(self.run, self.backend, self.progress, self.report, self.measure, self.resume.export_best)
+        resumed = self.resume.load_newest()
+        self.best.restore()
+        if resumed:
             newest = self.checkpoints.path(self.step)
             self.report.print(f"resumed {newest}: step {self.step} of {self.num_train_steps}")
             if (passed := self.end_passed()) is not None:

@@ -90,6 +90,9 @@ class TrainerConfig(DataConfig):
     """Steps from one checkpoint to the next; 0 saves at the end only."""
     keep_checkpoints: int | None = option(3, at_least=1, free=True)
     """Newest checkpoints to keep; null keeps all."""
+    keep_best: bool = option(True, free=True)
+    """Keep the weights of the best validation in export_best/, as long as that is not the last; by PSNR, or by the
+    likelihood of codes."""
     on_nonfinite: str = option("raise", one_of=("raise", "skip"), free=True)
     """When losses or gradients are not finite: `raise` ends the run before its next checkpoint; `skip` drops the
     update and goes on, and waits for the device in every step to do so."""

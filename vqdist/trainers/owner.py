@@ -24,6 +24,7 @@ from vqdist.schedules import learning_rate
 from vqdist.seeding import OwnGenerators
 from vqdist.tracking import Tracker
 from vqdist.trainers.average import MovingAverage
+from vqdist.trainers.best import Best
 from vqdist.trainers.config import TrainerConfig
 from vqdist.trainers.data import Images, RunData
 from vqdist.trainers.early_end import EarlyEnd
@@ -58,6 +59,7 @@ class RunOwner(ABC):
         report: log lines, validations and pictures.
         feed: training batches.
         resume: checkpoints.
+        best: the best validation so far.
         early_end: a stop before the last step.
     """
 
@@ -75,6 +77,7 @@ class RunOwner(ABC):
     report: Report
     feed: Feed
     resume: Resume
+    best: Best
     early_end: EarlyEnd
     _in_step: bool  # also after an error that broke a step off
 
@@ -97,6 +100,7 @@ class RunOwner(ABC):
     def load(self, path: str | Path) -> None:
         """Restore all that `save` wrote: weights, optimizers, average, codebooks, step, random state, position."""
         self.resume.load(Path(path))
+        self.best.restore()
         self.feed.forget()
         self._in_step = False
         self.report.close()  # until training goes on from there

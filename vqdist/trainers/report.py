@@ -22,6 +22,7 @@ from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.stop_request import FAULT, StopRequest
 
+LINES_OF_FEW = 3
 LogFunction = Callable[[dict[str, float]], Any]
 
 
@@ -43,6 +44,7 @@ class Report:
         validation_broken_off: whether a signal broke it off; a checkpoint keeps it, and the resumed run validates.
         pictured: step of the last picture.
         picture_broken_off: whether a signal kept it from being drawn; kept likewise, and the resumed run draws it.
+        warnings: what goes wrong at present, by what it is about.
     """
 
     def __init__(self, backend: Backend, progress: Progress, stop: StopRequest, folder: Path, bad_images: BadImages):
@@ -68,6 +70,8 @@ class Report:
         self.validation_broken_off: bool = manifest.get("validation_broken_off", False)
         self.pictured = -1
         self.picture_broken_off: bool = manifest.get("picture_broken_off", False)
+        self.warnings: dict[str, str] = {}
+        self._lines_of_few = 0
         self._undrawn = 0  # the signal that broke off the picture that this rank drew
         self.restart_clock()
 
@@ -87,6 +91,34 @@ class Report:
         """Start the sinks again if they were closed, as at a stop, and training goes on; lines of later steps go."""
         if self._closed:
             self.open(*self._sinks)
+
+    def warn(self, about: str, message: str) -> None:
+        """Say that the run goes wrong: once, until it is withdrawn; what was not stands in the summary, too.
+
+        Args:
+            about: what goes wrong; of one thing there is one warning.
+            message: a sentence.
+        """
+        if about not in self.warnings:
+            self.print(f"warning: {message}")
+        self.warnings[about] = message
+
+    def watch_codebook(self, few: str | None) -> None:
+        """Warn where few codes were in use on several log lines in a row: the first ones may be of a codebook that
+        spreads yet.
+
+        Args:
+            few: of a log line, see `metrics.few_codes`.
+        """
+        self._lines_of_few = 0 if few is None else self._lines_of_few + 1
+        if few is None:
+            self.withdraw("codebook")
+        elif self._lines_of_few >= LINES_OF_FEW:
+            self.warn("codebook", few)
+
+    def withdraw(self, about: str) -> None:
+        """Forget the warning about something: it is well again."""
+        self.warnings.pop(about, None)
 
     def print(self, message: str) -> None:
         """Say something once: on rank 0, on standard error, above the progress bar."""

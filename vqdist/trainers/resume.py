@@ -145,10 +145,22 @@ class Resume:
 
     def export_step(self) -> None:
         """Let `export/` be that of this step; every rank calls this, and fails if it cannot be written."""
-        folder = self.run.folder / "export"
+        self._write_export_everywhere(self.run.folder / "export")
+        self._exported = self.progress.step
+
+    def export_best(self, folder: Path) -> None:
+        """Write the averaged model of a step that is not saved otherwise; every rank fails if it cannot be written.
+
+        Raises:
+            UserError: likewise, or a value of the run is not finite.
+        """
+        with self.report.paused():
+            self.check_finite()
+            self._write_export_everywhere(folder)
+
+    def _write_export_everywhere(self, folder: Path) -> None:
         with everywhere(self.backend, f"{folder} cannot be written"):
             self._write_export(folder)
-        self._exported = self.progress.step
 
     def _write_export(self, folder: Path) -> None:
         with self.trained.averaged_model() as model:

@@ -14,6 +14,7 @@ from vqdist.metrics import CodeHistogram
 from vqdist.models.tokenizer import TokenizerNetwork
 from vqdist.tracking import Tracker
 from vqdist.trainers.base import Trainer
+from vqdist.trainers.best import OF_RECONSTRUCTIONS
 
 
 class TokenizerTrainer(Trainer):
@@ -23,6 +24,8 @@ class TokenizerTrainer(Trainer):
         codes: the codes of this rank's training images since the last log line; `update` adds to it.
     """
 
+    measure = OF_RECONSTRUCTIONS
+
     def _set_up_networks(self) -> None:
         super()._set_up_networks()
         self.codes = CodeHistogram(cast(TokenizerNetwork, self.main_engine.module), self.device)
@@ -31,6 +34,7 @@ class TokenizerTrainer(Trainer):
     def numbers_over_ranks(self) -> dict[str, float]:
         """Usage and perplexity of the codebook on the training images since the last line."""
         numbers = self.codes.usage(self.backend)
+        self.report.watch_codebook(self.codes.few)
         self._codes_before += self.codes.counts
         self.codes.reset()
         return numbers
