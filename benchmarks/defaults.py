@@ -119,7 +119,6 @@ class Search:
         self.done.add(_key(row))
         print(json.dumps(row), flush=True)
 
-
     def _half(self, images: str, seed: int, steps: int, name: str) -> Path:
         folder = self.halves / f"{name}_{seed}_{steps}"
         if not folder.is_dir():
@@ -335,7 +334,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     data = list(dict.fromkeys(row["data"] for row in rows))
-    lines = ["| | " + " | ".join(f"{name}: PSNR | perplexity" for name in data) + " |", "| --- |" + " --- |" * 2 * len(data)]
+    lines = [
+        "| | " + " | ".join(f"{name}: PSNR | perplexity" for name in data) + " |",
+        "| --- |" + " --- |" * 2 * len(data),
+    ]
     for label in dict.fromkeys(row["label"] for row in rows):
         cells = []
         for name in data:
@@ -352,7 +354,9 @@ def parse_arguments() -> argparse.Namespace:
     crops.add_argument("pictures", type=Path)
     crops.add_argument("folder", type=Path)
     search = commands.add_parser("search", help="train what has no line yet")
-    search.add_argument("--data", action="append", required=True, metavar="NAME=IMAGES", help="may be given several times")
+    search.add_argument(
+        "--data", action="append", required=True, metavar="NAME=IMAGES", help="may be given several times"
+    )
     search.add_argument("--out", type=Path, required=True, help="the lines, JSON")
     search.add_argument(
         "--only", nargs="+", metavar="STAGE[:LABEL]", help="of codebook, rate, players, average, in this order"

@@ -14,7 +14,6 @@ from vqdist.models.multiscale import hits_per_scale
 from vqdist.models.tokenizer import TokenizerNetwork, check_range
 from vqdist.sizes import ImageSize, sides_of
 
-
 FEW_CODES = 0.1
 
 
@@ -302,10 +301,8 @@ def few_codes(usage: float, drawn: int, codebook_size: int) -> str | None:
     possible = -math.expm1(-drawn / codebook_size)
     if usage >= FEW_CODES * possible:
         return None
-    return (
-        f"{usage * codebook_size:.0f} of {codebook_size} codes are in use ({drawn} were drawn); docs/gan.md says which options "
-        "keep codes alive"
-    )
+    used = f"{usage * codebook_size:.0f} of {codebook_size} codes are in use ({drawn} were drawn)"
+    return f"{used}; docs/gan.md says which options keep codes alive"
 
 
 def codebook_usage(histogram: Tensor, num_levels: int = 1) -> tuple[float, float]:

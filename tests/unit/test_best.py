@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, torchrun
 from safetensors.torch import load_file
-from scenarios import build_ar_trainer, build_tokenizer, build_trainer, evaluated_weights
+from scenarios import build_ar_trainer, build_tokenizer, build_trainer, evaluated_weights, largest_difference
+from workers.best_worker import run_at as run_as_the_ranks
 
-from vqdist import VQGanVAE
+from vqdist import VQGanVAE, VQGanVAETrainer
 from vqdist.cli import main
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
@@ -146,15 +148,24 @@ def test_a_model_of_codes_is_compared_by_their_likelihood(tmp_path):
     assert not trainer.report.warnings  # 2.55 is near the best, and 2.7 is forgotten
 
 
-def test_the_summary_repeats_what_is_wrong(tmp_path, capsys):
+def test_the_summary_repeats_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(VQGanVAETrainer, "evaluate", lambda trainer: {"psnr": PSNR[trainer.step]})
     arguments = "--data synthetic:64 --image_size 16 --model.dim 16 --model.layers 2 --model.perceptual none"
-    arguments += " --model.quantizer vq --model.codebook_size 64 --model.vq_kwargs.kmeans_init false"
     arguments += " --model.use_gan false --trainer.num_train_steps 4 --trainer.batch_size 4 --data.num_workers 0"
-    arguments += " --trainer.lr 100 --trainer.validate_every 1 --trainer.log_every 1"
-    assert main(["train", "vqgan", *arguments.split(), "--out", str(tmp_path)]) == 0
+    arguments += f" --trainer.validate_every 1 --out {tmp_path}"
+    assert main(["train", "vqgan", *arguments.split()]) == 0
     out = capsys.readouterr().out.splitlines()
     assert ["best", str(tmp_path / FOLDER)] in [line.split() for line in out]
-    assert any(line.startswith("warning: valid/psnr is ") for line in out)
+    assert any(line.startswith("warning: valid/psnr is 9 dB at step 4, and was 14 at step 2") for line in out)
+
+
+@pytest.mark.distributed
+def test_two_ranks_keep_what_one_process_keeps(tmp_path):
+    torchrun([str(ROOT / "tests" / "workers" / "best_worker.py"), str(tmp_path / "two")])
+    run_as_the_ranks(tmp_path / "one").train()
+    one, two = (load_file(tmp_path / run / FOLDER / "model.safetensors") for run in ("one", "two"))
+    assert largest_difference(one, two)[0] < 1e-5
+    assert json.loads((tmp_path / "two" / RECORD).read_text()) == {"step": 2, "value": 14.0}
 
 
 # ------------------------------------------------------------------------------------------------------ codes in use

@@ -104,8 +104,7 @@ class Report:
         self.warnings[about] = message
 
     def watch_codebook(self, few: str | None) -> None:
-        """Warn where few codes were in use on several log lines in a row: the first ones may be of a codebook that
-        spreads yet.
+        """Warn where few codes were in use on several log lines in a row; the first may be of a codebook that spreads.
 
         Args:
             few: of a log line, see `metrics.few_codes`.
