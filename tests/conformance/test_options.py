@@ -449,6 +449,15 @@ def keep_checkpoints(tmp_path):
 
 
 @case
+def keep_best(tmp_path):
+    for keep in (True, False):
+        trainer = build_trainer(tmp_path / str(keep), keep_best=keep, validate_every=1)
+        trainer.evaluate = lambda trainer=trainer: {"psnr": -float(trainer.step)}  # the first is the best
+        trainer.train()
+        assert (trainer.run_folder / "export_best").is_dir() == keep
+
+
+@case
 def check_ranks_every(tmp_path, monkeypatch):
     checked = []
     monkeypatch.setattr(networks, "check_ranks_agree", lambda backend, tensors, step: checked.append(step))
