@@ -81,9 +81,9 @@ OPTIMIZERS: Registry[Any] = Registry(
         "adam": "torch.optim.adam.Adam",
         "adamw": "torch.optim.adamw.AdamW",
         "sgd": "torch.optim.sgd.SGD",
-        "muon": "vqdist.trainers.optimizers.muon",
-        "schedule_free": "vqdist.trainers.optimizers.schedule_free",
-        "adamw_8bit": "vqdist.trainers.optimizers.adamw_8bit",
+        "muon": "vqdist.trainers.muon.muon",
+        "schedule_free": "vqdist.trainers.library_optimizers.schedule_free",
+        "adamw_8bit": "vqdist.trainers.library_optimizers.adamw_8bit",
     },
 )
 # a factory gets the whole of `name:rest` as `spec`, where it has that parameter, and `exts` likewise

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from launching import free_port
 
 from vqdist import cli
-from vqdist.backends import peers
+from vqdist.backends import heartbeat, peers
 from vqdist.backends.peers import Peers, is_lost_peer, naming_lost_peers
 from vqdist.errors import PeerLost, UserError
 
 
 @pytest.fixture
 def company(monkeypatch):
-    """A function that makes Peers of one store; pulses are quick, and all of them end with the test."""
-    monkeypatch.setattr(peers, "PULSE", 0.02)
-    monkeypatch.setattr(peers, "LOOK", 1.0)
+    """Return a function that makes Peers of one store; heartbeats are quick, and all of them end with the test."""
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.02)
+    monkeypatch.setattr(heartbeat, "LOOK", 1.0)
     shared, made = dist.HashStore(), []
 
     def make(rank: int, size: int = 3, timeout: float = 60.0, hosts: str = "abc", store=shared) -> Peers:
@@ -35,14 +35,14 @@ def company(monkeypatch):
 
 @pytest.fixture
 def left(monkeypatch) -> list[int]:
-    """The codes with which this process would have ended at once."""
+    """Return the codes with which this process would have ended at once."""
     codes: list[int] = []
-    monkeypatch.setattr(peers, "leave", codes.append)
+    monkeypatch.setattr(heartbeat, "leave", codes.append)
     return codes
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """Until it holds, or for so long that it never will."""
+    """Wait until it holds, or for so long that it never will."""
     deadline = time.monotonic() + 20
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -75,10 +75,10 @@ def test_exceptions_of_torch_distributed_are_of_lost_peers():
     assert is_lost_peer(dist.DistNetworkError("anything")) and is_lost_peer(dist.DistBackendError("anything"))
 
 
-def test_who_has_no_pulse_is_lost(company):
+def test_who_has_no_heartbeat_is_lost(company):
     first, second, third = (company(rank) for rank in range(3))
     third.close()
-    third._pulse.join()
+    third._heartbeat.join()
     second.progress = lambda: (" after step 7", "go on")
     lost = second.lost(RuntimeError("Connection reset by peer"))
     assert lost.ranks == (2,)
@@ -122,7 +122,7 @@ def test_the_guard_ends_a_process_that_waits_without_end(company, left, capsys):
     waiting, other = company(0, size=2, timeout=0.2), company(1, size=2)
     time.sleep(0.1)
     assert not left
-    other._read = None  # its pulse stops, and nobody is told
+    other._read = None  # its heartbeat stops, and nobody is told
     waiting.progress = lambda: (" after step 3", "go on")
     wait_for(lambda: left)
     assert left[0] == 69
@@ -130,18 +130,18 @@ def test_the_guard_ends_a_process_that_waits_without_end(company, left, capsys):
 
 
 def test_the_guard_lets_a_rank_go_that_is_done(company, left, monkeypatch):
-    monkeypatch.setattr(peers, "LOOK", 0.05)
+    monkeypatch.setattr(heartbeat, "LOOK", 0.05)
     busy, done = company(0, size=2, timeout=0.1), company(1, size=2)
     busy.progress = lambda: ("", "")
     done.close()
-    done._pulse.join()
+    done._heartbeat.join()
     time.sleep(1)
     assert not left
 
 
 def test_the_guard_ends_a_process_whose_peer_has_crashed(company, left, monkeypatch):
     """It waits in an exchange that has no time-out, or one of days; the peer's process ended in the usual way."""
-    monkeypatch.setattr(peers, "LOOK", 0.2)
+    monkeypatch.setattr(heartbeat, "LOOK", 0.2)
     busy, crashed = company(0, size=2, timeout=0.1), company(1, size=2)
     busy.progress = lambda: ("", "")
     crashed.say_why("out of memory")
@@ -172,7 +172,7 @@ def test_who_is_lost_is_found_before_progress_is_asked(company):
 
     first.progress = progress
     third._read = None
-    third._pulse.join()
+    third._heartbeat.join()
     lost = first.lost(RuntimeError("Connection reset by peer"))
     assert str(lost) == "lost rank 2 (host c) after step 7: connection reset by peer; go on"
 

@@ -15,9 +15,9 @@ import torch
 from launching import run
 from workers.stopping_worker import SCENARIOS
 
+from vqdist.leaving import LeaveAtOnce
 from vqdist.stopping import (
     BrokenOff,
-    LeaveAtOnce,
     Stopped,
     StopSignals,
     UntilTheEnd,
@@ -113,7 +113,7 @@ def test_a_signal_within_a_finalizer_breaks_off_without_a_word(capfd):
 
 def test_a_signal_within_a_finalizer_of_a_start_ends_it():
     code = (
-        "import os, signal; from vqdist.stopping import LeaveAtOnce\n"
+        "import os, signal; from vqdist.leaving import LeaveAtOnce\n"
         "class Finalized:\n    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
         "with LeaveAtOnce():\n    finalized = Finalized()\n    del finalized\n    print('goes on')\n"
     )

@@ -1,250 +1,51 @@
-"""The other ranks: meeting them, and saying which of them is gone when an exchange fails.
+"""The other ranks: meeting them, and naming those that are gone when an exchange fails, by `heartbeat`.
 
-A collective that fails says that something is gone, seldom what. So each rank keeps a pulse, a number in the store
-where the ranks met that grows every second; when an exchange fails the survivors look whose pulse has stopped. The
-store is a few bytes on rank 0 (or on its node's torchrun), apart from the network of the collectives.
-
-A survivor leaves by `leave`: what torch does at the end of a process may wait for those who are gone.
+A survivor leaves by `leave`: torch's own way to end a process may wait for those who are gone.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
 import json
-import multiprocessing
 import os
-import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from vqdist.backends.environment import export_launch, origin_of_size, resolves, world_size_of_launcher
-from vqdist.errors import EXIT_PEER_LOST, PeerLost, RanksDiverged, UserError
-from vqdist.stopping import Stopped, hold_if_leaving
+from vqdist.backends.heartbeat import INTERVAL, LOOK, Peers, Progress, is_lost_peer, leave, one_line, within
+from vqdist.errors import PeerLost, RanksDiverged, UserError
+from vqdist.leaving import hold_if_leaving
+from vqdist.stopping import Stopped
 
-PULSE = 1.0  # seconds
-LEFT = "left"  # the pulse of a rank that is done
-LOOK = 6.0  # seconds after which a pulse that has not moved has stopped
-PROGRESS = 60.0  # seconds in which to say how far this process came: the disk may be gone too
+__all__ = [
+    "Peers",
+    "account_for",
+    "first_exchange",
+    "in_company",
+    "is_lost_peer",
+    "leave",
+    "meet",
+    "named",
+    "naming_lost_peers",
+    "part",
+    "say_leaving",
+]
+
 FIRST_EXCHANGE = timedelta(seconds=60)
 AWAITED = 20.0  # seconds after which a process that waits for others says so
 FAREWELL = 12.0  # seconds in which a rank that leaves before it has met the others tells them
-Progress = Callable[[], tuple[str, str]]
-
-# what gloo, NCCL and the store say when a peer is gone, beside the exceptions of torch.distributed
-SIGNS = re.compile(
-    r"connection (closed|reset) by peer|broken pipe|connection refused|connectfullmesh|no route to host"
-    r"|timed out waiting \d+ ?ms|application timeout caused pair closure|network is unreachable"
-    r"|nccl (error|communicator was aborted)|watchdog caught collective|remote process exited",
-    re.IGNORECASE,
-)
-TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
-
 _meetings = 0  # of this process until now: each has names of its own in the store
 _current: Peers | None = None
 _fresh_store: dist.Store | None = None  # of `_renew_meeting_place`: it lasts as long as somebody holds it
-
-
-class Peers:
-    """The ranks of one process group, from `meet` until `part`.
-
-    Args:
-        store: where the ranks have met.
-        rank: of this process.
-        hosts: the host of each rank.
-        timeout: how long a peer may be silent.
-
-    Attributes:
-        heard: what others have said of ranks that are gone; it is remembered, since the store may go with them.
-        code: the exit code of a rank that left on purpose, which the others leave with, too.
-        progress: gives how far this process came, as " after step 7", and what to do, for what is said of lost ranks;
-            None where nobody guards this process.
-        ended_with_error: whether the others were told of an error that ends this rank.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, hosts: list[str], timeout: timedelta):
-        self.store = store
-        self.rank = rank
-        self.hosts = hosts
-        self.timeout = timeout
-        self.heard: dict[int, str] = {}
-        self.code = EXIT_PEER_LOST
-        self.progress: Progress | None = None
-        self.ended_with_error = False
-        self._neighbour = ""  # the pulse of the next rank
-        self._closed = threading.Event()
-        self._looking = threading.Event()
-        self._pulse = threading.Thread(target=self._keep_pulse, name="pulse", daemon=True)
-        self._pulse.start()
-        threading.Thread(target=self._guard, name="guard", daemon=True).start()
-
-    def _keep_pulse(self) -> None:
-        following = (self.rank + 1) % len(self.hosts)
-        with suppress(Exception):  # a store that is gone ends it, in whatever words
-            for beat in itertools.count():
-                self.store.set(f"pulse/{self.rank}", str(beat))
-                self._neighbour = self._read(f"pulse/{following}")
-                self._listen()
-                if self._closed.wait(PULSE):
-                    if not self.ended_with_error:
-                        self.store.set(f"pulse/{self.rank}", LEFT)
-                    return
-
-    def _guard(self) -> None:
-        """End this process, while it is guarded, if the next rank or the store is silent for too long, or if it has
-        been known for so long that a rank is gone.
-
-        An exchange that knows of its own time-out ends before: not all do, nor what waits for a device. But NCCL ends
-        the whole process at its time-out, without a word of who is lost: there this is to come first. Seconds are
-        counted while this process runs: a scheduler may halt all of them.
-        """
-        seconds = self.timeout.total_seconds()
-        limit = 0.9 * seconds if torch.cuda.is_available() else seconds + 3 * LOOK
-        before, silent = "", 0.0
-        while not self._closed.wait(PULSE):
-            still = self._neighbour == before != LEFT
-            on_purpose = self.code != EXIT_PEER_LOST
-            silent = silent + PULSE if on_purpose or self.progress and (still or self.heard) else 0.0
-            before = self._neighbour
-            if silent > (LOOK if on_purpose else limit) and not self._looking.is_set():
-                lost = self.lost(TimeoutError())
-                print(f"vqdist: error: {lost}", file=sys.stderr)
-                leave(lost.code)
-
-    def _listen(self) -> None:
-        news = self._read("news")
-        if news:
-            self.heard |= {int(rank): reason for rank, reason in json.loads(news).items()}
-            self._hear_code()
-            self.store.set(f"heard/{self.rank}", "yes")
-
-    def _hear_code(self) -> None:
-        self.code = int(self._read("code") or EXIT_PEER_LOST)
-
-    def close(self) -> None:
-        """Stop the pulse; the others are told that this is no accident."""
-        self._closed.set()
-        self._pulse.join(PULSE)
-
-    def say_why(self, reason: str, code: int = EXIT_PEER_LOST) -> None:
-        """Tell the others why this rank is about to end by itself, and the code that they leave with."""
-        _within(LOOK, lambda: self._say_why(f"it ended with: {reason}", code))
-        if self.rank == 0:  # the store may end with this process
-            _within(LOOK, self._wait_until_heard)
-
-    def _say_why(self, reason: str, code: int) -> None:
-        self.ended_with_error = True
-        self.store.set("code", str(code))
-        self._tell({self.rank: reason})
-        self.store.set(f"heard/{self.rank}", "yes")  # who ends by itself listens no more
-
-    def _wait_until_heard(self) -> None:
-        for rank in range(1, len(self.hosts)):
-            while not self._read(f"heard/{rank}") and self._read(f"pulse/{rank}") != LEFT:
-                time.sleep(PULSE / 4)
-
-    def _tell(self, gone: dict[int, str]) -> None:
-        for rank, reason in gone.items():
-            self.store.set(f"gone/{rank}", reason)
-        self.store.set("news", json.dumps(gone))
-
-    def lost(self, error: BaseException) -> PeerLost:
-        """What to raise for an exchange that failed: it names who is gone. Takes some seconds, and those of
-        `progress`."""
-        self._looking.set()
-        reason = self._reason(error)
-        # one question first: without an answer to it a look has no end
-        answers = _within(LOOK, lambda: self.store.check(["pulse/0"]))
-        gone = answers and _within(2 * LOOK + PULSE, lambda: self._look(reason))
-        # only now: the others look at the same time, and then they leave
-        when, remedy = self.progress and _within(PROGRESS, self.progress) or ("", "")
-        remedy = remedy or "start the same command again"
-        if gone is None and not self.heard and self._store_is_of_torchrun_here():
-            where = f"the launcher (torchrun) of host {self.hosts[0]}, where the ranks met{when}"
-            return PeerLost((), f"lost {where}: {reason}; {remedy}")
-        if gone is None:
-            gone = self.heard or dict.fromkeys(self._beside_the_store(), f"{reason}, and the ranks met there")
-        if not gone:
-            what = f"an exchange between the ranks failed{when}, though all of them are alive: {reason}"
-            return PeerLost((), f"{what}; {remedy}")
-        _within(LOOK, self._hear_code)  # what was heard before stays where the store is gone
-        reasons = " and ".join(dict.fromkeys(gone.values()))
-        return PeerLost(tuple(sorted(gone)), f"lost {self.name(gone)}{when}: {reasons}; {remedy}", self.code)
-
-    def _look(self, reason: str) -> dict[int, str]:
-        """The ranks that said that they end, and those whose pulse stands still, for which this reason is given."""
-        others = [rank for rank in range(len(self.hosts)) if rank != self.rank]
-        first = {rank: self._read(f"pulse/{rank}") for rank in others}
-        still, deadline = set(others), time.monotonic() + LOOK
-        said: dict[int, str] = {}
-        while still - said.keys() and time.monotonic() < deadline:
-            time.sleep(PULSE / 4)
-            still = {rank for rank in still if self._read(f"pulse/{rank}") == first[rank]}
-            said = {rank: words for rank in others if (words := self._read(f"gone/{rank}"))}
-        gone = {**dict.fromkeys(sorted(still), reason), **said}
-        if gone:
-            self._tell(gone)
-        self._wait_for_others(set(others) - gone.keys())
-        return gone
-
-    def _wait_for_others(self, alive: set[int]) -> None:
-        """Let the others look too: the store may end with this process."""
-        self.store.set(f"looked/{self.rank}", "yes")
-        deadline = time.monotonic() + (PULSE if self.rank else LOOK)
-        while any(not self._read(f"looked/{rank}") for rank in alive) and time.monotonic() < deadline:
-            time.sleep(PULSE / 4)
-
-    def _read(self, key: str) -> str:
-        return self.store.get(key).decode() if self.store.check([key]) else ""
-
-    def _store_is_of_torchrun_here(self) -> bool:
-        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return of_torchrun and self.hosts[self.rank] == self.hosts[0]
-
-    def _beside_the_store(self) -> list[int]:
-        """Who is gone if the store is: rank 0, and if it is on another host all that are there."""
-        if self.hosts[self.rank] == self.hosts[0]:
-            return [0]
-        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
-
-    def _reason(self, error: BaseException) -> str:
-        if isinstance(error, TimeoutError) or TIMED_OUT.search(str(error)):
-            return f"no answer within {self.timeout.total_seconds() / 60:g} minutes (dist_timeout)"
-        words = SIGNS.search(str(error))
-        return words[0].lower() if words else one_line(error)
-
-    def name(self, ranks: Iterable[int]) -> str:
-        """The ranks with their hosts, as "rank 1 (host b)"."""
-        return ", ".join(f"rank {rank} (host {self.hosts[rank]})" for rank in sorted(ranks))
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """The first words of an error."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[:most] + " ..."
-
-
-def _within(seconds: float, ask: Callable):
-    """What `ask` returns, or None if it fails or takes longer; then a thread is left that waits for the network."""
-    answers: list = []
-
-    def collect() -> None:
-        with suppress(Exception):
-            answers.append(ask())
-
-    thread = threading.Thread(target=collect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else None
 
 
 # --------------------------------------------------------------------------------------- the start
@@ -261,7 +62,7 @@ def meet(timeout: timedelta) -> Peers | None:
         None with one process.
 
     Raises:
-        UserError: who did not come or cannot be reached, and what to look at.
+        UserError: some did not come or cannot be reached.
     """
     global _current, _meetings
     hold_if_leaving()
@@ -335,7 +136,7 @@ def _wait_for(keys: list[str], store: dist.Store, rank: int, timeout: timedelta)
     while missing:
         left = deadline - time.monotonic()
         try:
-            store.wait(keys, timedelta(seconds=max(0.01, min(PULSE, left))))
+            store.wait(keys, timedelta(seconds=max(0.01, min(INTERVAL, left))))
             missing = False
         except dist.DistStoreError:
             if left <= 0:
@@ -357,7 +158,7 @@ def say_leaving(reason: str, code: int) -> None:
     if _current is not None:
         _current.say_why(reason, code)
     else:
-        _within(FAREWELL, lambda: _say_before_meeting(reason, code))
+        within(FAREWELL, lambda: _say_before_meeting(reason, code))
 
 
 def _say_before_meeting(reason: str, code: int) -> None:
@@ -380,8 +181,10 @@ def _say_before_meeting(reason: str, code: int) -> None:
 
 
 def _renew_meeting_place(store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-    """After a restart by torchrun its store may still say where the ended processes listened, under the names by which
-    the new group asks: the group gets a store of its own."""
+    """Give the group a store of its own after a restart by torchrun.
+
+    The old one may still say where the ended processes listened, under the names by which the new group asks.
+    """
     global _fresh_store
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return
@@ -412,7 +215,7 @@ def _exchange(peers: Peers, limit: timedelta) -> None:
     """Add up one number over the hosts' network, as gloo will later."""
     size = len(peers.hosts)
     # in a thread, since gloo connects for longer than it is told
-    total, error = _within(limit.total_seconds(), lambda: _sum_of_ones(peers, limit)) or (None, None)
+    total, error = within(limit.total_seconds(), lambda: _sum_of_ones(peers, limit)) or (None, None)
     if total is None:
         raise UserError(_cut_off(peers, error or TimeoutError(f"no connection within {limit.total_seconds():g} s")))
     if total != size:
@@ -431,7 +234,7 @@ def _sum_of_ones(peers: Peers, limit: timedelta) -> tuple[int | None, RuntimeErr
 
 
 def first_exchange(device: torch.device, timeout: timedelta) -> None:
-    """The group's first exchange between devices; raises `PeerLost` if it does not end within its own limit."""
+    """Make the group's first exchange between devices; raise `PeerLost` if it does not end within its own limit."""
     limit = min(FIRST_EXCHANGE, timeout)
     dist.all_reduce(torch.ones(1, device=device))
     done, deadline = torch.cuda.Event(), time.monotonic() + limit.total_seconds()
@@ -448,8 +251,8 @@ def first_exchange(device: torch.device, timeout: timedelta) -> None:
 
 
 def _cut_off(peers: Peers, error: Exception) -> str:
-    """All ranks were at the store: what is wrong with the network between them?"""
-    silent = _within(2 * LOOK + 2 * PULSE, lambda: peers._look("no answer"))
+    """Return what is wrong with the network between ranks that all were at the store."""
+    silent = within(2 * LOOK + 2 * INTERVAL, lambda: peers._look("no answer"))
     others = tuple(rank for rank in range(len(peers.hosts)) if rank != peers.rank)
     named = next((name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if os.environ.get(name)), None)
     interfaces = ", ".join(name for _, name in socket.if_nameindex())
@@ -465,15 +268,12 @@ def _cut_off(peers: Peers, error: Exception) -> str:
 # --------------------------------------------------------------------------------------- the end
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception says that an exchange with other ranks failed."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(SIGNS.search(str(error))))
-
-
 @contextmanager
 def naming_lost_peers(progress: Progress = lambda: ("", "")) -> Iterator[None]:
-    """Within this context an exchange that fails raises `PeerLost`; what else ends this rank is told to the others;
-    and a rank that is silent for the time-out ends this process.
+    """Raise `PeerLost` within this context for an exchange that fails.
+
+    Any other error that ends this rank is told to the others, and a rank that is silent for the time-out ends this
+    process.
 
     Args:
         progress: gives how far this process came, as " after step 7", and what to do about it. It is also asked, from
@@ -512,20 +312,10 @@ def _with_type(error: BaseException) -> str:
 
 
 def named(ranks: Iterable[int]) -> str:
-    """The ranks with their hosts, as far as they were met: "rank 0 (host a), rank 1 (host b)"."""
+    """Return the ranks with their hosts, as far as they were met: "rank 0 (host a), rank 1 (host b)"."""
     return _current.name(ranks) if _current is not None else ", ".join(f"rank {rank}" for rank in sorted(ranks))
 
 
 def in_company() -> bool:
-    """Whether there are other ranks that this process has met and not parted from."""
+    """Return whether there are other ranks that this process has met and not parted from."""
     return _current is not None
-
-
-def leave(code: int) -> NoReturn:
-    """End this process now: at its usual end torch may wait for ranks that are gone."""
-    for child in multiprocessing.active_children():  # loader workers, which may ignore SIGTERM
-        child.kill()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

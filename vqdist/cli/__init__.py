@@ -15,8 +15,9 @@ from vqdist.cli import convert, encode, evaluate, recipes, report, sample, stati
 from vqdist.cli.loading import rank_of_command
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
 from vqdist.errors import PeerLost, RanksDiverged, UserError
+from vqdist.leaving import end_with_launcher
 from vqdist.names import unknown
-from vqdist.stopping import Stopped, UntilTheEnd, end_with_launcher
+from vqdist.stopping import Stopped, UntilTheEnd
 from vqdist.version import __version__
 
 

@@ -19,9 +19,10 @@ from vqdist.cli.parts import Parts
 from vqdist.data.config import CODES
 from vqdist.errors import UserError
 from vqdist.files import read_json
+from vqdist.leaving import LeaveAtOnce
 from vqdist.locations import check_given
 from vqdist.parts import Registry, Spec
-from vqdist.stopping import LeaveAtOnce, Stopped, UntilTheEnd
+from vqdist.stopping import Stopped, UntilTheEnd
 
 # options of the trainer's configuration that stand at the top level, and their name there
 TOP_LEVEL = {

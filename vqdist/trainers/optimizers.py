@@ -16,38 +16,35 @@ and a constant rate after the warm-up.
 from __future__ import annotations
 
 import inspect
-import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from vqdist.backends.optimizer import averages_itself
 from vqdist.errors import UserError
-from vqdist.options import is_number
 from vqdist.parts import PartSpec, Spec, called
 from vqdist.registries import OPTIMIZERS
+from vqdist.trainers.library_optimizers import adamw_8bit, schedule_free
+from vqdist.trainers.muon import MuonWithAdamW, muon
+from vqdist.trainers.parameter_groups import Group, parameter_groups, scaled
 
-Group = dict[str, Any]
+__all__ = [  # the shipped ones by the import paths that configurations may say
+    "OPTIMIZERS",
+    "MuonWithAdamW",
+    "OptimizerOptions",
+    "adamw_8bit",
+    "make_optimizer",
+    "muon",
+    "schedule_free",
+]
+
 OptimizerFactory = Callable[..., Optimizer]
 
 DEFAULT_BETAS = (0.9, 0.999)
-NOT_HIDDEN = (
-    "*embed*",
-    "*position*",
-    "*codebook*",
-    "*last_layer*",
-    "*head.*",
-    "*to_logits*",
-    "*to_pixels*",
-    "*to_code*",
-)
-"""Names of matrices that `muon` leaves to AdamW: what goes into a network and what comes out of it."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ def make_optimizer(module: nn.Module, options: OptimizerOptions, device: torch.d
     """
     factory, arguments = options.resolved()
     decay = arguments.get("weight_decay", options.weight_decay)
-    groups = _scaled(parameter_groups(module, decay), options.scales)
+    groups = scaled(parameter_groups(module, decay), options.scales)
     context = {"lr": options.lr, "module": module}
     if options.given is None or "betas" in options.said or tuple(options.betas) != DEFAULT_BETAS:
         context["betas"] = tuple(options.betas)
@@ -239,72 +236,6 @@ def _fused(factory: Any, arguments: Mapping[str, Any], said: bool | None, device
     return device.type == "cuda" if factory in (Adam, AdamW) and not exclusive else None
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
-    """Return the groups of a network's trainable weights; matrices and kernels decay, biases and gains do not."""
-    names = {id(parameter): name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    groups: list[Group] = []
-    taken: set[int] = set()
-    for owner, part in module.named_modules():
-        hook = getattr(part, "parameter_groups", None)
-        if not callable(hook) or any(id(parameter) in taken for parameter in part.parameters()):
-            continue
-        for group in hook():
-            given = {**group, "params": [p for p in group["params"] if p.requires_grad]}
-            _check_own(given["params"], names, taken, owner)
-            taken |= {id(parameter) for parameter in given["params"]}
-            groups.append(given)
-    rest = [parameter for parameter in module.parameters() if id(parameter) in names and id(parameter) not in taken]
-    return [part for group in ({"params": rest}, *groups) for part in _by_decay(group, weight_decay, names)]
-
-
-def _scaled(groups: list[Group], scales: Mapping[str, float]) -> list[Group]:
-    """Split groups by the parts that have a factor of the rate, times what the group says itself."""
-    if not scales:
-        return groups
-    found = []
-    for group in groups:
-        parts: dict[float, dict[str, list[Any]]] = {}
-        for parameter, name in zip(group["params"], group["names"], strict=True):
-            scale = group["lr_scale"] * scales.get(name.partition(".")[0], 1.0)
-            part = parts.setdefault(scale, {"params": [], "names": []})
-            part["params"].append(parameter)
-            part["names"].append(name)
-        found += [{**group, **part, "lr_scale": scale} for scale, part in parts.items()]
-    return found
-
-
-def _check_own(parameters: Iterable[Tensor], names: Mapping[int, str], taken: set[int], owner: str) -> None:
-    for parameter in parameters:
-        if id(parameter) not in names:
-            raise UserError(f"parameter_groups of {owner or 'the network'} names a weight that is not the network's")
-        if id(parameter) in taken:
-            raise UserError(f"parameter_groups name {names[id(parameter)]} twice; a weight is in one group")
-        taken.add(id(parameter))
-
-
-def _by_decay(group: Group, weight_decay: float, names: Mapping[int, str]) -> list[Group]:
-    """Split a group into the weights that decay and those that do not, where it does not say that itself."""
-    decay = group.get("weight_decay", weight_decay)
-    parts = [(group["params"], decay)]
-    if decay and "weight_decay" not in group:
-        matrices = [parameter for parameter in group["params"] if parameter.ndim > 1]
-        parts = [(matrices, decay), ([parameter for parameter in group["params"] if parameter.ndim <= 1], 0.0)]
-    scale = group.get("lr_scale", 1.0)
-    if not is_number(scale) or not 0 <= scale < float("inf"):
-        raise UserError(f"lr_scale {scale!r} of parameter_groups is not possible; give a factor of at least 0")
-    return [
-        {
-            **group,
-            "params": params,
-            "names": [names[id(p)] for p in params],
-            "weight_decay": own_decay,
-            "lr_scale": scale,
-        }
-        for params, own_decay in parts
-        if params
-    ]
-
-
 def _check_all_there(groups: list[Group], optimizer: Optimizer, options: OptimizerOptions) -> None:
     """Raise `UserError` if a factory has left weights out: they would never be trained, and nobody would see it."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -334,213 +265,3 @@ def _name(factory: Any) -> str:
         if known is factory:
             return name
     return getattr(factory, "__name__", type(factory).__name__)
-
-
-# ------------------------------------------------------------------------------------------------- shipped by name
-
-
-class MuonWithAdamW(Optimizer):
-    """Muon (Jordan et al. 2024) for hidden matrices, AdamW for every other weight: one optimizer with one state.
-
-    A kernel counts as the matrix (output channels, the rest).
-
-    Args:
-        hidden: groups of matrices and kernels.
-        rest: groups of all else.
-        muon: arguments of `torch.optim.Muon`.
-        adamw: arguments of `torch.optim.AdamW`.
-    """
-
-    elementwise = False
-
-    def __init__(self, hidden: list[Group], rest: list[Group], *, muon: dict[str, Any], adamw: dict[str, Any]):
-        self.muon = torch.optim.Muon([torch.zeros(1, 1)], **muon)  # of one matrix at first: it takes no empty list
-        self.adamw = AdamW(rest or [torch.zeros(1)], **adamw)
-        hidden = [{**self.muon.defaults, **group} for group in hidden]
-        super().__init__([*hidden, *rest], {"lr": adamw["lr"], "weight_decay": 0.0})
-        self.hidden = self.param_groups[: len(hidden)]
-        self.adamw.param_groups = [{**self.adamw.defaults, **group} for group in self.param_groups[len(hidden) :]]
-        self.param_groups = [*self.hidden, *self.adamw.param_groups]
-        self.state = self.adamw.state = defaultdict(dict)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        self._step_hidden()
-        if self.adamw.param_groups:
-            self.adamw.step()
-
-    def _step_hidden(self) -> None:
-        """Let Muon update flat views of the kernels; the momentum stays in this optimizer's state."""
-        pairs: list[tuple[Tensor, Tensor]] = []
-        self.muon.param_groups = []
-        for group in self.hidden:
-            pairs_of_group = [
-                (weight, self._as_matrix(weight)) for weight in group["params"] if weight.grad is not None
-            ]
-            self.muon.param_groups.append({**group, "params": [matrix for _, matrix in pairs_of_group]})
-            pairs += pairs_of_group
-        self.muon.step()
-        for weight, matrix in pairs:
-            self.state[weight] = self.muon.state[matrix]
-            if matrix.data_ptr() != weight.data_ptr():  # of a kernel in channels-last order it is a copy
-                weight.copy_(matrix.view(weight.shape))
-        self.muon.state.clear()
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        matrix = weight.detach().flatten(1)
-        matrix.grad = cast(Tensor, weight.grad).flatten(1)
-        if self.state[weight]:
-            self.muon.state[matrix] = self.state[weight]
-        return matrix
-
-
-def muon(
-    groups: list[Group],
-    *,
-    lr: float,
-    module: nn.Module | None = None,
-    betas: tuple[float, float] = DEFAULT_BETAS,
-    eps: float = 1e-8,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    ns_steps: int = 5,
-    adjust_lr_fn: str = "match_rms_adamw",
-    exclude: Sequence[str] = NOT_HIDDEN,
-) -> MuonWithAdamW:
-    """Return Muon for hidden matrices and kernels with AdamW for the rest.
-
-    Embeddings, heads, biases and gains are AdamW's.
-
-    Args:
-        groups: of weights.
-        lr: peak learning rate of both: `match_rms_adamw` scales Muon's updates to the size of AdamW's.
-        module: the network, whose embeddings are found by their class.
-        betas: decays of AdamW's moments.
-        eps: of AdamW.
-        momentum: of Muon.
-        nesterov: whether Muon looks ahead.
-        ns_steps: iterations of Newton and Schulz.
-        adjust_lr_fn: see `torch.optim.Muon`.
-        exclude: patterns of names of further matrices that are AdamW's.
-    """
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"optimizer muon needs torch 2.9 and this is {torch.__version__}; install it, or use adamw")
-    modules = () if module is None else module.modules()
-    embeddings = {
-        id(p) for part in modules if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) for p in part.parameters()
-    }
-
-    def is_hidden(name: str, parameter: Tensor) -> bool:
-        named = any(fnmatchcase(name, pattern) for pattern in exclude)
-        return parameter.ndim > 1 and id(parameter) not in embeddings and not named
-
-    hidden: list[Group] = []
-    rest: list[Group] = []
-    for group in groups:
-        for chosen, wanted in ((hidden, True), (rest, False)):
-            pairs = [pair for pair in zip(group["names"], group["params"], strict=True) if is_hidden(*pair) is wanted]
-            if pairs:
-                names, params = map(list, zip(*pairs, strict=True))
-                chosen.append({**group, "names": names, "params": params})
-    return MuonWithAdamW(
-        hidden,
-        rest,
-        muon={
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-        },
-        adamw={"lr": lr, "betas": betas, "eps": eps},
-    )
-
-
-def schedule_free(
-    groups: list[Group],
-    *,
-    lr: float,
-    betas: tuple[float, float] = DEFAULT_BETAS,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    warmup_steps: int = 0,
-    r: float = 0.0,
-    weight_lr_power: float = 2.0,
-    foreach: bool = True,
-) -> Optimizer:
-    """Return AdamW without a schedule (Defazio et al. 2024): it averages the weights itself, and that is evaluated.
-
-    Args:
-        groups: of weights.
-        lr: learning rate after the warm-up, larger than AdamW's by a few times.
-        betas: the weight of the average in what is trained, above 0, and the decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: of weights whose group does not say it; decoupled, at the weights that are trained.
-        warmup_steps: updates over which the rate rises, where the run's `warmup_steps` are 0.
-        r: power of the step, by which an update counts in the average.
-        weight_lr_power: power of the highest rate so far, likewise.
-        foreach: update all weights together, which takes more memory.
-    """
-    try:
-        from schedulefree import AdamWScheduleFree
-    except ImportError as error:
-        raise UserError(
-            f"optimizer schedule_free needs schedulefree ({' '.join(str(error).split())[:160]}); install it with pip "
-            "install 'vqdist[optimizers]'"
-        ) from error
-    return AdamWScheduleFree(
-        groups,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        warmup_steps=warmup_steps,
-        r=r,
-        weight_lr_power=weight_lr_power,
-        foreach=foreach,
-    )
-
-
-def adamw_8bit(
-    groups: list[Group],
-    *,
-    lr: float,
-    betas: tuple[float, float] = DEFAULT_BETAS,
-    eps: float = 1e-8,
-    min_8bit_size: int = 4096,
-) -> Optimizer:
-    """Return AdamW of bitsandbytes with moments of 8 bits a number (Dettmers et al. 2022).
-
-    Args:
-        groups: of weights.
-        lr: peak learning rate.
-        betas: decays of the moments.
-        eps: added to the root of the second moment.
-        min_8bit_size: weights with fewer numbers keep moments of 32 bits.
-    """
-    # at import it warns of 4-bit products on a CPU, which nothing here uses
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError(
-            f"optimizer adamw_8bit needs bitsandbytes ({' '.join(str(error).split())[:160]}); install it with pip "
-            "install 'vqdist[optimizers]'"
-        ) from error
-    _try_8bit_update(AdamW8bit, groups[0]["params"][0].device)
-    optimizer: Any = AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=0.0, min_8bit_size=min_8bit_size)
-    optimizer.elementwise = False  # 256 neighbours share a scale
-    return optimizer
-
-
-def _try_8bit_update(factory: Callable[..., Optimizer], device: torch.device) -> None:
-    """Raise `UserError` if bitsandbytes cannot update weights on this device: it says so at the first update only."""
-    weight = nn.Parameter(torch.zeros(256, device=device))
-    weight.grad = torch.zeros_like(weight)
-    try:
-        factory([weight], min_8bit_size=1).step()
-    except Exception as error:  # a kernel that lacks, or a library of another CUDA version, in whatever words
-        raise UserError(
-            f"optimizer adamw_8bit cannot be used on {device.type}: bitsandbytes has no update for it "
-            f"({' '.join(f'{type(error).__name__}: {error}'.split())[:160]}); install a newer one, or use adamw"
-        ) from error
