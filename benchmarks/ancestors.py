@@ -1,11 +1,11 @@
-"""What the comparisons with other packages share: their environments, and trainers in processes that take turns.
+"""Common code of the comparisons with other packages: their environments, and trainers in processes that take turns.
 
 usage: python -m benchmarks.ancestors muse|dalle makes the environment if it is not there, and prints its interpreter
 
-On a CPU, glibc by default gives freed memory back to the system and takes it again, page by page, within one step. How
-often differs from one process to the next, and moves a ratio by a tenth either way: so each comparison is started
-several times. vqdist's trainers tell glibc to keep it (`keep_freed_memory`), which is part of their speed; `steady
-memory` gives the ancestor the same, and shows what is left.
+On a CPU, glibc by default gives freed memory back to the system and takes it again, page by page, within one step. It
+does so more often in one process than in the next, which moves a ratio by a tenth either way: so each comparison is
+started several times. vqdist's trainers tell glibc to keep it (`keep_freed_memory`), which is part of their speed;
+`steady memory` gives the ancestor the same, and shows what is left.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ ANCESTORS = {
 
 
 def interpreter(name: str, given: str | None = None) -> str:
-    """The interpreter of an environment with an ancestor; made beside the repository's own if none is given."""
+    """Return the interpreter of an environment with an ancestor; made beside the repository's own if none is given."""
     folder = ROOT / f".venv-{name}"
     python, complete = folder / "bin" / "python", folder / ".complete"
     if given is None and not complete.exists():
@@ -142,7 +142,7 @@ class Side:
 
 @dataclass
 class Launch:
-    """What one start of all sides gave.
+    """The numbers of one start of all sides.
 
     Attributes:
         timings: of a step, by side.
@@ -182,7 +182,7 @@ def launch(
 
 
 def write_images(folder: Path, count: int) -> None:
-    """The synthetic source as PNG files, which both trainers read."""
+    """Write the synthetic source as PNG files, which both trainers read."""
     folder.mkdir(parents=True)
     source = SyntheticSource(f"synthetic:{count}")
     for index in range(count):
@@ -190,7 +190,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def compare(what: str, launches: list[Launch], side: str, ancestor: str, *, images: int, target: float | None) -> Row:
-    """The row of one of vqdist's sides against an ancestor: the median over launches of each one's median over turns.
+    """Return the row of one of vqdist's sides against an ancestor: the median over launches of each median over turns.
 
     Args:
         what: was measured, in words.

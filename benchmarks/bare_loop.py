@@ -1,4 +1,4 @@
-"""The trainers against loops without any of it: what do ranks, logging, checkpoints and schedules cost a step?
+"""The trainers against loops without ranks, logging, checkpoints and schedules: the cost of these in a step.
 
 `BareLoop` and `BareDVAELoop` do a trainer's arithmetic in the fewest lines, `TextbookLoop` does it as VQGAN code is
 usually written. `tests/unit/test_benchmarks.py` holds them to the trainers' weights, so that equal mathematics is
@@ -78,8 +78,10 @@ class BareLoop:
 
 
 class TextbookLoop(BareLoop):
-    """The same losses as usually written: adaptive weight by autograd at the last layer, one discriminator pass each
-    for reconstruction and image, and the discriminator's unused gradients of the generator's backward."""
+    """Return the same losses as usually written.
+
+    The adaptive weight is by autograd at the last layer, the discriminator passes once for reconstruction and once for
+    image, and gets unused gradients by the generator's backward."""
 
     def step(self) -> None:
         image = next(self.batches)
@@ -105,7 +107,7 @@ class TextbookLoop(BareLoop):
 
 
 def draw_relaxed(logits: Tensor) -> Tensor:
-    """A soft one-hot, with the trainer's noise but for its seed on each image.
+    """Return a soft one-hot, with the trainer's noise but for its seed on each image.
 
     `F.gumbel_softmax` is the line that people write. It takes longer: PyTorch draws exponential numbers one by one.
     """
@@ -177,7 +179,7 @@ def measure(
 
 
 def measure_vqgan(quantizer: str, folder: Path, *, rounds: int) -> dict[str, Timing]:
-    """The VQGAN with this quantizer."""
+    """Return the VQGAN with this quantizer."""
     batches = image_batches()
     loops = {
         "bare loop": BareLoop(build_vae(quantizer), batches),
@@ -188,7 +190,7 @@ def measure_vqgan(quantizer: str, folder: Path, *, rounds: int) -> dict[str, Tim
 
 
 def measure_dvae(model: dict[str, int], folder: Path, *, rounds: int) -> dict[str, Timing]:
-    """The discrete VAE with these arguments, at its trainer's default batch size."""
+    """Return the discrete VAE with these arguments, at its trainer's default batch size."""
     batches = image_batches(batch_size=8)
     loops = {
         "bare loop": BareDVAELoop(build_dvae(**model), batches),

@@ -1,4 +1,4 @@
-"""What checkpoints cost: the share of training that goes into them with one every 1,000 steps.
+"""The cost of checkpoints: the share of training that goes into them with one every 1,000 steps.
 
 Training waits while the files of a checkpoint and the export are written; checksums, the flush to the disk and the
 removal of an old checkpoint go on beside the next steps and may slow them. Measured are single steps, the wait, and
@@ -29,14 +29,14 @@ GPU_STEP = 0.3  # seconds: about what a step of the large model takes one GPU
 
 
 def digits_vqgan(folder: Path) -> Trainer:
-    """The recipe as it is shipped, with its discriminator from the start."""
+    """Return the recipe as it is shipped, with its discriminator from the start."""
     recipe = ROOT / "launch" / "recipes" / "digits_vqgan.yaml"
     options = ["--config", str(recipe), "--out", str(folder), "--backend", "local", "--data.num_workers", "0"]
     return make_trainer(MODELS["vqgan"], train_options("vqgan", options))
 
 
 def large_prior(folder: Path) -> Trainer:
-    """A prior of 71 million weights: with Adam and the average 1.1 GB in a checkpoint, and 0.3 GB in the export."""
+    """Return a prior of 71 million weights: 1.1 GB in a checkpoint with Adam and average, 0.3 GB in the export."""
     vae = build_vae("vq", use_vgg_and_gan=False)
     prior = Prior(Tokenizer(vae, 64), dim=768, depth=10, heads=12, dim_head=64, num_classes=10)
     options = {**ONLY_STEPS, "folder": "synthetic:64", "num_workers": 0, "batch_size": 4, "num_train_steps": EVERY}
@@ -44,7 +44,7 @@ def large_prior(folder: Path) -> Trainer:
 
 
 def seconds(function: Callable[[], object], times: int) -> float:
-    """The median of so many calls, after one that is not counted."""
+    """Return the median of so many calls, after one that is not counted."""
     function()
     taken = []
     for _ in range(times):
@@ -55,8 +55,10 @@ def seconds(function: Callable[[], object], times: int) -> float:
 
 
 def save(trainer: Trainer, step: float) -> tuple[float, float, float]:
-    """Seconds that training waits for one checkpoint; that it loses by it, with steps that else take `step` seconds;
-    and until it is complete."""
+    """Return three durations in seconds.
+
+    Training waits for one checkpoint so long, loses so much by it, with steps that else take `step` seconds, and it
+    takes so long until it is complete."""
     began, made = time.perf_counter(), 0
     trainer.resume.checkpoint()
     waited = time.perf_counter() - began
@@ -74,7 +76,7 @@ def share(lost: float, step: float) -> float:
 
 
 def measure(name: str, trainer: Trainer, *, steps: int, saves: int) -> tuple[Row, float]:
-    """The row of one trainer, and the seconds that it waits for a checkpoint."""
+    """Return the row of one trainer, and the seconds that it waits for a checkpoint."""
     step = seconds(trainer.train_step, steps)
     save(trainer, step)  # the first one is not counted
     waited, lost, passed = (statistics.median(column) for column in zip(*(save(trainer, step) for _ in range(saves))))

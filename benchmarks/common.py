@@ -1,4 +1,4 @@
-"""What the benchmarks share: the networks and images that are measured, timing by turns, and rows of the table."""
+"""Common code of the benchmarks: the networks and images that are measured, timing by turns, and rows of the table."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ ONLY_STEPS = {"save_results_every": 0, "save_model_every": 0, "validate_every": 
 
 
 def build_vae(quantizer: str = "lfq", **options: Any) -> VQGanVAE:
-    """The VQGAN of every benchmark, equal on every call: 64x64 colour, GAN on, no perceptual loss."""
+    """Return the VQGAN of every benchmark, equal on every call: 64x64 colour, GAN on, no perceptual loss."""
     torch.manual_seed(0)
     settings = {"dim": 32, "layers": 3, "perceptual": "none", **QUANTIZERS[quantizer], **options}
     return VQGanVAE(**settings)
 
 
 def build_dvae(**options: Any) -> DiscreteVAE:
-    """The discrete VAE of every benchmark, equal on every call: 64x64 colour, train_vae's depth."""
+    """Return the discrete VAE of every benchmark, equal on every call: 64x64 colour, train_vae's depth."""
     torch.manual_seed(0)
     settings = {"image_size": IMAGE_SIZE, "num_tokens": 1024, "codebook_dim": 256, "num_resnet_blocks": 2, **options}
     return DiscreteVAE(**settings)
 
 
 def build_trainer(vae: VQGanVAE | DiscreteVAE, folder: Path, **options: Any) -> VQGanVAETrainer | DiscreteVAETrainer:
-    """The model's trainer on synthetic images, with everything at its default that is not about saving."""
+    """Return the model's trainer on synthetic images, with everything at its default that is not about saving."""
     settings = {
         "folder": "synthetic:512",
         "image_size": IMAGE_SIZE,
@@ -64,7 +64,7 @@ def build_trainer(vae: VQGanVAE | DiscreteVAE, folder: Path, **options: Any) -> 
 
 
 def image_batches(count: int = 8, batch_size: int = BATCH_SIZE) -> list[Tensor]:
-    """Decoded batches (b, 3, 64, 64) in [0, 1], so that neither side spends time on data."""
+    """Return decoded batches (b, 3, 64, 64) in [0, 1], so that neither side spends time on data."""
     source = SyntheticSource(f"synthetic:{count * batch_size}")
     images = [source.tensor(index, image_size=IMAGE_SIZE, channels=3) for index in range(count * batch_size)]
     return list(torch.stack(images).split(batch_size))
@@ -148,7 +148,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Whether the bound is kept."""
+        """True if the bound is kept."""
         if self.at_most is not None:
             return "yes" if self.value <= self.at_most else "NO"
         return "" if self.at_least is None else ("yes" if self.value >= self.at_least else "NO")
@@ -177,7 +177,7 @@ def rows_over(base: str, timings: dict[str, Timing], label: str, at_most: dict[s
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """This environment without a launcher's variables, so many threads a process, the repository importable."""
+    """Return this environment without a launcher's variables, so many threads a process, the repository importable."""
     launchers = ("ACCELERATE_", "TORCHELASTIC_", "OMPI_", "SLURM_")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers) and key not in names}
@@ -200,7 +200,7 @@ def run_json(command: list[str], *, timeout: float = 600) -> Any:
 
 
 def torchrun(arguments: list[str], *, processes: int = 2) -> list[str]:
-    """The command that starts these ranks on this machine, on a free port."""
+    """Return the command that starts these ranks on this machine, on a free port."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]

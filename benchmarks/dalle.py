@@ -2,7 +2,8 @@
 
 Both train the same discrete VAE (equal parameter counts, train_vae's depth) on the same PNG files with the same batch,
 each with its own loader and defaults: the ancestor's loop is its model, Adam, and a loader without workers; vqdist's
-trainer adds its EMA, numbers of the codebook and log lines. What is drawn and saved when is excluded on both sides.
+trainer adds its EMA, numbers of the codebook and log lines. The time of pictures and checkpoints is excluded on both
+sides.
 
 vqdist is measured
 - as it is by default: where there is a second core, a loader process has it, while the ancestor's loop decodes images

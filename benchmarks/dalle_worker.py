@@ -20,7 +20,7 @@ from benchmarks.worker import Step, count_parameters, serve
 
 
 def import_dalle_pytorch() -> ModuleType:
-    """The package, in its own environment."""
+    """Return the package, in its own environment."""
     # taming-transformers, which it imports, asks pytorch-lightning for a module that newer versions have no more
     module = ModuleType("pytorch_lightning.utilities.distributed")
     module.rank_zero_only = lambda function: function
@@ -31,7 +31,7 @@ def import_dalle_pytorch() -> ModuleType:
 
 
 def dalle_side(options: dict) -> tuple[Step, dict[str, int]]:
-    """The loop of DALLE-pytorch's train_vae (the script is not in its package), without what it logs and draws."""
+    """Run the loop of DALLE-pytorch's train_vae, whose script is not in its package, without its logs and pictures."""
     settings = options["trainer"]
     vae = import_dalle_pytorch().DiscreteVAE(**options["model"])
     batches = _batches(options["images"], options["model"]["image_size"], settings["batch_size"])

@@ -1,4 +1,4 @@
-"""`vqdist encode` against the tokenizer alone: what do loading, ordering, writing and hashing cost?
+"""`vqdist encode` against the tokenizer alone: the cost of loading, ordering, writing and hashing.
 
 The bare side calls `tokenizer.encode` on batches that are ready in memory. The other side does what the command does,
 from image files to a finished folder, and makes the same codes, which is checked. Both have the allocator that the
@@ -44,7 +44,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def bare_forward(tokenizer: Tokenizer, dataset: ImageDataset) -> Callable[[], Tensor]:
-    """Encodes all images, which are ready in memory; the codes of all of them."""
+    """Encode all images, which are ready in memory, and return their codes."""
     batches = torch.stack([dataset[index] for index in range(len(dataset))]).split(BATCH_SIZE)
     return lambda: torch.cat([tokenizer.encode(batch) for batch in batches])
 
@@ -52,7 +52,7 @@ def bare_forward(tokenizer: Tokenizer, dataset: ImageDataset) -> Callable[[], Te
 def whole_command(
     tokenizer: Tokenizer, dataset: ImageDataset, folder: Path, num_workers: int | None
 ) -> Callable[[], Path]:
-    """Encodes all images into a new folder each time, which is returned."""
+    """Encode all images into a new folder each time, and return it."""
     numbers, backend = itertools.count(), create_backend("local")
 
     def encode() -> Path:

@@ -1,7 +1,7 @@
 """Training speed against muse-maskgit-pytorch 0.3.5, each trainer in its own environment.
 
 Both train the same networks (LFQ, 64x64 colour, equal parameter counts) on the same PNG files, each with its own
-loader, EMA and defaults; one step is one update of each player. What is saved when is excluded on both sides.
+loader, EMA and defaults; one step is one update of each player. The time of checkpoints is excluded on both sides.
 
 The perceptual network is measured twice:
 - `no VGG`: the identity stands for VGG16 in both, so that the perceptual loss costs next to nothing. The ancestor

@@ -23,7 +23,7 @@ BATCH_SIZE = 16
 
 
 def build_prior() -> Prior:
-    """The prior of this benchmark, equal on every call: 64 codes of 1,024, ten classes."""
+    """Return the prior of this benchmark, equal on every call: 64 codes of 1,024, ten classes."""
     tokenizer = Tokenizer(build_vae("vq", use_vgg_and_gan=False), 64)
     torch.manual_seed(0)
     return Prior(tokenizer, dim=256, depth=4, heads=4, dim_head=64, num_classes=10)
@@ -66,7 +66,7 @@ class BarePriorLoop:
 
 
 def build_trainer(folder: Path, **options) -> ARTrainer:
-    """The trainer, on one process, with everything at its default that is not about saving or hiding classes."""
+    """Return the trainer on one process, with everything at its default that is not about saving or hiding classes."""
     settings = {"folder": "synthetic:512", "batch_size": BATCH_SIZE, "num_train_steps": 1_000_000, "backend": "local"}
     settings |= {"label_dropout": 0.0, "use_ema": False, "results_folder": str(folder), **ONLY_STEPS, **options}
     return ARTrainer(build_prior(), **settings)

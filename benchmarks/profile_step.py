@@ -1,4 +1,4 @@
-"""Where a step's time goes: exclusive wall time of the parts of `VQGanVAETrainer.train_step`, on a CPU."""
+"""The parts of a step's time: exclusive wall time of the parts of `VQGanVAETrainer.train_step`, on a CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def timed(self, part: str, function: Callable) -> Callable:
-        """The function, its time put down to this part."""
+        """Return the function, its time put down to this part."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             self._turn()

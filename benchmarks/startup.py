@@ -53,7 +53,7 @@ TIMEOUT = 300.0  # seconds
 
 
 def steps_logged(folder: Path) -> int:
-    """The last step in a run's lines of numbers, or 0."""
+    """Return the last step in a run's log lines, or 0."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # a last line without its end is not whole
     return json.loads(lines[-1])["step"] if lines else 0
@@ -105,7 +105,7 @@ def cpu_seconds(code: str) -> float:
 
 
 def rows_of_starts(rounds: int) -> list[Row]:
-    """The median CPU seconds of each start over those of what it is compared with, taken in turns."""
+    """Return the median CPU seconds of each start over those of what it is compared with, taken in turns."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         cpu_seconds(SAVE.replace("FOLDER", repr(folder)))

@@ -1,6 +1,6 @@
 """Bytes that two processes exchange in one optimizer step of four micro-batches, counted by torch's profiler.
 
-Each collective over gloo is an event with the shape and type of its tensor. What is counted is an all-reduce's tensor
+Each collective over gloo is an event with the shape and type of its tensor. An all-reduce's tensor is counted
 once; the halves of one that DeepSpeed's ZeRO does apart (reduce here, gather there) count half each, of the whole
 tensor, as they carry half the bytes in a ring. So the least that data parallel training needs is one copy of the
 trainable parameters, whatever the way.
@@ -34,7 +34,7 @@ ITEM_SIZES = {"float": 4, "double": 8, "int": 4, "long int": 8, "c10::BFloat16":
 
 
 def count_step(trainer, folder: Path) -> dict[str, dict[str, float]]:
-    """Calls and bytes of each collective in one optimizer step of this rank."""
+    """Return calls and bytes of each collective in one optimizer step of this rank."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         trainer.train_step()
     path = folder / f"trace_{trainer.backend.rank}.json"
@@ -64,7 +64,7 @@ def _sizes(arguments: dict[str, Any]) -> list[int]:
 
 
 def expected_bytes(trainer) -> dict[str, int]:
-    """What one step has to exchange, from the networks' sizes alone."""
+    """Return what one step has to exchange, from the networks' sizes alone."""
     parameters = {name: _parameter_bytes(engine.module) for name, engine in trainer.engines.items()}
     quantizer = trainer.generator.module.quantizer
     statistics = quantizer.codebook_size  # lfq: how probable each code is on average
@@ -83,7 +83,7 @@ def _parameter_bytes(module: nn.Module) -> int:
 
 
 def ranks(backend: str, zero: dict[str, Any], quantizers: list[str], folder: Path) -> dict[str, Any]:
-    """What each quantizer's training exchanges; runs on every rank."""
+    """Return what each quantizer's training exchanges; runs on every rank."""
     results = {}
     for quantizer in quantizers:
         vae = build_vae(quantizer, **MODEL)

@@ -40,7 +40,7 @@ NUM_SAMPLES = 64
 
 
 def recipe(name: str) -> dict[str, dict[str, Any]]:
-    """The sections of one of vqdist's recipes."""
+    """Return the sections of one of vqdist's recipes."""
     return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
 
 

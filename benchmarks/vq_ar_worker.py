@@ -61,7 +61,7 @@ class Demo(nn.Module):
         return self.transformer(torch.cat([repeat(self.start, "d -> b 1 d", b=len(vectors)), vectors], dim=1))
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss, and its parts."""
+        """Return the loss, and its parts."""
         quantized, codes, commit = self.vq(self.encoder(image * 2 - 1))
         predicted = self.predict(quantized[:, :-1])
         logits = -torch.cdist(predicted, self.vq.codebook)
@@ -107,7 +107,7 @@ def _endless(folder: str, batch_size: int) -> Iterator[Tensor]:
 
 
 def genie2_side(options: dict[str, Any]) -> tuple[Step, dict[str, int]]:
-    """The loop of the demo's script, without what it draws; it prints the parts of the loss in every step."""
+    """Run the loop of the demo's script, without its pictures; it prints the parts of the loss in every step."""
     model, settings = Demo(**options["model"]), options["trainer"]
     batches = _endless(options["digits"], settings["batch_size"])
     optimizer = Adam(model.parameters(), lr=settings["lr"])

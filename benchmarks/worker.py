@@ -24,7 +24,7 @@ Turn = Callable[[int], dict[str, float]]
 
 
 def timed(step: Step) -> Turn:
-    """A function that takes a number of steps and gives the seconds that they took: `wall` and `cpu`."""
+    """Return a function that takes a number of steps and gives the seconds that they took: `wall` and `cpu`."""
 
     def turn(steps: int) -> dict[str, float]:
         wall, cpu = time.perf_counter(), time.process_time()

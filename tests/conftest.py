@@ -1,4 +1,4 @@
-"""What all tests share: one thread, so that the machine's cores are for the processes that tests start."""
+"""Settings of all tests: one thread, so that the machine's cores are for the processes that tests start."""
 
 import os
 import signal

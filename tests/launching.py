@@ -27,7 +27,7 @@ BROKEN = "connection closed by peer", "connection reset by peer", "broken pipe"
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This environment without a launcher's variables, one thread a process, the repository importable."""
+    """Return this environment without a launcher's variables, one thread a process, the repository importable."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -57,7 +57,7 @@ _ports = _ports_in_turn()
 
 
 def free_port() -> int:
-    """A TCP port that is free now, and that nobody else is given soon."""
+    """Return a TCP port that is free now, and that nobody else is given soon."""
     for port in _ports:
         with socket.socket() as server, suppress(OSError):
             server.bind(("127.0.0.1", port))
@@ -82,7 +82,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def end_of(process: subprocess.Popen, timeout: float) -> tuple[str, str]:
-    """What a process with pipes writes to standard output and error until it ends; past the limit it is killed."""
+    """Return a process's words on standard output and error until it ends; past the limit it is killed."""
     try:
         return process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -93,7 +93,7 @@ def end_of(process: subprocess.Popen, timeout: float) -> tuple[str, str]:
 
 
 def last_step(out: Path) -> int:
-    """Of the last line of numbers that a run has written."""
+    """Return the step of the last log line that a run has written."""
     path = out / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = text[: text.rfind("\n") + 1].splitlines()  # one may be half written
@@ -101,7 +101,7 @@ def last_step(out: Path) -> int:
 
 
 def warmed(command: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command and the variables that start it, and the ranks that it starts, with everything imported."""
+    """Return the command and the variables that start it, and the ranks that it starts, with everything imported."""
     folder = programs()
     name = "python" if command[0] == sys.executable else command[0]
     search = os.pathsep.join([str(folder), environment()["PATH"]])

@@ -89,7 +89,7 @@ OF_THE_GAN = ("discr_layers", "use_hinge_loss")
 
 
 def build_vae(quantizer: str = "lfq", **options) -> VQGanVAE:
-    """A small model, equal on every call; `quantizer` is a key of QUANTIZERS or a name that the model knows."""
+    """Return a small model, equal on every call; `quantizer` is a key of QUANTIZERS or a name that the model knows."""
     torch.manual_seed(11)
     settings = {
         "dim": 16,
@@ -117,7 +117,7 @@ MULTISCALE = {"v_patch_nums": [1, 2, 4], "kmeans_init": False}
 
 
 def build_dvae(**options) -> DiscreteVAE:
-    """A small discrete VAE, equal on every call."""
+    """Return a small discrete VAE, equal on every call."""
     torch.manual_seed(12)
     settings = {
         "image_size": IMAGE_SIZE,
@@ -132,7 +132,7 @@ def build_dvae(**options) -> DiscreteVAE:
 
 
 def build_tokenizer(**options) -> Tokenizer:
-    """A small tokenizer with 16 codes an image, equal on every call; `options` are those of `build_vae`."""
+    """Return a small tokenizer with 16 codes an image, equal on every call; `options` are those of `build_vae`."""
     model = {"vq_kwargs": {"codebook_dim": 8}, **options}
     if model["vq_kwargs"] is not None:
         model["vq_kwargs"] = {"kmeans_init": False, **model["vq_kwargs"]}
@@ -140,7 +140,7 @@ def build_tokenizer(**options) -> Tokenizer:
 
 
 def build_prior(tokenizer: Tokenizer | None = None, **options) -> Prior:
-    """A small prior with three classes, equal on every call."""
+    """Return a small prior with three classes, equal on every call."""
     tokenizer = build_tokenizer() if tokenizer is None else tokenizer
     torch.manual_seed(13)
     settings = {"dim": 32, "depth": 1, "heads": 2, "dim_head": 32, "num_classes": 3, **options}
@@ -148,7 +148,7 @@ def build_prior(tokenizer: Tokenizer | None = None, **options) -> Prior:
 
 
 def build_var(**options) -> VAR:
-    """A small next-scale transformer with three classes over a tokenizer of three scales, equal on every call."""
+    """Return a small next-scale transformer of three classes over a tokenizer of three scales, equal on every call."""
     tokenizer = build_tokenizer(
         quantizer="multiscale_vq", codebook_size=32, vq_kwargs=None, quantizer_kwargs=MULTISCALE
     )
@@ -157,7 +157,7 @@ def build_var(**options) -> VAR:
 
 
 def build_vq_ar(**options) -> VQImageAutoregressiveAutoencoder:
-    """A small end-to-end model with 16 codes an image, equal on every call."""
+    """Return a small end-to-end model with 16 codes an image, equal on every call."""
     torch.manual_seed(15)
     settings = {"image_size": IMAGE_SIZE, "patch_size": 4, "dim": 32, "codebook_size": 32, "depth": 1, "dim_head": 32}
     return VQImageAutoregressiveAutoencoder(**{**settings, "heads": 2, "channels": 3, **options})
@@ -222,13 +222,13 @@ QUIET = {
 
 
 def build_trainer(folder: Path, /, *, quantizer: str = "lfq", model: dict | None = None, **options) -> VQGanVAETrainer:
-    """A trainer of a small VQGAN."""
+    """Return a trainer of a small VQGAN."""
     vae = build_vae(**{"quantizer": quantizer, **(model or {})})
     return VQGanVAETrainer(vae, **{**QUIET, "num_train_steps": 4, "results_folder": str(folder), **options})
 
 
 def build_dvae_trainer(folder: Path, /, *, model: dict | None = None, **options) -> DiscreteVAETrainer:
-    """A trainer of a small discrete VAE; for 4 steps unless `options` say how long."""
+    """Return a trainer of a small discrete VAE; for 4 steps unless `options` say how long."""
     length = {} if options.keys() & {"num_train_steps", "epochs"} else {"num_train_steps": 4}
     return DiscreteVAETrainer(
         build_dvae(**(model or {})), **{**QUIET, **length, "results_folder": str(folder), **options}
@@ -236,7 +236,7 @@ def build_dvae_trainer(folder: Path, /, *, model: dict | None = None, **options)
 
 
 def build_ar_trainer(folder: Path, /, kind: str = "prior", *, model: dict | None = None, **options) -> ARTrainer:
-    """A trainer of a small model that predicts codes; the synthetic images have ten classes."""
+    """Return a trainer of a small model that predicts codes; the synthetic images have ten classes."""
     classes = {} if kind == "vq_ar" else {"num_classes": 10}
     settings = {**QUIET, "image_size": None, "num_train_steps": 4, "num_images_save": 4, "results_folder": str(folder)}
     return ARTrainer(AR_MODELS[kind](**{**classes, **(model or {})}), **{**settings, **options})
@@ -250,7 +250,7 @@ WHOLE_RUNS = {
 
 
 def whole_run(folder: Path, kind: str, *, average: bool, **options) -> Trainer:
-    """A run of two steps, and of all that belongs to its end, by `train()`."""
+    """Run two steps, and all that belongs to the end of a run, by `train()`."""
     length = {"num_train_steps": 2, "use_ema": average}
     trainer = WHOLE_RUNS[kind](folder / f"end_{kind}_{average}", **length, **options)
     assert trainer.train()["images"] == 16
@@ -258,7 +258,7 @@ def whole_run(folder: Path, kind: str, *, average: bool, **options) -> Trainer:
 
 
 def exported_weights(trainer: Trainer) -> dict[str, Tensor]:
-    """The tensors of the exported network, and those of the tokenizer beside it, as `from_pretrained` loads them."""
+    """Return the tensors of the exported network, and of the tokenizer beside it, as `from_pretrained` loads them."""
     model = load_model_of_any_type(trainer.run_folder / "export")
     tensors = dict(model.saved_part().state_dict())
     tokenizer = getattr(model, "tokenizer", None)
@@ -292,7 +292,7 @@ def trained_and_evaluated(trainer: Trainer, steps: int) -> dict[str, Tensor]:
 
 
 def unfollowed_buffers(trainer: Trainer) -> list[str]:
-    """The buffers of the trained network that the average does not hold as they are; every rank calls this."""
+    """Return the buffers of the trained network that the average does not hold as they are; every rank calls this."""
     whole = weights_of(trainer)
     (main, engine), *_ = trainer.engines.items()
     names = [name for name, _ in getattr(engine, "empty", engine.module).named_buffers()]
@@ -304,7 +304,7 @@ def _equal(tensors: dict[str, Tensor], one: str, other: str) -> bool:
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference over all tensors, relative to values above 1, and where it is."""
+    """Return the largest difference over all tensors, relative to values above 1, and where it is."""
     assert first.keys() == second.keys()
     pairs = ((name, first[name].double(), second[name].double()) for name in first)
     return max((float(((a - b).abs() / a.abs().clamp(min=1)).max()), name) for name, a, b in pairs)
@@ -355,7 +355,7 @@ ADVERSARIES = {
 
 
 def build_adversary(folder: Path, /, name: str, **options) -> VQGanVAETrainer:
-    """A trainer of a small VQGAN with the discriminator and the losses of `ADVERSARIES`."""
+    """Return a trainer of a small VQGAN with the discriminator and the losses of `ADVERSARIES`."""
     model, training = ADVERSARIES[name]
     width = {"discr_layers": 4} if "discriminator" in model else {}
     shared = {"lr": 1e-2, "max_grad_norm": 0.5, "discr_max_grad_norm": 0.5, "augment": True, "optimizer": "sgd"}

@@ -62,7 +62,7 @@ class CheckpointStore:
         return self.path(steps[-1]) if steps else None
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of this step is or will be."""
+        """Return where the checkpoint of this step is or will be."""
         return checkpoint_path(self.folder, step)
 
     def clean(self) -> None:
@@ -151,7 +151,7 @@ class CheckpointStore:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where in this folder the checkpoint of a step is or will be."""
+    """Return where in this folder the checkpoint of a step is or will be."""
     return folder / f"step_{step:08d}"
 
 

@@ -106,12 +106,12 @@ def wait_for_completion(folder: Path, patience: float | None = None) -> None:
 
 
 def is_completing() -> bool:
-    """Whether threads of this process are completing a checkpoint; its usual end waits for them."""
+    """Return whether threads of this process are completing a checkpoint; its usual end waits for them."""
     return any(not future.done() for future in _under_way.values())
 
 
 def partial_of(target: Path) -> Path:
-    """Where a checkpoint is written that is to be `target`."""
+    """Return where a checkpoint is written that is to be `target`."""
     return target.with_name(target.name + PARTIAL)
 
 

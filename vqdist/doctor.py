@@ -59,7 +59,7 @@ def run() -> int:
 
 
 def guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings of a check; one that raises does not hide those after it."""
+    """Yield the findings of a check; one that raises does not hide those after it."""
     try:
         yield from check()
     except Exception as error:
@@ -70,7 +70,7 @@ def guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed package, or None."""
+    """Return the version of an installed package, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -78,7 +78,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def requirements(extra: str = "") -> list:
-    """What vqdist's metadata asks for here, in its core or in one extra; empty when vqdist itself is not installed."""
+    """Return what vqdist's metadata asks for, in its core or in one extra; empty if vqdist is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -93,7 +93,7 @@ def requirements(extra: str = "") -> list:
 
 
 def check_vqdist() -> Iterator[Finding]:
-    """Whether vqdist is installed here, and as the version that runs."""
+    """Check that vqdist is installed here, as the version that runs."""
     from vqdist.version import __version__
 
     yield Finding(OK, f"vqdist {__version__}, Python {platform.python_version()} at {sys.prefix}")
@@ -105,20 +105,20 @@ def check_vqdist() -> Iterator[Finding]:
 
 
 def check_core_packages() -> Iterator[Finding]:
-    """The packages that vqdist cannot do without."""
+    """Check the packages that vqdist cannot do without."""
     for requirement in requirements():
         yield judge_package(requirement, missing=FAIL, mend=f"pip install '{requirement.name}{requirement.specifier}'")
 
 
 def check_optional_packages() -> Iterator[Finding]:
-    """The packages of the extras; a missing one is a warning."""
+    """Check the packages of the extras; a missing one is a warning."""
     for extra in EXTRAS:
         for requirement in requirements(extra):
             yield judge_package(requirement, missing=WARN, mend=f"pip install 'vqdist[{extra}]'")
 
 
 def judge_package(requirement, *, missing: str, mend: str) -> Finding:
-    """Whether a package is there in a version that vqdist asks for."""
+    """Return whether a package is there in a version that vqdist asks for."""
     version = installed_version(requirement.name)
     if version is None:
         return Finding(missing, f"{requirement.name} is not installed", mend)
@@ -131,7 +131,7 @@ def judge_package(requirement, *, missing: str, mend: str) -> Finding:
 
 
 def check_devices() -> Iterator[Finding]:
-    """The GPUs that torch sees, and the cores of the CPU."""
+    """List the GPUs that torch sees, and the cores of the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -236,7 +236,7 @@ def start_group(backend: str, world_size: int = 2) -> tuple[int | None, str]:
 
 
 def sum_over_ranks(backend: str, rank: int, world_size: int, port: int) -> None:
-    """Runs in each process of the probe."""
+    """Run in each process of the probe."""
     from datetime import timedelta
 
     import torch
@@ -263,7 +263,7 @@ def sum_over_ranks(backend: str, rank: int, world_size: int, port: int) -> None:
 
 
 def likely_cause(backend: str, code: int | None, output: str) -> tuple[str, str]:
-    """What usually lies behind such a failure, and the setting that helps."""
+    """Return what usually lies behind such a failure, and the setting that helps."""
     host, text = socket.gethostname(), output.lower()
     variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     interfaces = ", ".join(name for _, name in socket.if_nameindex())
@@ -294,7 +294,7 @@ def likely_cause(backend: str, code: int | None, output: str) -> tuple[str, str]
 
 
 def check_deepspeed_op() -> Iterator[Finding]:
-    """What DeepSpeed needs to compile and whether it has; nothing to say without DeepSpeed."""
+    """Check what DeepSpeed needs to compile; nothing to say without DeepSpeed."""
     if installed_version("deepspeed") is None:
         return
     import torch
@@ -323,7 +323,7 @@ def check_deepspeed_op() -> Iterator[Finding]:
 
 
 def judge_locks(locks: list) -> Iterator[Finding]:
-    """What each lock of a DeepSpeed build means for the next start."""
+    """Say what each lock of a DeepSpeed build means for the next start."""
     for lock in locks:
         found = f"DeepSpeed build lock {lock.path}, {duration(lock.age)} old"
         if lock.stale and lock.blocks:
@@ -385,7 +385,7 @@ def start_python(code: str) -> Probe:
 
 
 def last_line(output: str) -> str:
-    """The line of a traceback that says what happened; C++ frames and warnings that follow it are left out."""
+    """Return the line of a traceback that says what happened; C++ frames and warnings that follow it are left out."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     lines = [line for line in lines if line != IMPORTED]
     errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]

@@ -158,7 +158,7 @@ def _bounds_in_words(facts: Any, value: float) -> str:
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says; whole numbers are numbers, but true and false are none."""
+    """Return whether a value is what an annotation says; whole numbers are numbers, but true and false are none."""
     if kind is Any:
         return True
     parts = get_args(kind)

@@ -32,13 +32,13 @@ FIRST_LINE = (
 
 
 def readme_lines(program: str) -> list[str]:
-    """The README's indented lines that start this program."""
+    """Return the README's indented lines that start this program."""
     return [line.strip() for line in README.splitlines() if re.match(rf"    {program}\b", line)]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A short run of what a newcomer types, with fewer codes; started for real."""
+    """Return a short run of what a newcomer types, with fewer codes; started for real."""
     out = tmp_path_factory.mktemp("runs") / "a"
     vqdist(*FIRST_LINE, *"--trainer.num_train_steps 5 --model.codebook_size 1024 --out".split(), str(out), warm=False)
     return out

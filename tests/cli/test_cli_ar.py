@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory) -> Path:
-    """A prior over three classes whose random weights have opinions."""
+    """Return a prior over three classes whose random weights have opinions."""
     model = build_prior()
     with torch.no_grad():
         for weight in model.parameters():
@@ -41,7 +41,7 @@ def prior(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tokenizer, tmp_path_factory) -> Path:
-    """A run over the tokenizer, by the command line."""
+    """Train over the tokenizer, by the command line."""
     out = tmp_path_factory.mktemp("runs") / "prior"
     train = ["train", "prior", "--tokenizer", str(tokenizer.parent), "--data", "synthetic:64", "--out", str(out)]
     result = vqdist(*train, *SMALL, *SHORT, "--model.num_classes", "10")
@@ -50,12 +50,12 @@ def run(tokenizer, tmp_path_factory) -> Path:
 
 
 def call(*arguments: object) -> int:
-    """The command in this process."""
+    """Run the command in this process."""
     return main([str(argument) for argument in arguments])
 
 
 def one_line(capsys) -> str:
-    """What was said on standard error, which must be one line."""
+    """Return what was said on standard error, which must be one line."""
     said = capsys.readouterr().err.strip()
     assert said.startswith("vqdist: error: ") and "\n" not in said, said
     return said.removeprefix("vqdist: error: ")

@@ -51,7 +51,7 @@ EFFECTS = {
 
 
 def options(*arguments: str) -> dict:
-    """What `vqdist train dvae ARGUMENTS` resolves to, by dotted option."""
+    """Return what `vqdist train dvae ARGUMENTS` resolves to, by dotted option."""
     groups = train_options("dvae", list(arguments)).as_dict()
     return {
         (f"{group}.{name}" if name else group): value
@@ -62,12 +62,12 @@ def options(*arguments: str) -> dict:
 
 @pytest.fixture(scope="module")
 def defaults() -> dict:
-    """What no argument at all resolves to."""
+    """Return what no argument at all resolves to."""
     return options()
 
 
 def error_of(arguments: list[str], capsys) -> str:
-    """The one line of a mistake."""
+    """Return the one line of a mistake."""
     capsys.readouterr()
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -259,7 +259,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory) -> Path:
-    """A run that was started with the flags of train_vae alone, but for --out."""
+    """Return a run that was started with the flags of train_vae alone, but for --out."""
     out = tmp_path_factory.mktemp("runs") / "dvae"
     flags = [*SMALL, "--image_folder", str(images), "--transparent", "--smooth_l1_loss", "--kl_loss_weight=0.1"]
     result = vqdist(*"train dvae --distributed_backend dummy --local_rank 0 --out".split(), str(out), *flags)

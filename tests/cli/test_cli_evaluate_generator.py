@@ -1,5 +1,6 @@
-"""`vqdist evaluate` of models that predict codes, and with a feature extractor: its numbers against ones worked out
-here from the models, its options, ranks, and mistakes."""
+"""`vqdist evaluate` of models that predict codes, and with a feature extractor.
+
+Its numbers are compared with ones worked out here from the models; its options, ranks and mistakes are tried."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ FIDELITY = ["fid", "kid", "kid_std", "precision", "recall", "samples"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with one exported model of each kind, and a feature extractor."""
+    """Return a folder with one exported model of each kind, and a feature extractor."""
     folder = tmp_path_factory.mktemp("runs")
     models = {
         "dvae": vary_codes(build_dvae()),

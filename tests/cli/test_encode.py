@@ -33,7 +33,7 @@ KINDS = {"dvae": 3, "residual_vq": 1, "lfq": 4}  # and channels
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> Path:
-    """A folder with an exported tokenizer of each kind, and a model that is none."""
+    """Return a folder with an exported tokenizer of each kind, and a model that is none."""
     folder = tmp_path_factory.mktemp("exports")
     for kind, channels in KINDS.items():
         Tokenizer(build(kind, channels=channels)).save_pretrained(folder / kind)
@@ -55,7 +55,7 @@ def quiet(capsys):
 
 
 def refused(capsys, *arguments: str | Path) -> str:
-    """The one line with which a command ends."""
+    """Return the one line with which a command ends."""
     capsys.readouterr()
     assert main(["encode", *map(str, arguments)]) == 2
     printed = capsys.readouterr()
@@ -434,7 +434,7 @@ SIZES = "--data synthetic:90 --shard_size 20 --batch_size 8 --num_workers 0".spl
 
 @pytest.fixture(scope="module")
 def undisturbed(exports, tmp_path_factory) -> dict[str, bytes]:
-    """What one process writes that nobody kills."""
+    """Return what one process writes that nobody kills."""
     out = tmp_path_factory.mktemp("undisturbed") / "codes"
     assert main(["encode", str(exports / "residual_vq"), *SIZES, "--out", str(out)]) == 0
     return content(out)
@@ -556,7 +556,7 @@ def test_the_command_is_listed(capsys):
 
 
 def test_ranks_with_other_plans_do_not_encode(exports, tmp_path):
-    """As they stand in two terminals: with other shards the ranks would write into one another's files."""
+    """Two commands run in two terminals: with other shards the ranks would write into one another's files."""
     writer = CodeWriter(
         Tokenizer.from_pretrained(exports / "dvae"),
         ImageDataset("synthetic:50", 16, channels=3, augment=False),

@@ -77,7 +77,7 @@ def test_from_images_to_samples(tmp_path):
 
 
 def started(*arguments: str) -> list[str]:
-    """The words of the one command that a target would run."""
+    """Return the words of the one command that a target would run."""
     (line,) = make("--dry-run", *arguments).stdout.splitlines()
     return shlex.split(line)
 
@@ -155,7 +155,7 @@ def test_what_is_missing_or_not_taken_is_one_line(arguments, message):
 
 @pytest.fixture
 def sbatch(tmp_path) -> Path:
-    """A folder with an `sbatch` that says what it was given: the real one submits in tests/cluster/."""
+    """Return a folder with an `sbatch` that says what it was given: the real one submits in tests/cluster/."""
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
     program.write_text('#!/bin/sh\necho "processes=$VQDIST_PROCESSES zero=$ZERO"\nprintf "%s\\n" "$@"\n')

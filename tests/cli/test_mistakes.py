@@ -1,4 +1,4 @@
-"""What people do wrong with files and folders: each mistake ends with one line that helps."""
+"""Mistakes of people with files and folders: each mistake ends with one line that helps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A finished run, to be copied and broken."""
+    """Return a finished run, to be copied and broken."""
     run = tmp_path_factory.mktemp("finished") / "run"
     assert main([*SMALL, str(run)]) == 0
     return run
@@ -30,13 +30,13 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A copy of the finished run."""
+    """Return a copy of the finished run."""
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
 
 def error_of(arguments: list[str], capsys) -> str:
-    """The last line on standard error of a command that must end with exit code 2 and without a traceback."""
+    """Return the last line on standard error of a command that must end with exit code 2 and without a traceback."""
     capsys.readouterr()
     assert main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()

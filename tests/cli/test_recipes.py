@@ -110,13 +110,13 @@ LOGGED = {
 
 
 def head(name: str) -> str:
-    """The comments that a recipe begins with."""
+    """Return the comments that a recipe begins with."""
     lines = RECIPES[name].read_text().splitlines()
     return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
 
 
 def arguments(name: str) -> list[str]:
-    """What follows `vqdist train` in the line of the head that starts this recipe."""
+    """Return what follows `vqdist train` in the line of the head that starts this recipe."""
     line = re.search(rf"^#   vqdist train (.* launch/recipes/{name}\.yaml .*)$", head(name), re.MULTILINE)
     assert line, f"the head of {name} has no line that starts it"
     return shlex.split(line[1])
@@ -128,7 +128,7 @@ def model_of(name: str) -> str:
 
 @functools.cache
 def options(name: str, *more: str):
-    """The recipe as the command line reads it, with further arguments."""
+    """Return the recipe as the command line reads it, with further arguments."""
     model, *rest = arguments(name)
     rest[rest.index("--config") + 1] = str(RECIPES[name])
     return train_options(model, [*rest, *more])
@@ -144,13 +144,13 @@ def value_of(name: str, flag: str) -> str | None:
 
 
 def tokenizer_recipe(name: str) -> str | None:
-    """The recipe of the tokenizer that this recipe's line is over."""
+    """Return the recipe of the tokenizer that this recipe's line is over."""
     run = value_of(name, "--tokenizer")
     return None if run is None else next(other for other in RECIPES if value_of(other, "--out") == run)
 
 
 def part(name: str, title: str) -> str:
-    """A paragraph of a head, on one line: what follows `# Title: ` up to the next."""
+    """Return a paragraph of a head, on one line: what follows `# Title: ` up to the next."""
     found = re.search(rf"^# {title}: (.*(?:\n#   .*)*)", head(name), re.MULTILINE)
     assert found, f"the head of {name} does not say: {title}"
     return re.sub(r"\n#\s+", " ", found[1])
@@ -242,7 +242,7 @@ def schedule_of(name: str) -> dict[str, Any]:
 
 
 def advice(name: str) -> list[str]:
-    """The options that a head offers in passing, those that stand together as one."""
+    """Return the options that a head offers in passing, those that stand together as one."""
     text = re.sub(r"\n#\s+", " ", "\n".join(line for line in head(name).splitlines() if "vqdist" not in line))
     return re.findall(r"(?:--(?:data|model|trainer)\.[\w.]+ [\w.-]*\w ?)+", text)
 

@@ -1,4 +1,4 @@
-"""What the tests of clusters share."""
+"""Common fixtures of the tests of clusters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from cluster.slurm import Slurm
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """A running Slurm with two nodes."""
+    """Yield a running Slurm with two nodes."""
     with tempfile.TemporaryDirectory(prefix="vqdist-slurm-") as folder, Slurm(Path(folder)) as cluster:
         yield cluster

@@ -58,11 +58,11 @@ class Nodes:
             process.wait(timeout=30)
 
     def namespace(self, node: str) -> str:
-        """The network namespace of a node; other tests may run beside this one."""
+        """Return the network namespace of a node; other tests may run beside this one."""
         return f"vqdist-{os.getpid()}-{node}"
 
     def cable(self, node: str) -> str:
-        """A node's end of the cable."""
+        """Return a node's end of the cable."""
         return f"vq{os.getpid()}{node}"
 
     def _inside(self, node: str, *arguments: str) -> None:
@@ -124,7 +124,7 @@ class Nodes:
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[str, float]:
-    """What a process printed until its end, and the seconds that it took."""
+    """Return what a process printed until its end, and the seconds that it took."""
     began = time.monotonic()
     try:
         process.wait(timeout=timeout)

@@ -54,7 +54,7 @@ PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscri
 
 
 def until(condition: Callable[[], object], what: str, *, timeout: float = 200, every: float = 0.1):
-    """What `condition` gives as soon as it is true; an AssertionError with `what` past the time limit."""
+    """Return what `condition` gives as soon as it is true; an AssertionError with `what` past the time limit."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
@@ -146,7 +146,7 @@ class Slurm:
     # ------------------------------------------------------------------------------------- jobs
 
     def do(self, *command: str, check: bool = True, **variables: str) -> str:
-        """What a command of Slurm prints."""
+        """Return what a command of Slurm prints."""
         return run(list(command), check=check, timeout=60, **{**self.variables, **variables}).stdout.strip()
 
     def sbatch(self, script: str, *arguments: str | Path, options: tuple[str, ...] = (), **variables: str) -> str:
@@ -156,7 +156,7 @@ class Slurm:
         return self.do("sbatch", *own, f"launch/slurm/{script}.sbatch", *map(str, arguments), **variables)
 
     def show(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says, by key; of a task of an array, name it JOB_TASK."""
+        """Return what `scontrol show job` says, by key; of a task of an array, name it JOB_TASK."""
         said = self.do("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
@@ -185,7 +185,7 @@ class Slurm:
         self.do("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def log(self, job: str) -> str:
-        """The job's output; of a task of an array, name it JOB_TASK."""
+        """Return the job's output; of a task of an array, name it JOB_TASK."""
         path = self.folder / f"{job if '_' in job else job + '_4294967294'}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 

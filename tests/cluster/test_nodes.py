@@ -50,7 +50,7 @@ def nodes(tmp_path):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The weights that one process trains of the same images."""
+    """Return the weights that one process trains of the same images."""
     out = tmp_path_factory.mktemp("reference") / "run"
     vqdist("train", *options(out, batch=2 * BATCH))
     return weights(out)
@@ -83,7 +83,7 @@ def test_a_launcher_trains_one_model_on_two_nodes(launcher, nodes, reference, tm
 
 
 def fault(nodes: Nodes, out: Path, *more: str) -> dict:
-    """A training on two nodes that has made its first checkpoint."""
+    """Return a training on two nodes that has made its first checkpoint."""
     more = (*more, "--trainer.save_model_every", "5")
     ranks = nodes.ranks(["train", *options(out, *more, steps=100_000)], PORT)
     deadline = time.monotonic() + 200
@@ -142,7 +142,7 @@ def test_a_cut_cable_is_named_on_both_sides_and_the_run_goes_on(nodes, tmp_path)
 
 
 def refusal(nodes: Nodes, arguments: list[str], covered: dict[Path, Path]) -> str:
-    """The line with which rank 0 ends if node b sees other folders."""
+    """Return the line with which rank 0 ends if node b sees other folders."""
     variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": str(PORT)}
     command = ["vqdist", "train", *arguments]
     first = nodes.start("a", command, RANK="0", **variables)

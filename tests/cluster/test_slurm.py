@@ -33,14 +33,14 @@ TWO_NODES = ("--nodes", "2")
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm: Slurm, tmp_path_factory) -> tuple[str, Path]:
-    """A training that is left alone: its job, which has been submitted, and its run folder."""
+    """Return a training that is left alone: its job, which has been submitted, and its run folder."""
     out = tmp_path_factory.mktemp("undisturbed")
     return submit(slurm, "train_accelerate", out), out
 
 
 @pytest.fixture(scope="module")
 def beside_it(slurm: Slurm, undisturbed, tmp_path_factory) -> tuple[str, Path]:
-    """The same with DeepSpeed, on the same nodes at the same time, in fewer steps."""
+    """Return the same with DeepSpeed, on the same nodes at the same time, in fewer steps."""
     out = tmp_path_factory.mktemp("deepspeed")
     return submit(slurm, "train_deepspeed", out, "--trainer.num_train_steps", "20"), out
 
@@ -51,25 +51,25 @@ def submit(slurm: Slurm, script: str, out: Path, *arguments: str) -> str:
 
 
 def newest(out: Path) -> tuple[Path, dict]:
-    """The newest checkpoint of a run, and its manifest; all that are there are whole."""
+    """Return the newest checkpoint of a run, and its manifest; all that are there are whole."""
     paths = sorted((out / "checkpoints").iterdir())
     return paths[-1], [verify(path) for path in paths][-1]
 
 
 def trained(out: Path) -> int:
-    """Lines of numbers of a run so far."""
+    """Return the number of log lines of a run so far."""
     path = out / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def stops(slurm: Slurm, job: str, start: int) -> list[dict]:
-    """The records that the ranks of a job's start left when they were stopped, by rank."""
+    """Return the records that the ranks of a job's start left when they were stopped, by rank."""
     folder = slurm.folder / "logs" / job / f"start_{start}"
     return [json.loads(path.read_text()) for path in sorted(folder.glob("stopped_rank_*.json"))]
 
 
 def wait_for_steps(slurm: Slurm, job: str, out: Path, before: int) -> None:
-    """Until a job has trained for some steps more than so many lines of numbers tell."""
+    """Until a job has trained for some steps more than so many log lines tell."""
 
     def has_trained() -> bool:
         shown = slurm.show(job)

@@ -77,7 +77,7 @@ PARTS["vqdist.__main__"] = {"vqdist.cli"}
 
 
 def part_of(module: str) -> str:
-    """The part that a module belongs to: `vqdist.models.vqgan` is of `vqdist.models`."""
+    """Return the part that a module belongs to: `vqdist.models.vqgan` is of `vqdist.models`."""
     return ".".join(module.split(".")[:2])
 
 

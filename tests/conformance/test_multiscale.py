@@ -35,7 +35,7 @@ both_codebooks = pytest.mark.parametrize("learning", [LEARNABLE, NO_START], ids=
 
 
 def build(codebook_size: int = 32, **options) -> MultiScaleQuantizer:
-    """A quantizer of 8 channels, equal on every call, whose codes are about as long as its features."""
+    """Return a quantizer of 8 channels, equal on every call, whose codes are about as long as its features."""
     torch.manual_seed(0)
     options = {"v_patch_nums": SCALES, **options}
     quantizer = build_quantizer("multiscale_vq", dim=8, codebook_size=codebook_size, **options)
@@ -245,7 +245,7 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def after_a_step(**options) -> Tensor:
-    """The codebook after a step of training on features of another scale than the codes."""
+    """Return the codebook after a step of training on features of another scale than the codes."""
     quantizer = build_quantizer("multiscale_vq", dim=8, codebook_size=32, **{"v_patch_nums": SCALES, **options})
     for seed in (2, 3):
         quantizer(9 * features_of(seed=seed))
@@ -539,14 +539,14 @@ def test_a_tokenizer_of_one_scale_has_no_lists_of_scales():
 
 
 def digits(count: int) -> Tensor:
-    """The first images of the package, (count, 1, 28, 28) in [0, 1]."""
+    """Return the first images of the package, (count, 1, 28, 28) in [0, 1]."""
     source = DigitsSource()
     return torch.stack([torch.from_numpy(np.array(source.image(index))) for index in range(count)])[:, None] / 255
 
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    """A small tokenizer after 150 steps on digits."""
+    """Return a small tokenizer after 150 steps on digits."""
     torch.manual_seed(0)
     kwargs = {"v_patch_nums": [1, 2, 3, 5, 7]}
     model = VQGanVAE(

@@ -133,7 +133,7 @@ TABLES = {"vqgan": CHANGES_WEIGHTS, "dvae": DVAE_CHANGES_WEIGHTS}
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory) -> Callable[..., dict[str, Tensor]]:
-    """The weights of the plain run after so many steps, each computed once."""
+    """Return the weights of the plain run after so many steps, each computed once."""
     known = {}
 
     def run(steps: int, kind: str = "vqgan") -> dict[str, Tensor]:
@@ -319,7 +319,7 @@ def loaders(monkeypatch) -> list[dict]:
 
 @case_of("num_workers", "prefetch_factor", "pin_memory")
 def how_images_are_loaded(tmp_path, loaders):
-    """The same images, and what the loader was told."""
+    """Check for the same images, and for what the loader was told."""
     given = [
         {"num_workers": 0},
         {"num_workers": 1, "prefetch_factor": 1},
@@ -410,7 +410,7 @@ def steps_of(lines: list[dict], name: str) -> list[int]:
 
 
 def assert_written(run: Path, *, logged_at, validated_at, drawn_at, saved_at, rows: int, events: int) -> None:
-    """Steps of each kind of output of a run; rows of two images and their views in its last picture."""
+    """Return steps of each kind of output of a run; rows of two images and their views in its last picture."""
     lines = logged(run)
     assert steps_of(lines, "recon_loss") == logged_at and steps_of(lines, "valid/psnr") == validated_at
     pictures = [f"step_{step:08d}{suffix}.png" for step in drawn_at for suffix in ("", "_codes")]

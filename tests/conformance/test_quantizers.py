@@ -90,7 +90,7 @@ def build_model(case):
 
 
 def batches(rank=None):
-    """STEPS x (4 * WORLD_SIZE, 4, 4, 4), or a rank's share of each."""
+    """Return STEPS x (4 * WORLD_SIZE, 4, 4, 4), or a rank's share of each."""
     generator = torch.Generator().manual_seed(7)
     data = [torch.randn(4 * WORLD_SIZE, 4, 4, 4, generator=generator) for _ in range(STEPS)]
     return data if rank is None else [batch.chunk(WORLD_SIZE)[rank] for batch in data]
@@ -153,7 +153,7 @@ def run_rank(rank, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank ended with, by case."""
+    """Return what each rank ended with, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun([__file__, str(folder)], processes=WORLD_SIZE)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]

@@ -1,4 +1,4 @@
-"""What the backends refuse before anything starts, and what the local one does."""
+"""Refusals of the backends before anything starts, and the local one's work."""
 
 from __future__ import annotations
 

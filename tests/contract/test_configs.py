@@ -56,7 +56,7 @@ VQGAN = [
 
 
 def batch_of(processes: int) -> list[str]:
-    """The same 16 images a step, in two micro-batches."""
+    """Return the options of the same 16 images a step, in two micro-batches."""
     return ["--trainer.batch_size", str(8 // processes)]
 
 
@@ -83,7 +83,7 @@ def manifest(out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """The states that a training in this process ends with, by the training's arguments."""
+    """Return the states that a training in this process ends with, by the training's arguments."""
     known = {}
 
     def train(arguments: list[str]) -> dict[str, torch.Tensor]:
@@ -149,7 +149,7 @@ def test_every_key_says_why_and_is_of_the_layout(name):
 
 
 def environment_by_accelerate(config: Path, *flags: str) -> dict[str, str]:
-    """What `accelerate launch` with these flags sets for its processes, by its own code."""
+    """Return what `accelerate launch` with these flags sets for its processes, by its own code."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
@@ -161,7 +161,7 @@ def environment_by_accelerate(config: Path, *flags: str) -> dict[str, str]:
 
 
 def refusal(environment: dict[str, str], monkeypatch) -> str:
-    """The one line that the accelerate backend ends with in this environment."""
+    """Return the one line that the accelerate backend ends with in this environment."""
     for name, value in environment.items():
         if name.startswith(("ACCELERATE_", "XLA_")):
             monkeypatch.setenv(name, value)
@@ -245,7 +245,7 @@ def test_every_owned_variable_is_shown_to_be_refused():
 
 
 def deepspeed(out: Path, *arguments: str) -> None:
-    """The launcher without ssh, on the first two slots of the shipped hostfile's first machine."""
+    """Return the launcher without ssh, on the first two slots of the shipped hostfile's first machine."""
     hosts = ["--hostfile", str(ROOT / "launch" / "hostfile.example"), "--include", "worker-1:0,1"]
     here = ["--no_ssh", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     options = ["--backend", "deepspeed", "--deepspeed_config", str(DEEPSPEED / "zero2_offload.json")]
@@ -278,7 +278,7 @@ def test_deepspeed_takes_and_knows_every_key(name):
 
 
 def read(config: dict) -> str:
-    """The one line that this content of a DeepSpeed file is refused with."""
+    """Return the one line that this content of a DeepSpeed file is refused with."""
     with pytest.raises(UserError) as error:
         create_backend("deepspeed", deepspeed_config=config)
     assert not torch.distributed.is_initialized() and "\n" not in str(error.value)

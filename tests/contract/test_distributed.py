@@ -50,20 +50,20 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]  # with what t
 
 
 class Ranks(NamedTuple):
-    """What two ranks of a backend came to."""
+    """The results of two ranks of a backend."""
 
     name: str  # of BACKENDS
     folder: Path
     results: dict
 
     def of_reference(self, key: str) -> str:
-        """The key of the one-process run that a VQGAN's is compared with."""
+        """Return the key of the one-process run that a VQGAN's is compared with."""
         return f"{key}_unpenalised" if self.name in SHARDED else key
 
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory) -> Callable[[str], Ranks]:
-    """Runs the worker on two ranks of a backend, once."""
+    """Run the worker on two ranks of a backend, once."""
 
     @functools.cache
     def launched(name: str) -> Ranks:
@@ -128,7 +128,7 @@ def reference(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def by_optimizer(tmp_path_factory) -> Callable[[str], dict]:
-    """The weights of one process by an optimizer, and those that are evaluated, computed once."""
+    """Return the weights of one process by an optimizer, and those that are evaluated, computed once."""
 
     @functools.cache
     def trained(name: str) -> dict:
@@ -298,7 +298,7 @@ WRITE = "VQDIST_WRITE_SUPPORT_TABLE"
 
 
 def cell(ranks: Ranks, reference: dict, model: str, notes: list[str]) -> str:
-    """What two ranks of a backend made of a model: that it works is that its weights are those of one process."""
+    """Return the results of two ranks of a backend for a model: it works if its weights are those of one process."""
     for key in RESULTS_OF.get(model, [model]):
         expected = reference[ranks.of_reference(key) if model == "vqgan" else key]
         if largest_difference(expected, ranks.results[key])[0] > 1e-6:
@@ -312,7 +312,7 @@ def cell(ranks: Ranks, reference: dict, model: str, notes: list[str]) -> str:
 
 
 def cell_of_optimizer(ranks: Ranks, expected: Callable[[str], dict], optimizer: str, notes: list[str]) -> str:
-    """What two ranks of a backend made of a prior that an optimizer trains."""
+    """Return the results of two ranks of a backend for a prior that an optimizer trains."""
     found = ranks.results["optimizers"][optimizer]
     if not isinstance(found, str):
         held = largest_difference(expected(optimizer), found)[0] <= ROUNDING.get(optimizer, 1e-6)
@@ -323,7 +323,7 @@ def cell_of_optimizer(ranks: Ranks, expected: Callable[[str], dict], optimizer: 
 
 
 def optimizer_table(launch, by_optimizer, notes: list[str]) -> list[str]:
-    """The lines of the table of optimizers and backends."""
+    """Return the lines of the table of optimizers and backends."""
     lines = [
         "## Optimizers",
         "",

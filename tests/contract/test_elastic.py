@@ -25,7 +25,7 @@ WORKER = str(ROOT / "tests" / "workers" / "elastic_worker.py")
 
 
 def images_of_steps(phases: list[tuple[int, int, int, int]], length: int) -> list[list[int]]:
-    """The images of each step, as all ranks take them.
+    """Return the images of each step, as all ranks take them.
 
     Args:
         phases: of the run, each with its steps, processes, batch size and accumulation.
@@ -61,7 +61,7 @@ def test_every_epoch_has_each_image_once_though_the_global_batch_changes(phases)
 
 
 def seen(folder: Path) -> dict[int, list[int]]:
-    """The images of each step, in the order of their numbers."""
+    """Return the images of each step, in the order of their numbers."""
     lines = map(json.loads, (folder / "seen.jsonl").read_text().splitlines())
     return {line["step"]: sorted(line["images"]) for line in lines}
 

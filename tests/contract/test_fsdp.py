@@ -1,4 +1,4 @@
-"""What of FSDP is read from the Accelerate configuration, and how networks are cut; test_distributed.py trains."""
+"""Facts of FSDP that are read from the Accelerate configuration, and cuts of networks; test_distributed.py trains."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_copy_without_weights_has_names_shapes_and_buffers(build):
 
 
 def test_a_buffer_with_two_names_is_saved_and_filled_under_both():
-    """As a codebook that residual levels share; of one rank, so that nothing is exchanged."""
+    """A codebook that residual levels share; of one rank, so that nothing is exchanged."""
 
     class OfOneRank(ShardedEngine):
         gather = cut = staticmethod(lambda _name, tensor: tensor)

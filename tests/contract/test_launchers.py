@@ -55,7 +55,7 @@ TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "2", "MASTER_ADDR": "n
 
 @pytest.fixture
 def environment(monkeypatch):
-    """A function that sets variables; none of any launcher is there before, and none stays afterwards."""
+    """Return a function that sets variables; none of any launcher is there before, and none stays afterwards."""
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI"))})
     return os.environ.update
 
@@ -109,7 +109,7 @@ def test_a_launcher_within_another_wins(outer, environment):
 
 @pytest.mark.parametrize(("outer", "by"), [(OPEN_MPI, "mpirun"), (MPICH, "mpirun"), (SRUN, "srun")])
 def test_a_group_smaller_than_the_tasks_is_refused(outer, by, environment):
-    """As `srun --ntasks 4 torchrun --nproc_per_node 1`, which forgets --nnodes, or WORLD_SIZE=1 left in the shell."""
+    """`srun --ntasks 4 torchrun --nproc_per_node 1` forgets --nnodes, or WORLD_SIZE=1 is left in the shell."""
     environment({**outer, **TORCHRUN, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"})
     with pytest.raises(UserError, match=f"{by} started 4 tasks but the environment says WORLD_SIZE=1: this would"):
         resolve_backend("auto")
@@ -162,7 +162,7 @@ def test_several_processes_must_know_where_to_meet(environment):
 
 
 def error_of(ended) -> str:
-    """The one line of vqdist on standard error."""
+    """Return the one line of vqdist on standard error."""
     assert ended.returncode != 0
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vqdist: error: ")]
     return line
@@ -193,7 +193,7 @@ def test_accelerate_that_is_asked_for_one_process_trains(tmp_path):
 
 @pytest.mark.distributed
 def test_bare_tasks_of_srun_train_one_model(tmp_path):
-    """As `srun --ntasks 2 python -m vqdist ...` starts them; tests/cluster has the real one."""
+    """Two processes as `srun --ntasks 2 python -m vqdist ...` starts them; tests/cluster has the real one."""
     import subprocess
 
     from launching import environment as child_environment

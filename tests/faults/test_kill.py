@@ -24,7 +24,7 @@ TRAIN = [
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """A run that nobody killed."""
+    """Return a run that nobody killed."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     vqdist(*TRAIN, "--out", str(out))
     return out

@@ -28,8 +28,9 @@ TRAIN = [
 
 
 class Run:
-    """Two ranks without a launcher, so that each rank's exit code and words are seen as they are; by default they
-    train."""
+    """Start two ranks without a launcher, which by default train.
+
+    So each rank's exit code and words are seen as they are."""
 
     def __init__(
         self, folder: Path, *options: str, command: Sequence[str] | None = None, of_second: tuple[str, ...] = ()
@@ -67,7 +68,7 @@ class Run:
             time.sleep(0.05)
 
     def end_of(self, rank: int, timeout: float = 120) -> tuple[str, float]:
-        """The last line of a rank that ends without a traceback, and the seconds that it took from now on."""
+        """Return the last line of a rank that ends without a traceback, and the seconds that it took from now on."""
         began = time.monotonic()
         self.ranks[rank].wait(timeout)
         printed = self.logs[rank].read_text()

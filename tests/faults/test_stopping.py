@@ -243,7 +243,7 @@ def start_rank(out: Path, rank: int, port: int) -> subprocess.Popen:
 
 
 def loaded(process: subprocess.Popen, library: str) -> bool:
-    """Whether a process has come so far that it has this library, of those that are loaded one after the other."""
+    """Return whether a process has loaded this library, of those that are loaded one after the other."""
     return library in Path(f"/proc/{process.pid}/maps").read_text()
 
 
@@ -274,7 +274,7 @@ def test_a_signal_to_one_rank_of_a_start_gives_its_code_to_the_others(tmp_path, 
 
 
 def lives(pid: int) -> bool:
-    """Whether a process is there and has not ended: nobody may wait for an orphan."""
+    """Return whether a process is there and has not ended: nobody may wait for an orphan."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

@@ -1,5 +1,6 @@
-"""The trainer of models that predict codes: labels, stored codes, numbers, pictures, options; ranks are in
-test_distributed.py."""
+"""The trainer of models that predict codes: labels, stored codes, numbers, pictures, options.
+
+Ranks are in test_distributed.py."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def test_an_update_is_the_loss_of_the_model_and_adam(kind, tmp_path):
 
 
 def load_from(trainer: ARTrainer):
-    """The bare model of an untouched trainer, Adam over it, and the trainer's first batches."""
+    """Return the bare model of an untouched trainer, Adam over it, and the trainer's first batches."""
     model = trainer.engine.module
     return model, torch.optim.Adam(model.parameters(), lr=trainer.config.lr), trainer.next_micro_batches()
 

@@ -1,4 +1,4 @@
-"""What makes the benchmarks' numbers mean something: equal mathematics on both sides; and bytes, which are a count."""
+"""Conditions of the benchmarks' numbers: equal mathematics on both sides; and bytes, which are a count."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_profile_accounts_for_the_whole_step(tmp_path):
 
 
 def side(**model):
-    """A process of a comparison that this environment can run."""
+    """Return a process of a comparison that this environment can run."""
     trainer = {"backend": "local", "batch_size": 4, "num_workers": 0}
     return str(programs() / "python"), {
         "side": "vqdist",

@@ -212,7 +212,7 @@ def test_a_checkpoint_is_completed_where_it_was_begun(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [UserError("a mistake"), RuntimeError("a defect")])
 def test_an_error_lets_the_checkpoint_be_completed(tmp_path, monkeypatch, error):
-    """Whoever leaves by `os._exit`, as ranks with peers do, waits for no thread; what is said of lost ranks waits."""
+    """A rank with peers leaves by `os._exit`, which waits for no thread; the words on lost ranks wait."""
     held = Held(monkeypatch)
     trainer = build_trainer(tmp_path, save_model_every=1, num_train_steps=5, **EVERYTHING)
     update = trainer.update

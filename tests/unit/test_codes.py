@@ -30,7 +30,7 @@ def images_of(tokenizer: Tokenizer, source: str = f"synthetic:{COUNT}") -> Image
 
 
 def write(tokenizer: Tokenizer, folder: Path, source: str = f"synthetic:{COUNT}", **options) -> Path:
-    """A finished folder of codes."""
+    """Return a finished folder of codes."""
     sizes = {"batch_size": 8, "shard_size": SHARD, **options}
     CodeWriter(tokenizer, images_of(tokenizer, source), folder, **sizes).write(create_backend("local"), num_workers=0)
     return folder
@@ -48,7 +48,7 @@ def written(tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(written, tmp_path) -> Path:
-    """A copy to be broken."""
+    """Return a copy to be broken."""
     return shutil.copytree(written, tmp_path / "codes")
 
 
@@ -99,7 +99,7 @@ def test_codes_and_labels_are_those_of_the_images_in_order(kind, tmp_path):
 
 
 def batches_of(shard_size: int, batch_size: int) -> list[range]:
-    """The batches in which the codes were made: none spans two shards."""
+    """Return the batches in which the codes were made: none spans two shards."""
     shards = [shard_range(shard, COUNT, shard_size) for shard in range(num_shards(COUNT, shard_size))]
     starts = [(start, rows.stop) for rows in shards for start in range(rows.start, rows.stop, batch_size)]
     return [range(start, min(stop, start + batch_size)) for start, stop in starts]

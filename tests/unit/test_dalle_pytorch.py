@@ -1,4 +1,4 @@
-"""What DALLE-pytorch 1.6.6 trained: its codes and images, from files of the real package (see dalle_checkpoint.py)."""
+"""Models of DALLE-pytorch 1.6.6: their codes and images, from files of the real package (dalle_checkpoint.py)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def written(folder: Path, content) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """What is said about a file that cannot be loaded: one line."""
+    """Return what is said about a file that cannot be loaded: one line."""
     with pytest.raises(UserError) as caught:
         DiscreteVAE.from_dalle_pytorch(path)
     message = str(caught.value)

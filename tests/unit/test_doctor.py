@@ -13,7 +13,7 @@ from vqdist.backends import build_ops
 
 @pytest.fixture(autouse=True)
 def speed(monkeypatch):
-    """A machine on which `import torch` takes a second."""
+    """Make a machine on which `import torch` takes a second."""
     monkeypatch.setattr(doctor, "_import_seconds", 1.0)
 
 
@@ -23,7 +23,7 @@ def lines_of(check) -> list[str]:
 
 @pytest.fixture
 def extensions(tmp_path, monkeypatch) -> Path:
-    """An empty folder for what torch compiles, under the conditions of an older torch, whose locks block."""
+    """Return an empty folder for what torch compiles, under the conditions of an older torch, whose locks block."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(build_ops, "locks_block", lambda: True)
     (tmp_path / build_ops.OP_NAME).mkdir()

@@ -1,4 +1,4 @@
-"""How codes are drawn from logits: each limit and the guidance against distributions written out by hand."""
+"""Draws of codes from logits: each limit and the guidance against distributions written out by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DRAWS = 100_000
 
 
 def drawn_frequencies(options: DrawOptions) -> Tensor:
-    """How often each of the five codes is drawn."""
+    """Return how often each of the five codes is drawn."""
     uniform = torch.rand(DRAWS, generator=torch.Generator().manual_seed(3))
     codes = draw(LOGITS.expand(DRAWS, -1), uniform, options)
     assert codes.dtype == torch.int64 and codes.shape == (DRAWS,)

@@ -32,7 +32,7 @@ every_draw = pytest.mark.parametrize("draw", DRAWS)
 
 
 def build(**options) -> DiscreteVAE:
-    """A small model whose codes vary, equal on every call."""
+    """Return a small model whose codes vary, equal on every call."""
     return vary_codes(build_dvae(**options))
 
 
@@ -293,7 +293,7 @@ def test_the_normalization_is_no_part_of_the_weights():
 
 
 def weights_by_hand(logits: Tensor, noise: Tensor, temperature: float, draw: str) -> Tensor:
-    """The value of the draw, (b, h', w', v)."""
+    """Return the value of the draw, (b, h', w', v)."""
     if draw == "soft":
         return torch.exp((logits + noise) / temperature) / torch.exp((logits + noise) / temperature).sum(-1, True)
     return F.one_hot((logits + noise).argmax(-1), logits.shape[-1]).float()
@@ -573,7 +573,7 @@ BLOCK_NAMES = {
 
 
 def write_dalle_pytorch(path: Path, model: DiscreteVAE, blocks: int) -> Path:
-    """The file that DALLE-pytorch's train_vae writes."""
+    """Return the file that DALLE-pytorch's train_vae writes."""
     hparams = {"image_size": 16, "num_layers": 2, "num_tokens": 32, "codebook_dim": 16, "hidden_dim": 16}
     torch.save({"hparams": {**hparams, "num_resnet_blocks": blocks}, "weights": model.state_dict()}, path)
     return path

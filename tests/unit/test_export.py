@@ -21,13 +21,13 @@ from vqdist.models.pretrained import load_model_of_any_type
 
 @pytest.fixture(params=[True, False], ids=["swapped", "renamed"])
 def both_ways(request, monkeypatch) -> None:
-    """A file system that can swap two folders, and one that cannot."""
+    """Take a file system that can swap two folders, and one that cannot."""
     if not request.param:
         monkeypatch.setattr(export, "exchange", lambda first, second: False)
 
 
 def model(content: str) -> Callable[[Path], None]:
-    """What saves a model of these weights, with a second one beside it."""
+    """Return what saves a model of these weights, with a second one beside it."""
 
     def save(folder: Path) -> None:
         for name in ("model.safetensors", "tokenizer/model.safetensors"):

@@ -46,7 +46,7 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 
 def root(matrix: Tensor) -> Tensor:
-    """The square root of a symmetric positive matrix."""
+    """Return the square root of a symmetric positive matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
 
@@ -169,7 +169,7 @@ def test_sfid_is_the_distance_of_spatial_features_in_any_order():
 
 
 def test_fid_is_that_of_the_matrix_root():
-    """As pytorch-fid, clean-fid and the ADM evaluator have it: with a root of the product of the covariances."""
+    """The distance of pytorch-fid, clean-fid and the ADM evaluator: with a root of the product of the covariances."""
     first, second = gaussian(50, 6, seed=0), gaussian(60, 6, seed=1, mean=0.3)
     c1, c2 = first.T.cov(), second.T.cov()
     values, vectors = torch.linalg.eig(c1 @ c2)
@@ -434,7 +434,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """Where Inception's weights are expected: a place of this test's own."""
+    """Put Inception's weights into a place of their own: a place of this test's own."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
 
@@ -520,7 +520,7 @@ def test_inception_sees_no_transparency(hub):
 
 @pytest.fixture(scope="module")
 def digit_features(tmp_path_factory) -> Path:
-    """What `python -m benchmarks.digit_classifier` writes, of fewer epochs."""
+    """Return what `python -m benchmarks.digit_classifier` writes, of fewer epochs."""
     path = tmp_path_factory.mktemp("digits") / "new" / "digits.pt"
     digit_classifier.main(["--out", str(path), "--epochs", "1"])
     return path

@@ -21,7 +21,7 @@ def sampler(rank=0, world_size=1, batch_size=3, position=0, length=20, seed=7) -
 
 
 def places(count: int, **options) -> list[tuple[int, int]]:
-    """The first so many (epoch, index) of a rank."""
+    """Return the first so many (epoch, index) of a rank."""
     return list(itertools.islice(itertools.chain.from_iterable(sampler(**options)), count))
 
 

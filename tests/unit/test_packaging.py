@@ -359,6 +359,8 @@ def test_banned_openings_and_words_are_found_where_a_docstring_has_them():
     assert sorted(found) == [(3, "As"), (3, "What"), (6, "pulse"), (8, "As"), (8, "How")]
     clean = '"""The asset, as it was; it says what is so. "What" and However are words."""\nx = "What now. As is."\n'
     assert list(prose.problems(clean)) == []
+    first = '"""Where it is."""\nx = 1\n"""Whether so. Where it is, it is."""\ndef f():\n    """As ever."""\n'
+    assert sorted(line for line, _ in prose.problems(first)) == [1, 3, 5]
     page = "# What a title\n\nAs `pulse` is code:\n\n```text\nHow now\n```\n\nA pulse. It is. How so?\n"
     assert [line for line, _ in prose.problems_of_page(page)] == [3, 9, 9]
     assert (

@@ -55,7 +55,7 @@ every_type = pytest.mark.parametrize("model_type", MODEL_TYPES)
 
 
 def save(built: str, folder: Path, *, without: tuple[str, ...] = (), **changes) -> Path:
-    """A saved model for images of 16 pixels, with changes to its config.json and without some of its entries."""
+    """Save a model for images of 16 pixels, with changes to its config.json and without some of its entries."""
     model = BUILD[built]()
     model.image_size = 16
     model.save_pretrained(folder)
@@ -71,7 +71,7 @@ def pixels() -> Tensor:
 
 
 def reconstructs_as(model: PretrainedModel, other: PretrainedModel) -> bool:
-    """Whether two models make the same of the same images or, where they draw images, of the same randomness."""
+    """Return whether two models make the same of equal images or, where they draw images, of equal randomness."""
     with torch.no_grad():
         if isinstance(model, SecondStage):
             return torch.equal(*(it.sample(2, generator=torch.Generator().manual_seed(4)) for it in (model, other)))
@@ -237,7 +237,7 @@ def test_nothing_to_load_is_one_line(load, name, message, tmp_path, monkeypatch)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub with what lies in `tmp_path / revision`; gives the list of what was asked of it."""
+    """Return the list of requests to a Hub with the files of `tmp_path / revision`."""
     asked = []
 
     def download(repo_id, filename, *, revision=None, token=None, **_):

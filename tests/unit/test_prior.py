@@ -17,7 +17,7 @@ BY_LEVELS = pytest.mark.parametrize("levels", LEVELS)
 
 
 def prior_of(levels: str = "one", **options) -> Prior:
-    """A prior with random weights large enough to have opinions, in eval mode."""
+    """Return a prior with random weights large enough to have opinions, in eval mode."""
     model = build_prior(tokenizer=build_tokenizer(**LEVELS[levels]), **options).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -55,7 +55,7 @@ def test_noise_has_the_cumulative_distribution_of_gumbel(source):
 
 
 def chi_squared_probability(counts: Tensor, expected: Tensor) -> float:
-    """How likely counts are that far from what is expected, or further."""
+    """Return how likely counts are that far from what is expected, or further."""
     statistic = ((counts - expected) ** 2 / expected).sum()
     freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, statistic / 2))
@@ -233,14 +233,14 @@ PROBLEMS = 40
 
 
 def decoder_loss(problem: int, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The squared error of a small random decoder of draws (n, 5), as (n,)."""
+    """Return the squared error of a small random decoder of draws (n, 5), as (n,)."""
     codebook, last = normal(5, 16, seed=problem), normal(16, 3, seed=100 + problem) / 4
     target = normal(3, seed=200 + problem)
     return lambda draws: (activation(draws @ codebook) @ last - target).square().sum(-1)
 
 
 def biases(problem: int, activation: Callable[[Tensor], Tensor]) -> list[float]:
-    """How far the expected gradients of ReinMax and straight-through are from the exact one, relative to it.
+    """Return how far the expected gradients of ReinMax and straight-through are from the exact one, relative to it.
 
     Exact and ReinMax: the sum over all draws of probability times loss, each draw made certain by its noise.
     """

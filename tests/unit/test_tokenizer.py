@@ -26,7 +26,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def build(kind: str, **options) -> VQGanVAE | DiscreteVAE:
-    """A small model of 32 codes (a level) for images of 16 pixels, four of them a code."""
+    """Return a small model of 32 codes (a level) for images of 16 pixels, four of them a code."""
     if kind == "dvae":
         return vary_codes(build_dvae(**options))
     model = build_vae(**{**VQGANS[kind], **options})

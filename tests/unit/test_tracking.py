@@ -1,4 +1,4 @@
-"""Where numbers and pictures go: the file that is the source of truth, TensorBoard, W&B and the sheets."""
+"""Sinks of numbers and pictures: the file that is the source of truth, TensorBoard, W&B and the sheets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tracker(folder: Path, *parts: str | dict | Sink, resumed_step: int = 0) -> T
 
 
 def sink_of(tracking: Tracker) -> Sink:
-    """The only sink of a tracker."""
+    """Return the only sink of a tracker."""
     ((_, sink),) = tracking.sinks
     return sink
 
@@ -174,7 +174,7 @@ def test_tensorboard_holds_numbers_and_pictures(tmp_path):
 
 
 def histogram_in_tensorboard(folder: Path, counts: torch.Tensor):
-    """The last histogram that TensorBoard holds after one of these counts."""
+    """Return the last histogram that TensorBoard holds after one of these counts."""
     tracking = tracker(folder, "tensorboard")
     tracking.histogram(7, "codes", counts, folder / "codes.png")
     tracking.close()
@@ -238,7 +238,7 @@ def test_wandb_writes_an_offline_run(tmp_path, offline):
 
 
 def records(file: Path) -> Iterator:
-    """What is in a .wandb file: LevelDB's log format, 7 bytes of W&B's first, of protocol buffers."""
+    """Yield what is in a .wandb file: LevelDB's log format, 7 bytes of W&B's first, of protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, record = file.read_bytes(), 7, b""
@@ -394,7 +394,7 @@ def test_without_wandb_an_artifact_goes_nowhere(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
-    """What `wandb.init` is asked for, without starting anything."""
+    """Return what `wandb.init` is asked for, without starting anything."""
     calls: list[dict] = []
 
     def init(**options):

@@ -260,7 +260,7 @@ def test_an_update_never_waits_for_the_device(tmp_path, model, monkeypatch):
 
 
 def noting(method, name: str, reads: list[str]):
-    """`method`, which notes that it was called; Adam's own count of steps is on the CPU and waits for nothing."""
+    """Return `method`, which notes its calls; Adam's own count of steps is on the CPU and waits for nothing."""
 
     def watched(self, *args, **kwargs):
         if not any("torch/optim/" in frame.filename for frame in traceback.extract_stack()):

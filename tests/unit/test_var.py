@@ -33,7 +33,7 @@ def tokenizer_of(v_patch_nums=SCALES) -> Tokenizer:
 
 
 def build(tokenizer: Tokenizer | None = None, **options) -> VAR:
-    """A small model with three classes and weights that have opinions, in eval mode; equal on every call."""
+    """Return a small model with three classes and weights that have opinions, in eval mode; equal on every call."""
     tokenizer = tokenizer_of() if tokenizer is None else tokenizer
     torch.manual_seed(1)
     model = VAR(tokenizer, **{"depth": 2, "dim": 32, "heads": 2, "num_classes": 3, **options}).eval()
@@ -45,7 +45,7 @@ def build(tokenizer: Tokenizer | None = None, **options) -> VAR:
 
 
 def batch_of(model: VAR, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """What `forward` takes, for random codes and every class, "none" among them."""
+    """Return what `forward` takes, for random codes and every class, "none" among them."""
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(model.codebook_size, (count, model.num_codes), generator=generator)
     return model.inputs(codes, torch.arange(count) % (model.num_classes + 1))

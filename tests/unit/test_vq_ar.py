@@ -25,7 +25,7 @@ GREEDY = DrawOptions(temperature=0)
 
 
 def build(*, varied: bool = True, **options) -> VQImageAutoregressiveAutoencoder:
-    """A small model, equal on every call; `varied` sets its codebook to features of noise, so that codes differ."""
+    """Return a small model, equal on every call; `varied` sets its codebook to features of noise: codes differ."""
     model = build_vq_ar(**options)
     if varied:
         vary_codes(model)
@@ -148,7 +148,7 @@ def projection_widths(model: VQImageAutoregressiveAutoencoder) -> set[int]:
 
 @model_case
 def model_recon_from_pred_codes_weight():
-    """It moves no value, but the share of the image's gradient that each side gets."""
+    """Check that the option moves no value, but the share of the image's gradient that each side gets."""
     only_vq, half, only_predicted = (build(recon_from_pred_codes_weight=weight) for weight in (0.0, 0.5, 1.0))
     recons = [model(pixels()).recon for model in (only_vq, half, only_predicted)]
     assert torch.allclose(recons[0], recons[1], atol=1e-5) and torch.allclose(recons[0], recons[2], atol=1e-5)
@@ -175,7 +175,7 @@ for weight_name in ("recon_loss_weight", "vq_commit_loss_weight", "ar_commit_los
 
 @model_case
 def model_logit_scale():
-    """It is an inverse temperature."""
+    """Check that the option is an inverse temperature."""
     plain, scaled = build(), build(logit_scale=3.0)
     assert torch.allclose(scaled(pixels()).logits, 3 * plain(pixels()).logits)
     assert torch.equal(drawn(scaled, DrawOptions(temperature=3.0)), drawn(plain, DrawOptions()))

@@ -88,7 +88,7 @@ def test_the_networks_are_the_ones_that_are_described():
 
 
 def features_loss(recon: Tensor, image: Tensor) -> Tensor:
-    """The perceptual loss with `SmallFeatures`, written out."""
+    """Return the perceptual loss with `SmallFeatures`, written out."""
     from scenarios import SmallFeatures
 
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -14,7 +14,7 @@ from vqdist.models.vqvae import SimpleVQVAE, VectorQuantizer
 
 
 def build(**options) -> SimpleVQVAE:
-    """A small model for 16x16 images with 21 codes, equal on every call, whose codes vary."""
+    """Return a small model for 16x16 images with 21 codes, equal on every call, whose codes vary."""
     torch.manual_seed(0)
     settings = {"embedding_dim": 8, "hidden_dim": 12, "v_patch_nums": (1, 2, 4), **options}
     model = SimpleVQVAE(**settings)

@@ -48,7 +48,7 @@ from vqdist.trainers.base import Trainer
 
 
 def parity(backend: dict, folder: Path, results: dict) -> None:
-    """The same global batches as one process: weights, losses and norms."""
+    """Compare weights, losses and norms with one process on the same global batches."""
     for quantizer in ("lfq", "vq"):
         trainer = build_trainer(folder / quantizer, quantizer=quantizer, grad_accum_every=2, **EVERYTHING, **backend)
         logs = [trainer.train_step() for _ in range(4)]
@@ -122,7 +122,7 @@ def resumed_like_straight(build) -> Trainer:
 
 
 def discrete_vae(backend: dict, folder: Path, results: dict) -> None:
-    """The same 16 images a step as one process takes, two micro-batches on each rank, for every kind of draw."""
+    """Train on one process's 16 images a step, two micro-batches on each rank, for every kind of draw."""
     for draw, model in DVAE_DRAWS.items():
         trainer = build_dvae_trainer(
             folder / f"dvae_{draw}", model=model, grad_accum_every=2, **DVAE_EVERYTHING, **backend
@@ -144,7 +144,7 @@ def discrete_vae(backend: dict, folder: Path, results: dict) -> None:
 
 
 def autoregressive(backend: dict, folder: Path, results: dict) -> None:
-    """The same 16 images a step as one process takes, two micro-batches on each rank, for every model of codes."""
+    """Train on one process's 16 images a step, two micro-batches on each rank, for every model of codes."""
     for kind in AR_MODELS:
         trainer = build_ar_trainer(folder / kind, kind, grad_accum_every=2, **AR_PARITY[kind], **backend)
         logs = [trainer.train_step() for _ in range(4)]
@@ -158,7 +158,7 @@ def autoregressive(backend: dict, folder: Path, results: dict) -> None:
 
 
 def optimizers(backend: dict, folder: Path, results: dict) -> None:
-    """A prior by each optimizer: its weights after 4 steps, the same around a checkpoint, or the reason why not."""
+    """Train a prior by each optimizer: its weights after 4 steps, the same around a checkpoint, or why not."""
     results["optimizers"] = {}
     for name in OPTIMIZERS:
         build = partial(build_ar_trainer, kind="prior", **optimizer_options(name), **backend)
@@ -207,7 +207,7 @@ def divergence_is_found(backend: dict, folder: Path) -> None:
 
 
 def flags_and_means(trainer) -> None:
-    """A flag on one rank is seen by all; means are over ranks."""
+    """Check that a flag on one rank is seen by all, and that means are over ranks."""
     backend = trainer.backend
     assert backend.world_size == 2
     assert backend.any(backend.rank == 1)
@@ -254,7 +254,7 @@ def ends(backend: dict, folder: Path, results: dict) -> None:
 
 
 def whole_runs(backend: dict, folder: Path) -> None:
-    """Validation, pictures, checkpoints and exports of shards: the export holds the average, and so does its file."""
+    """Validate, draw, save and export shards: the export holds the average, and so does its file."""
     options = {"save_results_every": 2, "save_model_every": 2, "validate_every": 2, **backend}
     builders = {
         "vqgan": partial(build_trainer, quantizer="vq", **EVERYTHING),
@@ -278,7 +278,7 @@ def whole_runs(backend: dict, folder: Path) -> None:
 
 
 def channels_last(backend: dict, folder: Path) -> None:
-    """The default layout on a GPU gives the same weights, but for the rounding of other kernels."""
+    """Check that the default layout on a GPU gives the same weights, but for the rounding of other kernels."""
     first, second = (
         train_steps(build_trainer(folder / f"layout_{last}", channels_last=last, **EVERYTHING, **backend), 2)
         for last in (False, True)
@@ -314,7 +314,7 @@ def reduced_once(backend: dict, folder: Path) -> None:
 
 
 def refusals(backend: dict, folder: Path, results: dict) -> None:
-    """What a user reads who asks for a penalty on a sharded discriminator."""
+    """Return the line for a user who asks for a penalty on a sharded discriminator."""
     results["refused"] = {}
     try:
         build_trainer(folder / "penalised", **{**backend, "apply_grad_penalty_every": 1})
@@ -323,7 +323,7 @@ def refusals(backend: dict, folder: Path, results: dict) -> None:
 
 
 def gradients_do_not_leak(backend: dict, folder: Path) -> None:
-    """The generator's pass through the frozen discriminator leaves no gradient there, and one at its input."""
+    """Check that the generator's pass through the frozen discriminator leaves a gradient at its input only."""
     trainer = build_trainer(folder / "frozen", **EVERYTHING, **backend)
     image = trainer.next_micro_batches()[0].requires_grad_()
     trainer.discriminator.frozen(image).sum().backward()
@@ -333,7 +333,7 @@ def gradients_do_not_leak(backend: dict, folder: Path) -> None:
 
 
 def exchanges(backend: dict, folder: Path, results: dict) -> None:
-    """Calls and bytes of DDP's gradient exchange in one optimizer step of 4 micro-batches, per network."""
+    """Return calls and bytes of DDP's gradient exchange in one optimizer step of 4 micro-batches, per network."""
     trainer = build_trainer(folder / "exchange", grad_accum_every=4, batch_size=2, **backend)
     counted = {name: [0, 0] for name in trainer.engines}
 

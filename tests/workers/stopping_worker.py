@@ -25,7 +25,7 @@ VALIDATING = {"valid_frac": 0.64, "num_train_steps": 3, "validate_every": 2, "ba
 
 
 def signal_at(call: int, function: Callable, rank: int | None, trainer: Trainer, number: int = signal.SIGTERM):
-    """The function, but that this rank (None: every rank) gets a signal in this call of it, from 1."""
+    """Return the function; this rank (None: every rank) gets a signal in this call of it, from 1."""
     calls = 0
 
     def signalled(*args, **kwargs):
@@ -102,7 +102,7 @@ def during_the_last_validation(folder: Path, **backend) -> None:
 
 
 def during_a_save(folder: Path, **backend) -> None:
-    """The checkpoint that is being written is finished."""
+    """Check that the checkpoint that is being written is finished."""
     trainer = build_dvae_trainer(
         folder / "save", **{**VALIDATING, "validate_every": 0, "save_model_every": 2}, **backend
     )
@@ -119,7 +119,7 @@ def during_a_save(folder: Path, **backend) -> None:
 
 
 def during_a_picture(folder: Path, **backend) -> None:
-    """A picture is half drawn by rank 0 when the signal comes, and never appears; the last one is drawn again."""
+    """Check that a picture half drawn by rank 0 at the signal never appears, and that the last one is drawn again."""
     options = {**VALIDATING, "validate_every": 3, **backend}
     trainer = build_dvae_trainer(folder / "picture", **options)
     views = []
@@ -134,7 +134,7 @@ def during_a_picture(folder: Path, **backend) -> None:
 
 
 def before_a_picture(folder: Path, **backend) -> None:
-    """It comes after the question whether to draw: what all ranks do for the picture is done, and nothing is drawn."""
+    """Check a signal after the question whether to draw: the ranks' part is done, and nothing is drawn."""
     options = {**VALIDATING, "validate_every": 0, "save_results_every": 2, **backend}
     trainer = build_dvae_trainer(folder / "before", **options)
     averaged, entered = trainer.averaged_network, signal_at(1, lambda: None, 0, trainer)
@@ -175,7 +175,7 @@ def instead_of_a_picture(folder: Path, **backend) -> None:
 
 
 def drawn_by_the_next_run(stopped_run: Path, undisturbed: Path, options: dict, step: int) -> None:
-    """The resumed run has the pictures of an undisturbed one, to the bit."""
+    """Check that the resumed run has the pictures of an undisturbed one, to the bit."""
     for folder in (stopped_run, undisturbed):
         trainer = build_dvae_trainer(folder, **options)
         trainer.train()

@@ -99,7 +99,7 @@ class AccelerateBackend(DistributedBackend):
 
     @property
     def shards(self) -> bool:
-        """Whether weights are cut: FSDP2 is asked for, and there is more than one process."""
+        """True if weights are cut: FSDP2 is asked for, and there is more than one process."""
         return self.sharding is not None and self.world_size > 1
 
     @property

@@ -174,12 +174,12 @@ class Backend(ABC):
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0 of the whole run: the one that writes files."""
+        """True if this is rank 0 of the whole run: the one that writes files."""
         return self.rank == 0
 
     @property
     def is_local_main(self) -> bool:
-        """Whether this is the first rank of its node."""
+        """True if this is the first rank of its node."""
         return self.local_rank == 0
 
     @abstractmethod
@@ -226,5 +226,5 @@ class Backend(ABC):
         """
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank; every rank gets the same answer."""
+        """Return whether the flag is set on at least one rank; every rank gets the same answer."""
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)

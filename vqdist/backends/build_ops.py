@@ -62,7 +62,7 @@ def default_extensions_dir() -> str | None:
 
 
 def extensions_dir() -> Path:
-    """Where torch puts what it compiles in this process: the variable, the environment's folder, or torch's own."""
+    """Return where torch puts what it compiles here: the variable, the environment's folder, or torch's own."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR") or default_extensions_dir()
     if named:
         return Path(named)
@@ -81,7 +81,7 @@ def prepare_environment() -> None:
 
 
 def is_built(folder: Path | None = None) -> bool:
-    """Whether the op lies under `folder` (the extensions folder by default)."""
+    """Return whether the op lies under `folder` (the extensions folder by default)."""
     folder = folder or extensions_dir()
     return (folder / OP_NAME / f"{OP_NAME}.so").exists()
 
@@ -113,7 +113,7 @@ def read_lock(path: Path) -> Lock | None:
 
 
 def locks_block() -> bool:
-    """Whether the installed torch waits on a lock's mere existence; read from its source: importing takes seconds."""
+    """Return whether torch waits on a lock's mere existence; read from its source, since an import takes seconds."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -130,7 +130,7 @@ def lock_holders(path: Path, proc: Path = Path("/proc")) -> tuple[int, ...] | No
 
 
 def holds_open(process: Path, target: str) -> bool:
-    """Whether the process of this folder of /proc has the file `target` open."""
+    """Return whether the process of this folder of /proc has the file `target` open."""
     try:
         return any(os.readlink(fd) == target for fd in (process / "fd").iterdir())
     except OSError:  # it ended meanwhile, or belongs to somebody else

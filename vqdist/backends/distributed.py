@@ -58,7 +58,7 @@ class DistributedBackend(Backend):
             self._host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
     def _check_group(self, timeout: timedelta) -> None:
-        """Whether the group talks as it should on this device, and at all."""
+        """Check that the group talks as it should on this device, and at all."""
         if self.world_size == 1:
             return
         expected, found = EXPECTED.get(self.device.type), dist.get_backend_config()

@@ -1,4 +1,4 @@
-"""What the launcher said, read from the environment without importing torch.
+"""The launcher's words about this process, read from the environment without importing torch.
 
 torchrun, `accelerate launch` and the DeepSpeed launcher set RANK, WORLD_SIZE and LOCAL_RANK. `mpirun` and Slurm's
 `srun` have names of their own: there `export_launch` says the same in torch's names. No launch may end as several
@@ -27,7 +27,7 @@ TORCHRUN = "torchrun --nnodes NODES --nproc_per_node N -m vqdist ..."
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launcher says of this process.
+    """The words of one launcher about this process.
 
     Attributes:
         by: the launcher, for messages.
@@ -45,8 +45,9 @@ class Launch:
 
 
 def read_launch() -> Launch | None:
-    """What was started, or None without a launcher. Torch's own names win: a launcher within `srun` or `mpirun`
-    sets them."""
+    """Return what was started, or None without a launcher.
+
+    Torch's own names win: a launcher within `srun` or `mpirun` sets them."""
     outer = _read_tasks()
     if _is_set("WORLD_SIZE"):
         rank = _integer("RANK", outer.rank if outer else 0)
@@ -74,8 +75,9 @@ def _check_place(name: str, place: int, count: int) -> None:
 
 
 def _read_tasks() -> Launch | None:
-    """What `mpirun` or `srun` started: the readers know one family of names each. Within a Slurm job `mpirun` may
-    itself be a step of one task a node, so MPI comes first."""
+    """Return what `mpirun` or `srun` started: the readers know one family of names each.
+
+    Within a Slurm job `mpirun` may itself be a step of one task a node, so MPI comes first."""
     return next((launch for read in (_read_open_mpi, _read_pmi, _read_slurm) if (launch := read())), None)
 
 
@@ -98,7 +100,7 @@ def _read_pmi() -> Launch | None:
 
 
 def _read_slurm() -> Launch | None:
-    """The tasks of an `srun`. The batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process."""
+    """Return the tasks of an `srun`. The batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process."""
     step, size = os.environ.get("SLURM_STEP_ID", ""), _integer("SLURM_STEP_NUM_TASKS", 1)
     if not step.isdecimal() or int(step) >= FIRST_SPECIAL_STEP or size < 2:
         return None
@@ -123,12 +125,12 @@ def _integer(name: str, default: int) -> int:
 
 
 def started_by_launcher() -> bool:
-    """Whether a launcher's environment is there, be it for one process; `accelerate launch` says no size of one."""
+    """Return whether a launcher's environment is there, be it for one process, of which Accelerate says no size."""
     return read_launch() is not None or _is_set("ACCELERATE_MIXED_PRECISION")
 
 
 def world_size_of_launcher() -> int:
-    """How many processes the launcher started; 1 without a launcher."""
+    """Return how many processes the launcher started; 1 without a launcher."""
     launch = read_launch()
     return 1 if launch is None else launch.size
 
@@ -153,13 +155,13 @@ def origin_of_size() -> str:
 
 
 def rank_of_launcher() -> int:
-    """This process's index among all of them; 0 without a launcher."""
+    """Return this process's index among all of them; 0 without a launcher."""
     launch = read_launch()
     return 0 if launch is None else launch.rank
 
 
 def local_rank_of_launcher() -> int:
-    """This process's index on its node; 0 without a launcher."""
+    """Return this process's index on its node; 0 without a launcher."""
     launch = read_launch()
     return 0 if launch is None else launch.local_rank
 
@@ -212,7 +214,7 @@ def export_launch() -> None:
 
 
 def _address(launch: Launch) -> str:
-    """Where rank 0 is; the same on every rank."""
+    """Return where rank 0 is; the same on every rank."""
     if _is_set("MASTER_ADDR"):
         return os.environ["MASTER_ADDR"]
     if launch.one_host:
@@ -234,7 +236,7 @@ def _how_to_export(launch: Launch) -> str:
 
 
 def _first_slurm_host() -> str | None:
-    """The first node of this step by name, or, if its name does not resolve, by the address that Slurm uses."""
+    """Return the first node of this step by name, or, if its name does not resolve, by the address that Slurm uses."""
     hosts = _scontrol("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()
     if not hosts or resolves(hosts[0]):
         return hosts[0] if hosts else None
@@ -250,7 +252,7 @@ def _scontrol(*arguments: str) -> str:
 
 
 def resolves(host: str) -> bool:
-    """Whether the name of a host has an address here."""
+    """Return whether the name of a host has an address here."""
     try:
         socket.getaddrinfo(host, None)
     except OSError:
@@ -259,7 +261,7 @@ def resolves(host: str) -> bool:
 
 
 def _port() -> int:
-    """A port that every rank derives alike and that other jobs hardly share: of the job's number, user and command."""
+    """Return a port that ranks derive alike and other jobs hardly share: of the job's number, user and command."""
     jobs = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
     key = repr([*(os.environ.get(name) for name in jobs), os.getuid(), sys.argv[1:]])
     return PORTS[zlib.crc32(key.encode()) % len(PORTS)]

@@ -11,7 +11,7 @@ from vqdist.options import check_options, option
 from vqdist.parts import Registry, import_path
 
 CODES = "codes:"
-"""What the name of a folder of stored codes begins with, where images could be given, too."""
+"""The beginning of the name of a folder of stored codes, where images could be given, too."""
 
 
 MAX_PIXELS = 2 * 89_478_485
@@ -76,7 +76,7 @@ class DataConfig:
     resample: str = "bicubic"
     """Filter of every resize, of images to validate on too: `bicubic`, `bilinear` or `lanczos`, antialiased."""
     on_bad_image: str = option("raise", one_of=("raise", "skip"), free=True)
-    """What to do with a file that cannot be decoded: `raise`, or `skip` (counted and reported)."""
+    """A file that cannot be decoded is an error (`raise`), or left out, counted and reported (`skip`)."""
     max_bad_frac: float = option(MAX_BAD_FRAC, at_least=0, at_most=1, free=True)
     """Largest share of the images that `skip` may pass over, but at least one image: a run with more of them ends."""
     max_pixels: int = option(MAX_PIXELS, at_least=1, at_most=MAX_PIXELS, free=True)

@@ -28,7 +28,7 @@ FORMS = (
     "of these, or a list"
 )
 OVERSHOOT = 1e-3
-"""How far beyond [0, 1] a float may lie, as in a dataset of tensors; reconstructions go there."""
+"""The distance from [0, 1] at which a float may lie, as in a dataset of tensors; reconstructions go there."""
 
 
 def batch_of(images: Any, *, image_size: ImageSize, channels: int, resample: str = "bicubic") -> Tensor:

@@ -120,7 +120,7 @@ class AutoregressiveModel(nn.Module, PretrainedModel, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ class SharedCodebook(Protocol):
 
     @property
     def has_codes(self) -> bool:
-        """Whether the codes have values; if not, `start` gives them some."""
+        """True if the codes have values; if not, `start` gives them some."""
         ...
 
     def nearest(self, vectors: Tensor) -> Tensor:

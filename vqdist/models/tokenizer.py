@@ -264,7 +264,7 @@ class Tokenizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and batches go."""
+        """The device of the weights, to which batches go."""
         return next(self.network.parameters()).device
 
     def preprocess(self, images: Any) -> Tensor:

@@ -263,7 +263,7 @@ class VQGanVAE(
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.autoencoder.parameters()).device
 
     def code_shape(self, image_size: ImageSize) -> tuple[int, ...]:

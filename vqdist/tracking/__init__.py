@@ -1,4 +1,4 @@
-"""Where numbers and pictures go: metrics.jsonl (the source of truth), TensorBoard, Weights & Biases, sinks of users.
+"""Sinks of numbers and pictures: metrics.jsonl (the source of truth), TensorBoard, Weights & Biases, sinks of users.
 
 Everything here runs on rank 0 only; the trainer makes no `Tracker` on other ranks. `Sink` says how to write one's own.
 """

@@ -65,7 +65,7 @@ class ARTrainer(Trainer):
 
     @property
     def with_labels(self) -> bool:
-        """Whether batches come with the classes of their images."""
+        """True if batches come with the classes of their images."""
         return self.model.num_classes > 0
 
     def check_model(self) -> None:
@@ -275,7 +275,7 @@ class ARTrainer(Trainer):
 
     @property
     def _is_tokenizer(self) -> bool:
-        """Whether the model makes its codes itself, end to end."""
+        """True if the model makes its codes itself, end to end."""
         return isinstance(self.model, TokenizerNetwork)
 
 

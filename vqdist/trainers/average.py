@@ -75,7 +75,7 @@ class MovingAverage:
             torch._foreach_copy_(averages, lives)
 
     def follows(self) -> bool:
-        """Whether every tensor that is not averaged equals the live one on this rank; waits for the device."""
+        """Return whether every tensor that is not averaged equals the live one on this rank; waits for the device."""
         return all(torch.equal(average, live) for average, live in self._followed())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:

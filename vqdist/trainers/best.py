@@ -89,12 +89,12 @@ class Best:
 
     @property
     def keeps(self) -> bool:
-        """Whether the weights of the best step are kept."""
+        """True if the weights of the best step are kept."""
         return self.measure is not None and self.run.config.keep_best
 
     @property
     def folder(self) -> Path:
-        """Where they are."""
+        """Their place."""
         return self.run.folder / FOLDER
 
     def restore(self) -> None:
@@ -158,7 +158,7 @@ class Best:
 
     @property
     def is_another(self) -> bool:
-        """Whether the weights of a better step than the present one are kept."""
+        """True if the weights of a better step than the present one are kept."""
         return self._written and self.step != self.progress.step
 
     def finish(self) -> None:

@@ -79,7 +79,7 @@ class TrainerConfig(DataConfig):
     ema_update_every: int = option(1, at_least=1)
     """Steps from one update of the average to the next."""
     log_every: int = option(10, at_least=1, free=True)
-    """Steps from one line of numbers to the next."""
+    """Steps from one log line to the next."""
     validate_every: int = option(1000, at_least=0, free=True)
     """Steps from one validation to the next, over the whole validation split; 0 validates at the end only."""
     save_results_every: int = option(100, at_least=0, free=True)

@@ -139,7 +139,7 @@ class FiniteGuard:
         self._owners[quantity] = engine
 
     def dropped(self, name: str) -> bool:
-        """Whether the update of this engine was dropped in this step."""
+        """Return whether the update of this engine was dropped in this step."""
         return name in self._dropped
 
     def end(self, step: int, numbers: Mapping[str, Tensor]) -> None:

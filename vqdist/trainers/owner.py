@@ -235,27 +235,27 @@ class RunOwner(ABC):
 
     @property
     def picture_path(self) -> Path:
-        """Where the picture of this step is or will be."""
+        """The path of this step's picture, there or to come."""
         return self.report.picture_path
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's tensors live."""
+        """The device of this rank's tensors."""
         return self.backend.device
 
     @property
     def is_distributed(self) -> bool:
-        """Whether more than one process trains."""
+        """True if more than one process trains."""
         return self.backend.world_size > 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0 of the whole run."""
+        """True if this is rank 0 of the whole run."""
         return self.backend.is_main
 
     @property
     def is_local_main(self) -> bool:
-        """Whether this is the first rank of its node."""
+        """True if this is the first rank of its node."""
         return self.backend.is_local_main
 
     @property
@@ -288,5 +288,5 @@ class RunOwner(ABC):
 
     @property
     def pin_memory(self) -> bool:
-        """Whether batches are loaded into page-locked memory."""
+        """True if batches are loaded into page-locked memory."""
         return self.data.pin_memory(self.device)

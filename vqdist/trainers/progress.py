@@ -1,4 +1,4 @@
-"""Where a run stands: the two numbers that a step advances."""
+"""Progress of a run: the two numbers that a step advances."""
 
 from __future__ import annotations
 

@@ -260,5 +260,5 @@ class Report:
 
     @property
     def picture_path(self) -> Path:
-        """Where the picture of this step is or will be."""
+        """The path of this step's picture, there or to come."""
         return self.folder / "results" / f"step_{self.progress.step:08d}.png"

@@ -134,7 +134,7 @@ class Run:
         return told, dataclasses.replace(config, grad_accum_every=accumulation)
 
     def has_begun(self) -> bool:
-        """Whether there is anything of a run: one that ended before its first step leaves its configuration only."""
+        """Return whether there is anything of a run; one without a finished step leaves its configuration only."""
         lines = self.folder / "metrics.jsonl"
         return any(self.folder.glob("checkpoints/step_*")) or (lines.is_file() and lines.stat().st_size > 0)
 
@@ -263,7 +263,7 @@ def _name_of_class(value: Any) -> str:
 
 
 def _is_seen(probe: Path) -> bool:
-    """Whether a file that another host has just made is there.
+    """Return whether a file that another host has just made is there.
 
     A host that looked before, when there was no such folder, may be told so by NFS for half a minute; to make the
     folder asks the file server itself.

@@ -1,4 +1,4 @@
-"""Whether a signal asked a run to end: noted when it comes, agreed on by all ranks between two steps."""
+"""A request of a signal that a run end: noted when it comes, agreed on by all ranks between two steps."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class StopRequest:
 
     @property
     def is_listening(self) -> bool:
-        """Whether a loop is there that acts on signals and faults."""
+        """True if a loop is there that acts on signals and faults."""
         return self._signals is not None
 
     def break_off_if_faulty(self) -> None:

@@ -52,7 +52,7 @@ class TokenizerTrainer(Trainer):
     def save_pictures(self, path: Path) -> None:
         """Draw a sheet with the views of each image, and a bar chart of all ranks' codes since the last one."""
         chart = self.backend.sum(self._codes_before + self.codes.counts)
-        self._codes_before = -self.codes.counts  # the next line of numbers adds what is drawn now
+        self._codes_before = -self.codes.counts  # the next log line adds what is drawn now
         with self.main_engine.whole() as live, self.averaged_network() as averaged:
             if self.tracker is not None:  # on rank 0
                 networks = [live, averaged] if self.networks.has_average else [live]

@@ -367,7 +367,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     @property
     def has_own_schedule(self) -> bool:
-        """Whether the discriminator's rate has a schedule or a warm-up of its own."""
+        """True if the discriminator's rate has a schedule or a warm-up of its own."""
         return self.config.discr_lr_schedule is not None or self.config.discr_lr_warmup_steps is not None
 
     def discr_learning_rate(self) -> float:

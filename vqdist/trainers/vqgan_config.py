@@ -41,15 +41,15 @@ class VQGanTrainerConfig(TrainerConfig):
     discr_optimizer: str | dict[str, Any] | None = option(None, part="vqdist.registries.OPTIMIZERS")
     """Optimizer of the discriminator; by default the generator's."""
     discr_adam_betas: list[float] | None = option(None)
-    """As adam_betas, for the discriminator; by default the generator's."""
+    """The discriminator's adam_betas; by default the generator's."""
     discr_weight_decay: float | None = option(None, at_least=0)
-    """As weight_decay, for the discriminator; by default the generator's."""
+    """The discriminator's weight_decay; by default the generator's."""
     discr_lr_schedule: str | dict[str, Any] | None = option(None, part="vqdist.schedules.SCHEDULES")
-    """As lr_schedule, with the rest in init_args, for the discriminator; counts from discriminator_start."""
+    """The discriminator's lr_schedule, with the rest in init_args; counts from discriminator_start."""
     discr_lr_warmup_steps: int | None = option(None, at_least=0)
     """Steps from discriminator_start over which the rate of the discriminator rises; by default warmup_steps."""
     discr_max_grad_norm: float | None = option(None, above=0)
-    """As max_grad_norm, for the discriminator."""
+    """The discriminator's max_grad_norm."""
     apply_grad_penalty_every: int = option(4, at_least=0)
     """Steps from one gradient penalty of the discriminator to the next; 0 applies none."""
     grad_penalty_weight: float | dict[str, Any] = option(10.0, at_least=0)

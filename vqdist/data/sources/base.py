@@ -142,7 +142,7 @@ class PackedStrings:
 
 
 def data_cache() -> Path:
-    """Where downloads go: the environment variable `VQDIST_DATA`, or `~/.cache/vqdist`."""
+    """Return where downloads go: the environment variable `VQDIST_DATA`, or `~/.cache/vqdist`."""
     return Path(os.environ.get("VQDIST_DATA") or "~/.cache/vqdist").expanduser()
 
 

@@ -29,7 +29,7 @@ class TensorSource(Source):
 
     flip = False
     TOLERANCE = 1e-3
-    """How far beyond [0, 1] a value may lie: as far as an interpolation overshoots in float16."""
+    """The distance from [0, 1] at which a value may lie: an interpolation overshoots so far in float16."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset

@@ -183,7 +183,7 @@ def float32_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def is_distributed() -> bool:
-    """Whether several processes are in a process group now."""
+    """Return whether several processes are in a process group now."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
