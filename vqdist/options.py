@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -172,14 +173,31 @@ def is_of(value: Any, kind: Any) -> bool:
 
 
 def in_words(kind: Any) -> str:
-    """Return an annotation in words: `int | None` is "a whole number or null"."""
-    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
-    if get_origin(kind) in (Union, UnionType):
-        parts = get_args(kind)
+    """Return an annotation in words: `int | list[int] | None` is "a whole number, a list of whole numbers or null"."""
+    parts, origin = get_args(kind), get_origin(kind)
+    if origin in (Union, UnionType):
         is_list = any(get_origin(part) is list for part in parts)  # a bare word in its place goes without saying
-        return " or ".join(in_words(part) for part in parts if part is not str or not is_list)
+        *others, last = [in_words(part) for part in parts if part is not str or not is_list]
+        return f"{', '.join(others)} or {last}" if others else last
     if kind is Any:
         return "a name, an import path, or class_path and init_args"
-    if get_origin(kind) is list:
-        return f"a list, each item {in_words(get_args(kind)[0])}"
-    return words.get(kind, "a dictionary")
+    if origin in (list, tuple, Sequence) and parts:
+        count = f" {len(parts)}" if origin is tuple and ... not in parts else ""
+        if parts[0] in PLURALS:
+            return f"a list of{count} {PLURALS[parts[0]]}"
+        return f"a list{f' of{count}' if count else ''}, each item {in_words(parts[0])}"
+    if kind in (dict, Mapping) or origin in (dict, Mapping):
+        return "a dictionary"
+    return WORDS.get(kind, str(getattr(kind, "__name__", kind)))
+
+
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    NoneType: "null",
+    Path: "a path",
+    list: "a list",
+}
+PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "strings"}

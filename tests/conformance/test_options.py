@@ -979,7 +979,7 @@ WRONG_OPTIONS = [
         {"model": {"use_vgg_and_gan": False, "vgg": None, "terms": ["reconstruction", Perceptual(SmallFeatures())]}},
         r"^use_vgg_and_gan is false, which turns the perceptual loss off, and terms have Perceptual; leave the term ",
     ),
-    ({"exts": ["png", 3]}, r"^exts \['png', 3\] is not possible; give a list, each item a string or null$"),
+    ({"exts": ["png", 3]}, r"^exts \['png', 3\] is not possible; give a list of strings or null$"),
     ({"accelerate_kwargs": ["cpu"]}, r"^accelerate_kwargs \['cpu'\] is not possible; give a dictionary$"),
 ]
 LOWEST = {

@@ -11,7 +11,8 @@ from typing import Any
 from vqdist.cli.parts import Given
 from vqdist.errors import UserError
 from vqdist.files import LARGEST_YAML, read_small
-from vqdist.shipped import resolve
+from vqdist.parts import near
+from vqdist.shipped import files_of, resolve
 
 SHIPPED = {"config": "recipes", "deepspeed_config": "deepspeed_configs"}
 
@@ -38,17 +39,18 @@ class ConfigFiles:
         given = list(given)
         self._said = {name for name, _ in given}
         self._lines: dict[str, tuple[str, int]] = {}  # of each dotted option, its file and line
+        self._values: dict[str, str] = {}  # of each dotted option, as the file writes it
         for name, value in given:
-            if name == "config" and value is not None and (path := Path(value)).exists() and not path.is_dir():
-                if not _is_regular(path):  # nobody may ever write into a pipe
-                    raise UserError(f"configuration {value} is a pipe, socket or device; give a regular file")
+            if name == "config" and value is not None:
+                _check_file(value)
                 self._read(value)
 
     def _read(self, name: str) -> None:
         import yaml  # type: ignore[import-untyped]
 
         try:
-            root = yaml.compose(read_small(Path(name), LARGEST_YAML).decode("utf-8"), Loader=yaml.SafeLoader)
+            text = read_small(Path(name), LARGEST_YAML).decode("utf-8")
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             where = f"{name}, line {mark.line + 1}" if mark else name
@@ -60,22 +62,30 @@ class ConfigFiles:
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise UserError(f"{name}, line {root.start_mark.line + 1}: options by name are expected, as `data:`")
         if root is not None:
-            self._note(name, root, "")
+            self._note(name, text, root, "")
 
-    def _note(self, name: str, node: Any, prefix: str) -> None:
+    def _note(self, name: str, text: str, node: Any, prefix: str) -> None:
         for key, value in node.value:
             option = f"{prefix}{key.value}" if isinstance(key.value, str) else prefix
             self._lines[option] = (name, key.start_mark.line + 1)
+            self._values[option] = " ".join(text[value.start_mark.index : value.end_mark.index].split())
             if value.id == "mapping" and option.count(".") < 16:
-                self._note(name, value, f"{option}.")
+                self._note(name, text, value, f"{option}.")
 
     def placed(self, message: str) -> str:
         """Return a message of the parser with the file and the line of the option that it names, if a file says it."""
         for option in _named(message):
-            if option in self._lines and option not in self._said:
-                file, line = self._lines[option]
-                return f"{file}, line {line}: {message}"
+            if option not in self._said and (place := self.place(option)) is not None:
+                return f"{place}: {message}"
         return message
+
+    def place(self, option: str) -> str | None:
+        """Return the file and the line that say an option, or None."""
+        return None if option not in self._lines else "{}, line {}".format(*self._lines[option])
+
+    def value(self, option: str) -> str | None:
+        """Return the value of an option as a file writes it, or None."""
+        return self._values.get(option)
 
 
 def _named(message: str) -> list[str]:
@@ -83,6 +93,18 @@ def _named(message: str) -> list[str]:
     if (found := re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", message)) is not None:
         return [".".join(found.groups()), found[2]]
     return re.findall(r"(?:key|option|Option|Key) ['\"]([\w.]+)['\"]", message)
+
+
+def _check_file(given: str) -> None:
+    """Raise `UserError` unless a file of options is one that can be read."""
+    path = Path(given)
+    if given and path.is_dir():
+        raise UserError(f"configuration {given} is a folder; give a YAML file")
+    if not given or not path.exists():
+        found = near(path.stem, files_of("recipes"))
+        raise UserError(f"there is no configuration {given!r}, as a file or a recipe{found}; see `vqdist recipes`")
+    if not _is_regular(path):  # nobody may ever write into a pipe
+        raise UserError(f"configuration {given} is a pipe, socket or device; give a regular file")
 
 
 def _is_regular(path: Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from vqdist.cli.parsing import DATA_ALIASES, Alias
+from vqdist.cli.names import Alias
 from vqdist.declared import declared
 from vqdist.errors import UserError
 from vqdist.parts import PATH, import_path, unknown
@@ -74,7 +74,7 @@ TRAIN_VAE_DEFAULTS = {
 }
 TRAIN_VAE_FLAGS = {
     "image_folder": Alias("data.folder"),
-    "image_size": DATA_ALIASES["image_size"],
+    "image_size": Alias("data.image_size"),
     "epochs": Alias("trainer.epochs"),
     "batch_size": Alias("trainer.batch_size", note="of one process and one micro-batch."),
     "learning_rate": Alias("trainer.lr"),

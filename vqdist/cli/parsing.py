@@ -3,103 +3,85 @@
 from __future__ import annotations
 
 import re
+from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import Any, get_args
 
 from vqdist.cli.config_files import ConfigFiles, with_paths
+from vqdist.cli.mistakes import Mistakes
+from vqdist.cli.names import Alias, full_name, short_names
 from vqdist.cli.parts import Given, Parts, help_asked_for, joined
+from vqdist.cli.screen import PRINT_CONFIG, kind_of
 from vqdist.errors import UserError
-from vqdist.names import near, unknown
-
-
-@dataclass(frozen=True)
-class Alias:
-    """Another name of an option, and what it stands for.
-
-    Attributes:
-        option: the option, without dashes.
-        value: the option's value, of a bare flag; None if a value follows the name.
-        words: the option's word for each word that may follow the name; None if any value may.
-        note: what differs from what people may know under this name.
-    """
-
-    option: str
-    value: str | None = None
-    words: Mapping[str, str] | None = None
-    note: str = ""
-
-    def resolve(self, name: str, value: str | None) -> str | None:
-        """Return the option's value where `--name value` was given; raise `UserError` if there is no such value."""
-        if self.value is not None:
-            if value is not None:
-                raise UserError(f"--{name} takes no value, but {value!r} follows it; it is short for {self}")
-            return self.value
-        if self.words is None or value is None:
-            return value
-        if value.lower() not in self.words:
-            raise UserError(f"--{name} {value!r} is not known; choose one of {', '.join(self.words)}")
-        return self.words[value.lower()]
-
-    @property
-    def in_a_file(self) -> str:
-        """The same in a configuration file, by dotted option."""
-        return self.option if self.value is None else f"{self.option}: {self.value}"
-
-    def __str__(self) -> str:
-        return f"--{self.option}" if self.value is None else f"--{self.option} {self.value}"
-
-
-# short names of the options that every run has
-DATA_ALIASES = {
-    "data": Alias("data.folder"),
-    "image_size": Alias("data.image_size"),
-    "on_bad_image": Alias("data.on_bad_image"),
-    "max_bad_frac": Alias("data.max_bad_frac"),
-}
 
 
 def make_parser(program: str, description: str, epilog: str | None = None):
     """Return a parser with `--config` and no further options; the epilog keeps its line breaks in `--help`."""
-    from argparse import RawDescriptionHelpFormatter
+    from jsonargparse import set_parsing_settings
 
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        pass
+    from vqdist.cli.parser import Formatter, Parser
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = Parser(
         prog=program, description=description, epilog=epilog, formatter_class=Formatter, exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML file with these options; the command line goes first.")
+    for action in parser._actions:
+        if "--print_config" in action.option_strings:
+            action.help = PRINT_CONFIG
     return parser
 
 
-def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] = DATA_ALIASES, parts: Parts | None = None):
-    """Parse; whatever is wrong becomes one line that names the nearest option.
+def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] | None = None, parts: Parts | None = None):
+    """Parse; whatever is wrong becomes one line that says what was found and what is expected.
 
     Args:
         parser: as `make_parser` gives it.
         arguments: of the command line.
-        aliases: other names of options, where the parser has these options.
+        aliases: names of options beside the short ones, where the parser has these options.
         parts: the kind of part that an option takes.
     """
     from jsonargparse import ArgumentError
 
-    known = [action.dest for action in parser._actions]
-    aliases = {name: alias for name, alias in aliases.items() if alias.option in known}
-    given = with_paths(_read(arguments))
-    if parts and (text := help_asked_for(given, parts)) is not None:
+    actions = {_option_of(action): action for action in parser._actions}
+    known, parts = list(actions), parts or {}
+    own = {name: alias for name, alias in (aliases or {}).items() if alias.option in actions}
+    aliases = {**short_names(known), **own}
+    read = list(_read(arguments))
+    given = with_paths((name and full_name(name, known, aliases), value) for name, value in read)
+    if (text := help_asked_for(given, parts)) is not None:
         print(text)
         raise SystemExit(0)
-    _refuse_unknown(given, [*known, *aliases])
     files = ConfigFiles(given)
-    parts = parts or {}
-    given = joined(_spell_out(given, aliases), parts)
+    given = joined([_with_value(one, actions) for one in _spell_out(given, aliases)], parts)
+    mistakes = Mistakes(actions, aliases, parts, given, _written(read, known, aliases), files)
+    mistakes.refuse_unread()
     try:
         return parser.parse_args(_as_arguments(given, parts))
     except (ArgumentError, UnicodeDecodeError) as error:
-        raise UserError(files.placed(_one_line(str(error), known, aliases))) from error
+        raise UserError(mistakes.sentence(str(error))) from error
+
+
+def _option_of(action) -> str:
+    """Return the name of an option, which jsonargparse suppresses of those that are none of the configuration."""
+    return action.option_strings[-1].lstrip("-") if action.dest == SUPPRESS else action.dest
+
+
+def _written(read: list[Given], known: list[str], aliases: Mapping[str, Alias]) -> dict[str, str]:
+    """Return the name that each option was given by, the last of several."""
+    written = {}
+    for name, _ in read:
+        if name is not None:
+            full = full_name(name, known, aliases)
+            written[aliases[full].option if full in aliases else full] = name
+    return written
+
+
+def _with_value(one: Given, actions: Mapping[str, Any]) -> Given:
+    """Return an option with its value: a bare one that is true or false is true."""
+    name, value = one
+    kind = kind_of(actions[name]) if name is not None and name in actions else None
+    return (name, "true") if value is None and (kind is bool or bool in get_args(kind)) else one
 
 
 def add_trust_option(parser) -> None:
@@ -140,22 +122,6 @@ def _read(arguments: list[str]) -> Iterable[Given]:
         name, equals, value = argument[2:].partition("=")
         followed = rest and not rest[0].startswith("--") and name not in ("help", "print_config")
         yield name, value if equals else rest.pop(0) if followed else None
-
-
-def _refuse_unknown(given: list[Given], known: list[str]) -> None:
-    for name, _ in given:
-        if name is not None and not _is_known(name, known):
-            raise unknown("option", name, _options(known), "; see --help", written=f"--{name}")
-
-
-def _options(known: Iterable[str]) -> list[str]:
-    return [option for option in known if option != "help"]
-
-
-def _is_known(option: str, known: list[str]) -> bool:
-    """Options of dictionaries (model.vq_kwargs.decay) are known by their dictionary; `+` adds to a list."""
-    parts = option.removesuffix("+").split(".")
-    return any(".".join(parts[:count]) in known for count in range(len(parts), 0, -1) if count != 1 or len(parts) == 1)
 
 
 def _spell_out(given: list[Given], aliases: Mapping[str, Alias]) -> list[Given]:
@@ -200,23 +166,3 @@ def _refuse_contradiction(option: str, said: list[tuple[str | None, str]]) -> No
             raise UserError(
                 f"{first_words} and {words} contradict each other: {option} is {first} or {value}; leave one out"
             )
-
-
-def _one_line(message: str, known: list[str], aliases: Mapping[str, Alias]) -> str:
-    """jsonargparse's message on one line, with the nearest option where it names one that is not there."""
-    message = " ".join(message.split())
-    if (required := re.search(r"arguments are required: (.*)", message)) is not None:
-        short = {alias.option: name for name, alias in DATA_ALIASES.items()}  # people know the short names
-        return f"missing: {', '.join('--' + short.get(option, option) for option in required[1].split(', '))}"
-    for pattern in (
-        r"[Gg]roup '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'",
-        r"(?P<group>)Option '(?P<name>[\w.]+)' is not accepted",
-        r"(?P<group>)[Kk]ey '(?P<name>[\w.]+)' is not expected",
-        r"(?P<group>)Unrecognized arguments: --(?P<name>[\w.]+)",
-    ):
-        if (found := re.search(pattern, message)) is not None:
-            name = ".".join(filter(None, (found["group"], found["name"])))
-            alias = aliases.get(name.rpartition(".")[2])
-            hint = near(name, _options(known)) or "; see --help"
-            return f"{message}{hint if alias is None else f'; in a file it is {alias.in_a_file}'}"
-    return message

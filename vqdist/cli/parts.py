@@ -6,12 +6,15 @@ import inspect
 import json
 import re
 import textwrap
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vqdist.cli.screen import in_yaml
 from vqdist.errors import UserError, an
 from vqdist.files import LARGEST_YAML, read_small
+from vqdist.options import in_words
 from vqdist.parts import Registry, Spec, arguments_of
 
 Given = tuple[str | None, str | None]
@@ -35,7 +38,7 @@ def joined(given: list[Given], parts: Parts) -> list[Given]:
         if not pieces:
             continue
         whole = [value for name, value in given if name == option]
-        started = _value(whole[-1]) if whole and whole[-1] is not None else _of_files(given, option)
+        started = value_of(whole[-1]) if whole and whole[-1] is not None else _of_files(given, option)
         specification = _changed(option, started, pieces)
         given = [one for one in given if one not in pieces and one[0] != option]
         given.append((option, json.dumps(specification)))
@@ -60,11 +63,11 @@ def _help(option: str, registry: Registry[Any], target: str | None) -> str:
         )
     factory = registry.factory(target)
     lines = [f"{registry.kind} {target}: {_first_line(factory)}", "", f"arguments, as --{option}.NAME VALUE:"]
-    documented = _documented(factory)
+    documented, hints = _documented(factory), _hints(factory)
     parameters = [one for one in arguments_of(factory) if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     for parameter in parameters:
-        said = [_kind(parameter), _default(parameter)]
-        lines.append(f"  {parameter.name:<20} ({', '.join(filter(None, said))})")
+        said = [_kind(hints.get(parameter.name, parameter.annotation)), _default(parameter)]
+        lines.append(f"  {parameter.name:<20} ({'; '.join(filter(None, said))})")
         if parameter.name in documented:
             lines.append(
                 textwrap.fill(documented[parameter.name], 100, initial_indent=INDENT, subsequent_indent=INDENT)
@@ -72,15 +75,23 @@ def _help(option: str, registry: Registry[Any], target: str | None) -> str:
     return "\n".join(lines if parameters else [*lines, "  none"])
 
 
-def _kind(parameter: inspect.Parameter) -> str:
-    annotation = parameter.annotation
-    if annotation is parameter.empty:
+def _hints(factory: Any) -> dict[str, Any]:
+    """Return the annotations of what a part takes; none where a name in them is not there when vqdist runs."""
+    try:
+        return typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _kind(annotation: Any) -> str:
+    """Return an annotation in words, or as it is written where it was never looked up."""
+    if annotation is inspect.Parameter.empty:
         return ""
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return annotation if isinstance(annotation, str) else in_words(annotation)
 
 
 def _default(parameter: inspect.Parameter) -> str:
-    return "required" if parameter.default is parameter.empty else f"default: {parameter.default!r}"
+    return "required" if parameter.default is parameter.empty else f"default: {in_yaml(parameter.default)}"
 
 
 def _first_line(factory: Any) -> str:
@@ -114,7 +125,7 @@ def _changed(option: str, started: Any, pieces: list[Given]) -> dict[str, Any]:
             held = held.setdefault(key, {})
             if not isinstance(held, dict):
                 raise UserError(f"--{name}: {key} is {held!r} and holds no further options; leave it out")
-        held[last] = _value(value)
+        held[last] = value_of(value)
     if spec["class_path"] is None:
         raise UserError(f"--{pieces[0][0]} is given but no --{option}; say which one, by name or import path")
     return spec
@@ -138,7 +149,7 @@ def _of_files(given: list[Given], option: str) -> Any:
     return found
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """Return a value as YAML reads it, with numbers as 1e-3, too; words as `nan` and `infinity` stay words."""
     import yaml
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vqdist.classes import number_of
 from vqdist.cli.loading import loading
-from vqdist.cli.parsing import Alias, add_trust_option, make_parser, parse
+from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an
 from vqdist.locations import check_given
@@ -55,7 +55,7 @@ def sample(arguments: list[str]) -> int:
     )
     parser.add_argument("--columns", type=int | None, default=None, help="Images in a row of the sheet.")
     parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
-    options = parse(parser, arguments, {"num_images": Alias("num")})
+    options = parse(parser, arguments)
     _check(options)
 
     with loading("torch and the run"):

@@ -14,7 +14,7 @@ from typing import Any
 
 from vqdist.cli.loading import loading
 from vqdist.cli.models import MODELS, TrainedModel, load_class, model_entry
-from vqdist.cli.parsing import DATA_ALIASES, add_trust_option, make_parser, parse
+from vqdist.cli.parsing import add_trust_option, make_parser, parse
 from vqdist.cli.parts import Parts
 from vqdist.data.config import CODES
 from vqdist.errors import UserError
@@ -62,7 +62,7 @@ def _overview() -> str:
 
 def train_options(name: str, arguments: list[str]):
     """Return the configuration that `vqdist train NAME ARGUMENTS` trains with, yet unchecked by model and trainer."""
-    return parse(train_parser(name), arguments, {**DATA_ALIASES, **model_entry(name).aliases}, parts_of(name))
+    return parse(train_parser(name), arguments, model_entry(name).aliases, parts_of(name))
 
 
 def parts_of(name: str) -> dict[str, Registry[Any]]:
@@ -129,8 +129,7 @@ def _add_groups(parser, entry: TrainedModel, model_class: type, config_class: ty
 
     data = {field.name for field in dataclasses.fields(DataConfig)}
     given = {"image_size"} if entry.over_tokenizer else set()  # by the tokenizer
-    short = ", ".join(f"--{name}" for name in DATA_ALIASES if name not in given)
-    parser.add_class_arguments(DataConfig, "data", skip=given, help=f"The images (short: {short})")
+    parser.add_class_arguments(DataConfig, "data", skip=given, help="The images")
     skip = {"image_size", *entry.no_options}  # the data's image_size is the model's, too
     parser.add_class_arguments(model_class, "model", skip=skip, help="The networks and their losses")
     parser.add_class_arguments(config_class, "trainer", skip={*data, *TOP_LEVEL, *OF_START}, help="The training")
