@@ -50,9 +50,9 @@ def error_of(arguments: list[str], capsys) -> str:
         ("data:\n  folder: digits\n  image_size: [1, 2\ntrainer: {}\n", 4, "no YAML: expected ',' or ']'"),
         ("data:\n\tfolder: digits\n", 2, "no YAML: found character"),
         ("# a list\n- 1\n- 2\n", 2, "options by name are expected"),
-        ("data:\n  folder: digits\n  image_size: big\n", 3, 'key "data.image_size"'),
-        ("data:\n  folder: digits\ntrainer:\n  lr: 1e-4\n  batch_size: many\n", 5, 'key "trainer.batch_size"'),
-        ("data:\n  folder: digits\n\n  imagesize: 16\n", 4, "does not accept option 'imagesize'; nearest"),
+        ("data:\n  folder: digits\n  image_size: big\n", 3, "data.image_size big is not possible; give a whole number"),
+        ("data:\n  folder: digits\ntrainer:\n  lr: 1e-4\n  batch_size: many\n", 5, "trainer.batch_size many is not possible; give a whole number"),
+        ("data:\n  folder: digits\n\n  imagesize: 16\n", 4, "there is no option data.imagesize; nearest: "),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file_and_the_line(content, line, said, tmp_path, capsys):
@@ -227,7 +227,7 @@ def test_files_are_readable_as_the_umask_says(finished):
         (["reconstruct", "RUN", "--data", "synthetic", "--out", "x.jpg"], "ends in .png"),
         (["reconstruct", "RUN", "--data", "synthetic", "--num_images", "0"], "num_images 0"),
         (["reconstruct", "RUN", "--data", "synthetic", "--batch_size", "4"], "there is no option --batch_size"),
-        ([*SMALL, "RUN", "--lr", "1"], "nearest: trainer.lr"),
+        ([*SMALL, "RUN", "--lrr", "1"], "nearest: lr"),
         ([*SMALL, "RUN", "--trainer.lr", ".inf"], "lr inf is not possible"),
         ([*SMALL, "RUN", "--trainer.use_ema", "false", "--trainer.ema_beta", "0.9"], "because use_ema is false"),
         ([*SMALL, "RUN", "--model.use_gan", "false", "--trainer.discr_lr", "1"], "the model has no discriminator"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vqdist.cli.parts import Given
+from vqdist.cli.parts import Given, value_of
 from vqdist.errors import UserError
 from vqdist.files import LARGEST_YAML, read_small
 from vqdist.parts import near
@@ -82,6 +82,10 @@ class ConfigFiles:
     def place(self, option: str) -> str | None:
         """Return the file and the line that say an option, or None."""
         return None if option not in self._lines else "{}, line {}".format(*self._lines[option])
+
+    def values(self) -> dict[str, Any]:
+        """Return what the files say, by dotted option."""
+        return {option: value_of(text) for option, text in self._values.items()}
 
     def value(self, option: str) -> str | None:
         """Return the value of an option as a file writes it, or None."""

@@ -30,7 +30,8 @@ def together(*checks: Callable[[], object]) -> None:
     if len(found) == 1:
         raise UserError(found[0])
     if found:
-        raise UserError(f"{len(found)} mistakes: {'; '.join(found)}")
+        numbered = [f"({number}) {sentence}" for number, sentence in enumerate(found, 1)]
+        raise UserError(f"{len(found)} mistakes: {' '.join(numbered)}")
 
 
 class Mistakes:
@@ -73,6 +74,17 @@ class Mistakes:
             if name is not None and value is None and name in self.actions and name not in FLAGS:
                 raise UserError(f"--{self.short(name)} needs a value: {self.wanted(name)}")
 
+    def refuse_null(self, said: Mapping[str, Any]) -> None:
+        """Raise `UserError` for an option that is set to null and cannot be: in a file jsonargparse lets it pass."""
+        for option, value in said.items():
+            kind = kind_of(self.actions[option]) if option in self.actions else None
+            if value is None and kind is not None and not is_of(None, kind):
+                raise UserError(self._of_value(option) or option)
+
+    def refuse(self, message: str) -> None:
+        """Raise `UserError` for what jsonargparse found."""
+        raise UserError(self.sentence(message))
+
     def sentence(self, message: str) -> str:
         """Return a message of jsonargparse as a sentence, with file and line where a file says what is wrong."""
         message = " ".join(message.split())
@@ -89,7 +101,7 @@ class Mistakes:
         last = name.rpartition(".")[2]
         alias = self.aliases.get(name) or self.aliases.get(last)
         if alias is not None:
-            return self._placed(name, f"there is no option {name} in a file; it is {alias.in_a_file} there")
+            return self._placed(name, f"there is no option {name}; in a file it is {alias.in_a_file}")
         hint = near(name, [option for option in self.actions if option != "help"]) or "; see --help"
         return self._placed(name, f"there is no option {name}{hint}")
 

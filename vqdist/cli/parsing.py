@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, get_args
 
+from vqdist.cli.chosen import Choice, chosen
 from vqdist.cli.config_files import ConfigFiles, with_paths
-from vqdist.cli.mistakes import Mistakes
+from vqdist.cli.mistakes import Mistakes, together
 from vqdist.cli.names import Alias, full_name, short_names
-from vqdist.cli.parts import Given, Parts, help_asked_for, joined
+from vqdist.cli.parts import Given, Parts, help_asked_for, joined, value_of
 from vqdist.cli.screen import PRINT_CONFIG, kind_of
+from vqdist.data.config import CODES
 from vqdist.errors import UserError
+
+IMAGES = ("data.folder", "data.valid")
 
 
 def make_parser(program: str, description: str, epilog: str | None = None):
@@ -32,7 +38,13 @@ def make_parser(program: str, description: str, epilog: str | None = None):
     return parser
 
 
-def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] | None = None, parts: Parts | None = None):
+def parse(
+    parser,
+    arguments: list[str],
+    aliases: Mapping[str, Alias] | None = None,
+    parts: Parts | None = None,
+    choices: Mapping[str, Choice] | None = None,
+):
     """Parse; whatever is wrong becomes one line that says what was found and what is expected.
 
     Args:
@@ -40,6 +52,7 @@ def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] | None = No
         arguments: of the command line.
         aliases: names of options beside the short ones, where the parser has these options.
         parts: the kind of part that an option takes.
+        choices: options that are chosen by others where nobody says them.
     """
     from jsonargparse import ArgumentError
 
@@ -56,10 +69,33 @@ def parse(parser, arguments: list[str], aliases: Mapping[str, Alias] | None = No
     given = joined([_with_value(one, actions) for one in _spell_out(given, aliases)], parts)
     mistakes = Mistakes(actions, aliases, parts, given, _written(read, known, aliases), files)
     mistakes.refuse_unread()
+    said = files.values() | {name: value_of(value) for name, value in given if name and value is not None}
+    mistakes.refuse_null(said)
+    given += [(option, str(value)) for option, value in chosen(choices or {}, said).items()]
     try:
         return parser.parse_args(_as_arguments(given, parts))
     except (ArgumentError, UnicodeDecodeError) as error:
-        raise UserError(mistakes.sentence(str(error))) from error
+        problem = str(error)
+        together(lambda: mistakes.refuse(problem), *(partial(check_images, said, option) for option in IMAGES))
+        raise
+
+
+def check_images(said: Any, option: str) -> None:
+    """Raise `UserError` for images, or stored codes, that are not there.
+
+    Args:
+        said: options by name.
+        option: one of `IMAGES`.
+    """
+    from vqdist.data.specs import absolute_path, check_spec
+
+    given = said.get(option)
+    if isinstance(given, str) and given.startswith(CODES):
+        folder = absolute_path(given.removeprefix(CODES))
+        if not os.path.isdir(folder):
+            raise UserError(f"no such folder of codes: {folder}; give {CODES} and what `vqdist encode` wrote")
+    elif given is not None:
+        check_spec(given)
 
 
 def _option_of(action) -> str:

@@ -28,6 +28,9 @@ def said_of(action: Any) -> str:
     help_text, kind = " ".join((action.help or "").split()), kind_of(action)
     if kind is None:
         return help_text[:1].upper() + help_text[1:]
+    chosen = getattr(action, "chosen", None)
+    if chosen is not None:
+        return f"{help_text} ({in_words(kind)}; default: {chosen})"
     facts = [*(["required"] if action.required else []), in_words(kind)]
     if not action.required and action.option_strings and action.default is not SUPPRESS:
         facts.append(f"default: {in_yaml(action.default)}")
@@ -49,7 +52,7 @@ def table_of(short: Mapping[str, Alias]) -> str:
     lines = "\n".join(f"  --{name:<14} {alias}" for name, alias in short.items())
     return (
         f"short names, the same for every command:\n{lines}\n"
-        "The end of any other name will do where no other option ends so. Files of --config have the long names."
+        "The end of any other name will do where no other option ends so.\nFiles of --config have the long names."
     )
 
 

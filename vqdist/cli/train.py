@@ -9,12 +9,15 @@ import inspect
 import re
 import shutil
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vqdist.cli.chosen import choices
 from vqdist.cli.loading import loading
+from vqdist.cli.mistakes import together
 from vqdist.cli.models import MODELS, TrainedModel, load_class, model_entry
-from vqdist.cli.parsing import add_trust_option, make_parser, parse
+from vqdist.cli.parsing import IMAGES, add_trust_option, check_images, make_parser, parse
 from vqdist.cli.parts import Parts
 from vqdist.data.config import CODES
 from vqdist.errors import UserError
@@ -33,8 +36,8 @@ TOP_LEVEL = {
     "seed": "seed",
 }
 # likewise, of the trainers whose configuration has them
+OF_TOKENIZER = ("image_size", "data.image_size", "codebook_size", "model.codebook_size")
 OF_START = ("init_from", "trust_code")
-IMAGES = ("data.folder", "data.valid")
 KINDS = {"backend": str, "dist_timeout": float, "seed": int, "trust_code": bool}  # of the others: a string or null
 
 
@@ -62,7 +65,13 @@ def _overview() -> str:
 
 def train_options(name: str, arguments: list[str]):
     """Return the configuration that `vqdist train NAME ARGUMENTS` trains with, yet unchecked by model and trainer."""
-    return parse(train_parser(name), arguments, model_entry(name).aliases, parts_of(name))
+    entry = model_entry(name)
+    for argument in arguments if entry.over_tokenizer else ():
+        if (given := argument.partition("=")[0]).removeprefix("--") in OF_TOKENIZER:
+            raise UserError(f"{given} is the tokenizer's own; leave it out")
+    return parse(
+        train_parser(name), arguments, entry.aliases, parts_of(name), choices(*entry.options(), entry.defaults)
+    )
 
 
 def parts_of(name: str) -> dict[str, Registry[Any]]:
@@ -98,6 +107,10 @@ def train_parser(name: str):
     _add_groups(parser, entry, model_class, config_class)
     _set_defaults(parser, entry)
     _name_the_parts(parser, parts_of(name))
+    of_others = choices(model_class, config_class, entry.defaults)
+    for action in parser._actions:
+        if action.dest in of_others:
+            action.chosen = of_others[action.dest].words  # --help says it
     return parser
 
 
@@ -179,25 +192,26 @@ def _indented(start: str, text: str) -> str:
 
 
 def refuse_mistakes(entry: TrainedModel, options, parts: Parts) -> None:
-    """Raise `UserError` for every mistake that can be seen without torch, which takes seconds to import."""
+    """Raise one `UserError` for all mistakes that can be seen without torch, which takes seconds to import."""
     from vqdist.backends import resolve_backend
-    from vqdist.data.specs import check_spec
     from vqdist.trainers.config import make_config
 
-    resolve_backend(options.backend)
-    _refuse_missing(entry, options)
-    for option, registry in parts.items():
-        if option not in IMAGES:
-            _refuse_unknown_part(registry, options.get(option))
-    make_config(load_class(entry.config), _trainer_options(entry, options)).check_values()
-    if entry.over_tokenizer:
-        if not options.tokenizer:
-            raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
-        check_given(options.tokenizer)
-    for option in IMAGES:
-        given = options.get(option)
-        if given is not None and not str(given).startswith(CODES):
-            check_spec(given)
+    config_class, out = load_class(entry.config), options.out or "."  # that there is none is said once
+    others = [(option, registry) for option, registry in parts.items() if option not in IMAGES]
+    together(
+        lambda: _refuse_missing(entry, options),
+        *(partial(check_images, options, option) for option in IMAGES),
+        lambda: resolve_backend(options.backend),
+        *(partial(_refuse_unknown_part, registry, options.get(option)) for option, registry in others),
+        lambda: make_config(config_class, {**_trainer_options(entry, options), "results_folder": out}).check_values(),
+        *([lambda: _check_tokenizer(options)] if entry.over_tokenizer else []),
+    )
+
+
+def _check_tokenizer(options) -> None:
+    if not options.tokenizer:
+        raise UserError("--tokenizer is missing; give the run of a tokenizer, as in --tokenizer runs/digits")
+    check_given(options.tokenizer)
 
 
 def _refuse_unknown_part(registry: Registry[Any], given: Any) -> None:
@@ -258,13 +272,13 @@ def _train(trainer) -> int:
 
 
 def _refuse_missing(entry: TrainedModel, options) -> None:
-    if options.out is None:
-        raise UserError("--out is missing; give the run folder, as in --out runs/a")
+    missing = [] if options.out else ["--out is missing; give the run folder, as in --out runs/a"]
     if options.data.folder is None:
         others = "".join(f" (or --{name})" for name, alias in entry.aliases.items() if alias.option == "data.folder")
-        raise UserError(
-            f"--data{others} is missing; give an image folder, or digits, synthetic, torchvision:NAME, wds:, hf:"
-        )
+        sources = "give an image folder, or digits, synthetic, torchvision:NAME, wds:, hf:"
+        missing.append(f"--data{others} is missing; {sources}")
+    if missing:
+        raise UserError("; ".join(missing))
 
 
 def _build(model_class: type, options: dict[str, Any]):
