@@ -50,8 +50,16 @@ def error_of(arguments: list[str], capsys) -> str:
         ("data:\n  folder: digits\n  image_size: [1, 2\ntrainer: {}\n", 4, "no YAML: expected ',' or ']'"),
         ("data:\n\tfolder: digits\n", 2, "no YAML: found character"),
         ("# a list\n- 1\n- 2\n", 2, "options by name are expected"),
-        ("data:\n  folder: digits\n  image_size: big\n", 3, "data.image_size big is not possible; give a whole number"),
-        ("data:\n  folder: digits\ntrainer:\n  lr: 1e-4\n  batch_size: many\n", 5, "trainer.batch_size many is not possible; give a whole number"),
+        (
+            "data:\n  folder: digits\n  image_size: big\n",
+            3,
+            "data.image_size big is not possible; give a whole number",
+        ),
+        (
+            "data:\n  folder: digits\ntrainer:\n  lr: 1e-4\n  batch_size: many\n",
+            5,
+            "trainer.batch_size many is not possible; give a whole number",
+        ),
         ("data:\n  folder: digits\n\n  imagesize: 16\n", 4, "there is no option data.imagesize; nearest: "),
     ],
 )

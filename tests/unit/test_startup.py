@@ -118,7 +118,7 @@ LINES = [
     (f"{TRAIN} --trainer.lr -1", "lr -1.0 is not possible"),
     (f"{TRAIN} --trainer.discr_adam_betas [0.9]", "give two decays"),
     ("train vqgan --data digits --out RUN", "missing: --image_size"),
-    ("train vqgan --data /nowhere/images", "2 mistakes: (1) missing: --image_size (2) no such folder: /nowhere/images"),
+    ("train vqgan --data /nowhere/images", "(1) missing: --image_size (2) no such folder: /nowhere"),
     ("train prior --data codes:/nowhere --out RUN", "(1) no such folder of codes: /nowhere"),
     (f"{TRAIN} --data /nowhere/images", "no such folder: /nowhere/images"),
     (f"{TRAIN} --data digitz", "nearest: digits"),

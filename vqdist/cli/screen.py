@@ -1,4 +1,4 @@
-"""What a command's parser shows: `--help` in plain words, and `--print_config` with what each option means."""
+"""The words of a parser: `--help` names types in plain words, `--print_config` says what each option means."""
 
 from __future__ import annotations
 
