@@ -168,12 +168,12 @@ def test_command_line_goes_before_the_file(tmp_path):
 
 def test_help_explains_every_option():
     text = " ".join(vqdist("train", "vqgan", "--help").stdout.split())
-    assert "Optimizer steps of the whole run; or give epochs. (type: int | null, default: null)" in text
-    assert "Images of one micro-batch of one process. (required, type: int)" in text
+    assert "Optimizer steps of the whole run; or give epochs. (a whole number or null; default: null)" in text
+    assert "Images of one micro-batch of one process. (a whole number; default: 2048 / image_size" in text
     assert "channels of the first convolution of vqdist's own networks; a multiple of `encdec_resnet_groups`" in text
     names = ", ".join(f"`{name}`" for name in QUANTIZERS)
     assert f"Names: {names}; --model.quantizer.help NAME" in text and "`multiscale_vq`, `gradient_vq`" in text
-    without_help = re.findall(r"--((?:data|model|trainer)\.\w+) \S+ \(type", text)
+    without_help = re.findall(r"--((?:data|model|trainer)\.\w+) \S+ \((?:an?|true) ", text)
     assert without_help == []
 
 

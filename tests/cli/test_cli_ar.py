@@ -96,7 +96,7 @@ def test_mistakes_of_training_are_one_line(tokenizer, prior, tmp_path, capsys, m
             5000,
         ],
         "holds a Prior, which is no image tokenizer": [*train, "--tokenizer", prior],
-        "there is no option --image_size": [*train, "--tokenizer", tokenizer, "--image_size", 16],
+        "--image_size is the tokenizer's own; leave it out": [*train, "--tokenizer", tokenizer, "--image_size", 16],
         "dim 0 is not possible": [*train, "--tokenizer", tokenizer, "--model.dim", 0],
     }
     for message, arguments in cases.items():

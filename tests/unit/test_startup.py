@@ -119,7 +119,7 @@ LINES = [
     (f"{TRAIN} --trainer.discr_adam_betas [0.9]", "give two decays"),
     ("train vqgan --data digits --out RUN", "missing: --image_size"),
     ("train vqgan --data /nowhere/images", "(1) missing: --image_size (2) no such folder: /nowhere"),
-    ("train prior --data codes:/nowhere --out RUN", "(1) no such folder of codes: /nowhere"),
+    ("train prior --data codes:/nowhere --out RUN", "(1) there are no codes in /nowhere"),
     (f"{TRAIN} --data /nowhere/images", "no such folder: /nowhere/images"),
     (f"{TRAIN} --data digitz", "nearest: digits"),
     (f"{TRAIN} --config nowhere.yaml", "nowhere.yaml"),

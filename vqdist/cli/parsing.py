@@ -93,7 +93,7 @@ def check_images(said: Any, option: str) -> None:
     if isinstance(given, str) and given.startswith(CODES):
         folder = absolute_path(given.removeprefix(CODES))
         if not os.path.isdir(folder):
-            raise UserError(f"no such folder of codes: {folder}; give {CODES} and what `vqdist encode` wrote")
+            raise UserError(f"there are no codes in {folder}: no such folder; give one that `vqdist encode` wrote")
     elif given is not None:
         check_spec(given)
 
