@@ -11,7 +11,7 @@ from typing import Any
 from vqdist.cli.parts import Given, value_of
 from vqdist.errors import UserError
 from vqdist.files import LARGEST_YAML, read_small
-from vqdist.parts import near
+from vqdist.names import near
 from vqdist.shipped import files_of, resolve
 
 SHIPPED = {"config": "recipes", "deepspeed_config": "deepspeed_configs"}

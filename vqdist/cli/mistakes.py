@@ -11,8 +11,8 @@ from vqdist.cli.names import Alias, short_name
 from vqdist.cli.parts import Given, Parts, value_of
 from vqdist.cli.screen import kind_of
 from vqdist.errors import UserError
+from vqdist.names import near
 from vqdist.options import in_words, is_of
-from vqdist.parts import near
 
 FLAGS = ("help", "print_config")
 PRINT_FLAGS = ("skip_default", "skip_unset")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vqdist.errors import UserError
-from vqdist.parts import unknown
+from vqdist.names import unknown
 
 
 @dataclass(frozen=True)
