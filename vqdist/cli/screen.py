@@ -47,6 +47,7 @@ def in_yaml(value: Any) -> str:
 
 
 def table_of(short: Mapping[str, Alias]) -> str:
+    """Return the section of `--help` on short names; empty where there are none."""
     if not short:
         return ""
     lines = "\n".join(f"  --{name:<14} {alias}" for name, alias in short.items())
