@@ -274,10 +274,6 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {called} is no {self.contract}{lacks}")
         return part
 
-    def help_line(self) -> str:
-        """Return the words for --help that list what may be given."""
-        return f"{self.kind}: {', '.join(f'`{name}`' for name in self.names())}, or class_path and init_args"
-
     def _check_arguments(
         self,
         spec: Spec,

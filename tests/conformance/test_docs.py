@@ -203,3 +203,13 @@ def test_code_and_tests_that_a_page_names_are_there():
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
     files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
     assert [(file, name) for file, name in tests if f"def {name}(" not in files.get(file, "")] == []
+
+
+def test_the_map_of_the_tree_names_every_module_and_none_that_is_gone():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The map")[2].partition("\n## ")[0]
+    named = {name.removeprefix("vqdist/") for name in re.findall(r"`([\w/]+(?:\.py|/))`", text)}
+    modules = {path.name for path in (ROOT / "vqdist").glob("*.py") if not path.name.startswith("__")}
+    folders = {f"{path.parent.name}/" for path in (ROOT / "vqdist").glob("*/__init__.py")}
+    assert sorted((modules | folders) - named) == [], "say in CONTRIBUTING.md where these stand"
+    places = ((ROOT, ""), (ROOT / "vqdist", "**/"), (ROOT / "docs", ""))
+    assert sorted(name for name in named if not any(any(at.glob(below + name)) for at, below in places)) == []

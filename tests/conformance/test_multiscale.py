@@ -9,13 +9,13 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import Cases
 from launching import torchrun
 from scenarios import build_trainer, build_vae
 from torch import Tensor
@@ -236,12 +236,7 @@ def test_rows_that_are_no_whole_scales_are_refused():
 
 # --------------------------------------------------------------------------------------------- options
 
-CASES: dict[str, Callable[[], None]] = {}
-
-
-def case(function: Callable[[], None]) -> Callable[[], None]:
-    CASES[function.__name__.removeprefix("option_")] = function
-    return function
+case = CASES = Cases("option_")
 
 
 def after_a_step(**options) -> Tensor:

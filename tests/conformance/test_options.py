@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from cases import Cases
 from PIL import Image
 from scenarios import (
     AR_MODELS,
@@ -196,13 +197,7 @@ def test_bf16_is_a_rounding_and_weights_stay_float32(tmp_path, unchanged):
 
 # ------------------------------------------------------------------------- options that do something else
 
-CASES: dict[str, Callable] = {}
-
-
-def case(function: Callable) -> Callable:
-    """Register `function` as the case of the option that it is named after."""
-    CASES[function.__name__] = function
-    return function
+case = CASES = Cases()
 
 
 def case_of(*options: str) -> Callable[[Callable], Callable]:
@@ -593,12 +588,7 @@ def test_signature_shows_every_option(trainer):
 
 # ------------------------------------------------------------------------------------- the model's arguments
 
-MODEL_CASES: dict[str, Callable[[], None]] = {}
-
-
-def model_case(function: Callable[[], None]) -> Callable[[], None]:
-    MODEL_CASES[function.__name__.removeprefix("model_")] = function
-    return function
+model_case = MODEL_CASES = Cases("model_")
 
 
 def with_and_without(**options):

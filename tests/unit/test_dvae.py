@@ -6,12 +6,12 @@ import copy
 import inspect
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Cases
 from einops import rearrange
 from ema_pytorch import EMA
 from safetensors.torch import load_file
@@ -57,12 +57,7 @@ def with_and_without(**options) -> tuple[DiscreteVAE, DiscreteVAE]:
 
 # --------------------------------------------------------------------------------------------- the arguments
 
-MODEL_CASES: dict[str, Callable[[], None]] = {}
-
-
-def model_case(function: Callable[[], None]) -> Callable[[], None]:
-    MODEL_CASES[function.__name__.removeprefix("model_")] = function
-    return function
+model_case = MODEL_CASES = Cases("model_")
 
 
 @model_case

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable
 
 import pytest
 import torch
+from cases import Cases
 from scenarios import build_vae
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -225,12 +225,7 @@ def test_the_tokenizer_is_frozen_and_saved_beside_the_model(tmp_path, kind):
         assert torch.equal(loaded(*batch_of(loaded)).logits, model(*batch_of(model)).logits)
 
 
-CASES: dict[str, Callable[[], None]] = {}
-
-
-def case(function: Callable[[], None]) -> Callable[[], None]:
-    CASES[function.__name__.removeprefix("option_")] = function
-    return function
+case = CASES = Cases("option_")
 
 
 def attention_of(model: VAR) -> list[torch.nn.Module]:

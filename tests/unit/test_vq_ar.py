@@ -6,11 +6,11 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Cases
 from einops import rearrange
 from ema_pytorch import EMA
 from scenarios import build_vq_ar
@@ -78,12 +78,7 @@ def moved(gradients: dict[str, Tensor], prefix: str) -> bool:
 
 # --------------------------------------------------------------------------------------------- the arguments
 
-MODEL_CASES: dict[str, Callable[[], None]] = {}
-
-
-def model_case(function: Callable[[], None]) -> Callable[[], None]:
-    MODEL_CASES[function.__name__.removeprefix("model_")] = function
-    return function
+model_case = MODEL_CASES = Cases("model_")
 
 
 @model_case

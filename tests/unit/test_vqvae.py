@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 import pytest
 import torch
+from cases import Cases
 from torch import Tensor
 
 from vqdist import Tokenizer, UserError
@@ -147,12 +147,7 @@ def blobs(number: int, generator: torch.Generator) -> Tensor:
     return torch.sigmoid(2 * (2 + 4 * radius - distance.sqrt()))[:, None]
 
 
-CASES: dict[str, Callable[[], None]] = {}
-
-
-def case(function: Callable[[], None]) -> Callable[[], None]:
-    CASES[function.__name__.removeprefix("option_")] = function
-    return function
+case = CASES = Cases("option_")
 
 
 @case
