@@ -31,7 +31,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table docs docs-pictures lint quality style bench dalle-checkpoint digit-classifier \
+.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table docs docs-pictures docs-notebook lint quality style bench dalle-checkpoint digit-classifier \
   doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
 
 # What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
@@ -149,6 +149,9 @@ docs: install ## build the site of docs/ into site/, checked strictly (Python 3.
 
 docs-pictures: install ## write the pictures and outputs of the tutorial anew, by its own commands; some minutes
 	$(OPS) $(BIN)/python -m benchmarks.pictures
+
+docs-notebook: install ## run docs/tutorial.ipynb and store its outputs
+	$(BIN)/python -m benchmarks.notebook
 
 SHELL_FILES := .ci/run tests/cluster/install.sh launch/env.sh $(wildcard launch/slurm/*)
 

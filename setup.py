@@ -86,6 +86,10 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *(requirement for extra in EXTRAS.values() for requirement in extra),
     "torchmetrics>=1.9",  # the reference of PSNR and SSIM
+    # the notebook of docs/ is run by a kernel
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.7",
