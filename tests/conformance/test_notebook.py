@@ -81,8 +81,9 @@ class Session:
                     self.manager.interrupt_kernel()
             if answer["msg_type"] == "status" and content["execution_state"] == "idle":
                 break
-        reply = self.client.get_shell_msg(timeout=60)["content"]
-        return reply.get("ename", ""), "".join(said)
+        while (reply := self.client.get_shell_msg(timeout=60))["parent_header"].get("msg_id") != message:
+            pass
+        return reply["content"].get("ename", ""), "".join(said)
 
     def close(self) -> None:
         self.client.stop_channels()

@@ -286,3 +286,42 @@ def test_a_run_of_a_class_of_ones_own_from_before_it_had_a_type_goes_on(tmp_path
     again = VQGanVAETrainer(trainer.model, **{**options, "num_train_steps": 2})
     assert again.step == 1
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"{__name__}.Derived"
+
+
+# --------------------------------------------------------------------------------- set after the model is built
+
+BARE = {"dim": 16, "layers": 2, "quantizer": "lfq", "codebook_size": 32, "perceptual": "none"}
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder", "discriminator"])
+def test_a_part_that_is_set_later_must_be_one(tmp_path, name):
+    """It was an AttributeError of torch, from within the training."""
+    vae = VQGanVAE(**BARE)
+    setattr(vae if name == "discriminator" else vae.autoencoder, name, nn.Conv2d(3, 1, 4))
+    with pytest.raises(UserError, match=f"^{name} Conv2d is no {name} .*; it lacks ") as error:
+        VQGanVAETrainer(vae, folder="synthetic:8", image_size=16, batch_size=4, num_train_steps=1)
+    assert "\n" not in str(error.value)
+
+
+class OwnCritic(nn.Conv2d):
+    """A discriminator of somebody else."""
+
+    min_image_size = 4
+
+    def __init__(self):
+        super().__init__(3, 1, 4)
+
+
+def test_a_discriminator_that_is_set_later_is_recorded():
+    vae = VQGanVAE(**BARE)
+    assert vae.configuration()["discriminator"] is None
+    vae.discriminator = OwnCritic()
+    vae.check_training_size(16)
+    assert vae.configuration()["discriminator"]["class_path"].endswith(".OwnCritic")
+
+
+@pytest.mark.parametrize("given", [nn.Conv2d(3, 8, 3), None, ["lpips"]], ids=["a module", "nothing", "a list"])
+def test_perceptual_is_a_name(given):
+    """A module was taken without a word, recorded as vgg16, and not read."""
+    with pytest.raises(UserError, match=r"^perceptual is a \w+, and a name is expected; .* as vgg, or .* in terms$"):
+        VQGanVAE(**{**BARE, "perceptual": given})

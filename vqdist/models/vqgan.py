@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqdist import losses
-from vqdist.errors import UserError
+from vqdist.errors import UserError, an
 from vqdist.files import follow_umask
 from vqdist.locations import DISCRIMINATOR
 from vqdist.models.arguments import check_channels
@@ -166,6 +166,11 @@ class VQGanVAE(
     ):
         super().__init__()
         check_channels(channels)
+        if not isinstance(perceptual, str | Mapping):  # a dictionary: an object that an export recorded
+            raise UserError(
+                f"perceptual is {an(type(perceptual).__name__)}, and a name is expected; give a module that makes "
+                "features as vgg, or a loss of your own in terms"
+            )
         with_gan = use_gan and use_vgg_and_gan
         given: dict[str, Any] = {"encoder": encoder, "quantizer": quantizer, "decoder": decoder}
         given |= {"discriminator": discriminator, "terms": terms}
@@ -278,6 +283,8 @@ class VQGanVAE(
 
     def check_training_size(self, size: int) -> None:
         """Raise `UserError` for a size that cannot be encoded or trained on: the discriminator may need more."""
+        for name, part in self._replaced().items():
+            self.part_options[name].check(part, type(part).__name__)
         self.check_image_size(size)
         critic = self.discriminator
         smallest = 0 if critic is None else whole_number(critic, "discriminator", "min_image_size", least=0)
@@ -433,12 +440,16 @@ class VQGanVAE(
 
     def _parts(self) -> dict[str, nn.Module]:
         network = self.autoencoder
-        return {"encoder": network.encoder, "quantizer": network.quantizer, "decoder": network.decoder}
+        parts = {"encoder": network.encoder, "quantizer": network.quantizer, "decoder": network.decoder}
+        return parts if self.discriminator is None else {**parts, "discriminator": self.discriminator}
+
+    def _replaced(self) -> dict[str, nn.Module]:
+        """Return the parts that are of another class than those that the model was built with."""
+        return {name: part for name, part in self._parts().items() if class_of(part) is not self._built.get(name)}
 
     def configuration(self) -> dict[str, Any]:
         """Return what config.json holds; of a part that was replaced after the model was built, what it is now."""
-        replaced = {name: part for name, part in self._parts().items() if class_of(part) is not self._built[name]}
-        config = {**super().configuration(), **{name: recorded(part) for name, part in replaced.items()}}
+        config = {**super().configuration(), **{name: recorded(part) for name, part in self._replaced().items()}}
         scales = scales_of(self.quantizer)
         if scales is not None and self.quantizer.traits:
             config = with_phi_rule(config, scales.phi_rule)
