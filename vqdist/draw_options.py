@@ -17,13 +17,13 @@ class DrawOptions:
     """
 
     temperature: float = 1.0
-    """Divides the logits of what is left; 0 takes the most probable code."""
+    """Divisor of the logits of the codes that are kept; 0 takes the most probable code."""
     top_k: int | None = None
-    """Keep the so many most probable codes (and what ties with the last of them)."""
+    """Sample from the k most probable codes; ties with the k-th are kept."""
     top_p: float | None = None
-    """Keep the fewest codes whose probabilities reach this sum (nucleus sampling, arXiv 1904.09751)."""
+    """Nucleus sampling: keep the smallest set of codes whose probabilities sum to this (arXiv 1904.09751)."""
     min_p: float | None = None
-    """Keep codes of at least this share of the largest probability (arXiv 2407.01082)."""
+    """Keep codes whose probability is at least this share of the largest (arXiv 2407.01082)."""
     cfg: float = 1.0
     """Classifier-free guidance: logits are unconditional + cfg * (conditional - unconditional) (arXiv 2207.12598)."""
 

@@ -468,6 +468,47 @@ def allow_config_change(tmp_path):
     with pytest.raises(UserError, match="lr: 0.0003 -> 0.1"):
         build_trainer(tmp_path, lr=0.1)
     assert build_trainer(tmp_path, lr=0.1, allow_config_change=True).config.lr == 0.1
+    with pytest.raises(UserError, match=r"\(trainer.lr: 0.1 -> 0.4\)"):
+        build_trainer(tmp_path, lr=0.4, weight_decay=0.1, allow_config_change="weight_decay,warmup_steps")
+    assert (
+        build_trainer(tmp_path, lr=0.2, weight_decay=0.1, allow_config_change=["lr", "weight_decay"]).config.lr == 0.2
+    )
+    with pytest.raises(UserError, match="there is no option 'lrr'; nearest: lr"):
+        build_trainer(tmp_path, lr=0.1, allow_config_change="lrr")
+
+
+def _a_run(folder):
+    """Return a trainer whose run has a checkpoint, and a file of the user's beside it."""
+    trainer = build_trainer(folder, save_model_every=1)
+    train_steps(trainer, 1)
+    (folder / "notes.txt").write_text("mine")
+    return trainer
+
+
+@case
+def resume(tmp_path):
+    _a_run(tmp_path).close()
+    assert build_trainer(tmp_path).step == 1
+    with pytest.raises(UserError, match="holds a run, and resume is false; give another run folder, or --overwrite"):
+        build_trainer(tmp_path, resume=False)
+    assert build_trainer(tmp_path / "new", resume=False).step == 0
+
+
+@case
+def overwrite(tmp_path, monkeypatch):
+    _a_run(tmp_path).close()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same command, after a preemption
+    assert build_trainer(tmp_path, overwrite=True).step == 1
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    anew = build_trainer(tmp_path, overwrite=True, lr=0.5)
+    assert (anew.step, anew.config.lr) == (0, 0.5) and not list(tmp_path.glob("checkpoints/step_*"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    other = tmp_path / "photographs"
+    other.mkdir()
+    (other / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no run of vqdist, and overwrite removes nothing else"):
+        build_trainer(other, overwrite=True)
+    assert (other / "a.txt").read_text() == "mine"
 
 
 def test_a_run_from_before_an_option_existed_is_resumed(tmp_path):

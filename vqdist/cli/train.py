@@ -305,7 +305,8 @@ def _fingerprint_of_before(options) -> str | None:
     from vqdist.data.codes import read_manifest
 
     with contextlib.suppress(UserError, AttributeError, KeyError):  # the trainer says what is wrong with them
-        if (configuration := Path(options.out).expanduser() / "config.json").is_file():
+        configuration = Path(options.out).expanduser() / "config.json"
+        if configuration.is_file() and not options.trainer.overwrite:
             return read_json(configuration)["model"].get("tokenizer")
         if options.data.folder.startswith(CODES):
             return read_manifest(Path(options.data.folder.removeprefix(CODES)).expanduser())["tokenizer"]

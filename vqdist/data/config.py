@@ -62,29 +62,29 @@ class DataConfig:
     exts: list[str] | str | None = option(None, free=True)
     """File name extensions to read from a folder; by default every image format that is known."""
     augment: bool = True
-    """Random views while training: flips, and the crop that is chosen; false shows images as validation does."""
+    """Random flips and crops while training; false trains on images as they are validated on."""
     flip: bool = True
-    """Random horizontal flips while training, where the source's images mean the same when mirrored."""
+    """Random horizontal flips while training; sources such as digits, which change when mirrored, are not flipped."""
     crop: str = "center"
     """Crop while training: `center`, `random` place, or `resized` (random area and aspect ratio, stretched)."""
     shorter_side: list[float] = option(default_factory=lambda: [1.0, 1.0])
     """Range of the shorter side before a `random` crop, as a multiple of image_size; LlamaGen has [1, 1.25]."""
     crop_area: list[float] = option(default_factory=lambda: [0.08, 1.0])
-    """Range of the share of the area that a `resized` crop shows."""
+    """Range of the area of a `resized` crop, as a share of the image."""
     crop_aspect: list[float] = option(default_factory=lambda: [3 / 4, 4 / 3])
-    """Range of width / height of what a `resized` crop shows."""
+    """Range of the aspect ratio (width / height) of a `resized` crop."""
     resample: str = "bicubic"
     """Filter of every resize, of images to validate on too: `bicubic`, `bilinear` or `lanczos`, antialiased."""
     on_bad_image: str = option("raise", one_of=("raise", "skip"), free=True)
     """A file that cannot be decoded is an error (`raise`), or left out, counted and reported (`skip`)."""
     max_bad_frac: float = option(MAX_BAD_FRAC, at_least=0, at_most=1, free=True)
-    """Largest share of the images that `skip` may pass over, but at least one image: a run with more of them ends."""
+    """Largest share of images that `skip` may skip (one is always allowed); a run with more of them ends."""
     max_pixels: int = option(MAX_PIXELS, at_least=1, at_most=MAX_PIXELS, free=True)
-    """Pixels of the largest image that is decoded; a larger one counts as one that cannot be."""
+    """Pixels of the largest image that is decoded; a larger one counts as broken."""
     valid: str | dict[str, Any] | None = option(None, free=True, own=True, part="vqdist.registries.SOURCES")
-    """Images to validate on, as folder, without random flips; by default a share of the training images."""
+    """Images to validate on, given as `folder` is; by default a share of the training images."""
     valid_frac: float = 0.05
-    """Share of the images to validate on, which are not trained on; 0 turns validation off."""
+    """Share of the images that is held out for validation; 0 turns validation off."""
     random_split_seed: int = 42
     """Seed of the split into training and validation images."""
     num_workers: int | None = option(None, at_least=0, free=True, own=True)

@@ -48,7 +48,7 @@ class TrainerConfig(DataConfig):
     grad_accum_every: int = option(1, at_least=1)
     """Micro-batches per optimizer step; gradients are exchanged once, after the last."""
     max_grad_norm: float | None = option(None, above=0)
-    """Gradients with a larger 2-norm are scaled down to it; null does not clip."""
+    """Clip gradients to this 2-norm; null does not clip."""
     warmup_steps: int = option(0, at_least=0)
     """Steps over which the learning rate rises linearly to its peak; 0 starts at the peak."""
     lr_schedule: str | dict[str, Any] = option("constant", part="vqdist.schedules.SCHEDULES")
@@ -57,9 +57,9 @@ class TrainerConfig(DataConfig):
     lr_min_ratio: float = option(0.0, at_least=0, at_most=1)
     """Rate at the end of `cosine`, `linear` and `wsd`, as a share of the peak."""
     lr_decay_share: float = option(0.2, above=0, at_most=1)
-    """Share of the steps after the warm-up in which `wsd` falls."""
+    """Share of the steps after the warm-up over which `wsd` decays."""
     lr_decay_rate: float = option(0.98, above=0, at_most=1)
-    """Factor of `exponential` from one epoch (pass over the training images) to the next."""
+    """Factor per epoch of `exponential`."""
     precision: str = "fp32"
     """`fp32`, or `bf16`: weights and losses in float32, matrix products in bfloat16."""
     tf32: bool = option(True, free=True)
@@ -75,21 +75,21 @@ class TrainerConfig(DataConfig):
     ema_beta: float = option(0.995, at_least=0, at_most=1)
     """Decay of the moving average after its warm-up."""
     ema_update_after_step: int = option(0, at_least=0)
-    """Steps in which the average only copies the weights."""
+    """Steps before averaging begins; until then the average equals the weights."""
     ema_update_every: int = option(1, at_least=1)
-    """Steps from one update of the average to the next."""
+    """Update the average every so many steps."""
     log_every: int = option(10, at_least=1, free=True)
     """Steps from one log line to the next."""
     validate_every: int = option(1000, at_least=0, free=True)
-    """Steps from one validation to the next, over the whole validation split; 0 validates at the end only."""
+    """Validate on the whole validation split every so many steps; 0 validates at the end only."""
     save_results_every: int = option(100, at_least=0, free=True)
-    """Steps from one picture to the next; 0 saves none but the last."""
+    """Save a picture every so many steps; 0 saves the last one only."""
     num_images_save: int = option(16, at_least=1, free=True)
     """Images in a picture."""
     save_model_every: int = option(1000, at_least=0, free=True)
-    """Steps from one checkpoint to the next; 0 saves at the end only."""
+    """Save a checkpoint every so many steps; 0 saves at the end only."""
     keep_checkpoints: int | None = option(3, at_least=1, free=True)
-    """Newest checkpoints to keep; null keeps all."""
+    """Number of checkpoints to keep, the newest; null keeps all."""
     keep_best: bool = option(True, free=True)
     """Keep the weights of the best validation in export_best/, as long as that is not the last; by PSNR, or by the
     likelihood of codes."""
@@ -97,13 +97,18 @@ class TrainerConfig(DataConfig):
     """When losses or gradients are not finite: `raise` ends the run before its next checkpoint; `skip` drops the
     update and goes on, and waits for the device in every step to do so."""
     max_skipped_steps: int = option(10, at_least=1, free=True)
-    """End the run after so many skipped updates of one network in a row; for on_nonfinite skip."""
+    """Consecutive skipped updates of one network that end the run; for on_nonfinite skip."""
     check_ranks_every: int = option(1000, at_least=0, free=True)
-    """Steps from one comparison of weights and codebooks over ranks to the next; 0 compares at the start only."""
+    """Compare weights and codebooks over ranks every so many steps; 0 compares at the start only."""
     results_folder: str = option("./results", free=True, own=True)
     """The run folder: checkpoints, export, pictures, metrics.jsonl. A run that is in it is resumed."""
-    allow_config_change: bool = option(False, free=True)
-    """Resume a run although options that shape the result differ from those it began with."""
+    allow_config_change: bool | list[str] | str = option(False, free=True)
+    """Resume a run although options that shape the result differ from those it began with: true allows all, names
+    allow these, as `lr,batch_size` or `model.dropout`."""
+    resume: bool = option(True, free=True)
+    """Go on with the run that is in the run folder; false refuses a folder with a run."""
+    overwrite: bool = option(False, free=True)
+    """Remove the run that is in the run folder and begin anew. A launcher's restart of the command resumes."""
     trackers: list[Any] | str = option(default_factory=list, free=True, part="vqdist.registries.SINKS")
     """Also log to `tensorboard`, `wandb` or own sinks (class_path, init_args); metrics.jsonl is always written."""
     backend: str = option("auto", free=True)
@@ -113,9 +118,9 @@ class TrainerConfig(DataConfig):
     deepspeed_config: Any = option(None, free=True, own=True)
     """DeepSpeed JSON file, for the deepspeed backend: what only DeepSpeed decides, as ZeRO stages."""
     dist_timeout: float = option(10.0, above=0, at_most=525_600, free=True, own=True)
-    """Minutes that a process waits for another before it gives up; longer than rank 0 takes to draw or save."""
+    """Minutes that a process waits for another before it gives up; drawing and saving on rank 0 must fit in."""
     seed: int = 0
-    """Seed of data order, augmentation and training noise; on the command line of the initial weights too."""
+    """Seed of data order, augmentation and training noise, and on the command line of the initial weights."""
 
     def check(self) -> None:
         """Raise `UserError` for values that cannot work, whatever the machine."""
@@ -128,6 +133,7 @@ class TrainerConfig(DataConfig):
         check_options(self)
         factor_of(self.schedule, 0, 1000)
         self._check_view()
+        self._check_changes()
         if self.on_nonfinite == "raise":
             self.refuse_set("max_skipped_steps", because="on_nonfinite is raise")
         self.two_decays("adam_betas")
@@ -152,6 +158,24 @@ class TrainerConfig(DataConfig):
         for name, options in ranges.items():
             if crop != name:
                 self.refuse_set(*options, because=f"crop is {crop}")
+
+    def _check_changes(self) -> None:
+        names = {f.name for f in dataclasses.fields(self)}
+        for name in self.changes_allowed:
+            if name.partition(".")[0] not in ("model", "data") and name not in names:
+                raise unknown("option", name, names, "; see allow_config_change")
+
+    @property
+    def changes_allowed(self) -> frozenset[str]:
+        """The options that may differ from those of the run so far, by name; none where all may, or none."""
+        given = self.allow_config_change
+        words = [] if isinstance(given, bool) else [given] if isinstance(given, str) else given
+        names = (name.strip().removeprefix("trainer.") for word in words for name in word.split(","))
+        return frozenset(name for name in names if name)
+
+    def may_change(self, *names: str) -> bool:
+        """Return whether one of these options may differ from that of the run so far."""
+        return self.allow_config_change is True or not self.changes_allowed.isdisjoint(names)
 
     def check_optimizers(self) -> None:
         """Raise `UserError` for an optimizer that cannot be made of what is said of it; imports torch."""

@@ -27,6 +27,7 @@ from vqdist.parts import called
 from vqdist.ranks import on_main
 from vqdist.trainers.config import TrainerConfig, differing_keys
 from vqdist.trainers.global_batch import NEEDED_TO_RESUME, GlobalBatch, global_batch_of
+from vqdist.trainers.overwrite import is_restarted, remove_run
 
 __all__ = ["NEEDED_TO_RESUME", "Run"]
 
@@ -49,11 +50,17 @@ class Run:
         lock: of the folder, on rank 0 from `open` to `close`.
         data: fingerprint of the images to train on, from `identify` on.
         all_data: fingerprint of all images, likewise.
+        is_anew: whether a run that is in the folder is none of this one's, and is removed when this one opens.
     """
 
     def __init__(self, config: TrainerConfig, model: PretrainedModel):
         self.model = model
         self.folder = _folder_of(config)
+        self.is_anew = config.overwrite and not is_restarted()
+        if not (config.resume or self.is_anew or is_restarted()) and self.has_begun():
+            raise UserError(
+                f"{self.folder} holds a run, and resume is false; give another run folder, or --overwrite to remove it"
+            )
         self.told_batch, self.config = self._with_global_batch(config)
         self.lock: FolderLock | None = None
         self.data = self.all_data = ""
@@ -77,6 +84,7 @@ class Run:
         self.backend = backend
         self._check_same_options()
         self._check_shared_folder()
+        self.is_anew = False
 
     def close(self) -> None:
         """Give the folder free."""
@@ -124,8 +132,8 @@ class Run:
         """Take as many images a step as the run did so far, whatever the number of processes."""
         processes = world_size_of_launcher()
         told = GlobalBatch.of(config.batch_size, config.grad_accum_every, processes)
-        newest = _newest_manifest(self.folder / "checkpoints")
-        if newest is None or config.allow_config_change:
+        newest = None if self.is_anew else _newest_manifest(self.folder / "checkpoints")
+        if newest is None or config.may_change("batch_size", "grad_accum_every"):
             return told, config
         before = global_batch_of(*newest)
         if before is None:
@@ -135,6 +143,8 @@ class Run:
 
     def has_begun(self) -> bool:
         """Return whether there is anything of a run; one without a finished step leaves its configuration only."""
+        if self.is_anew:
+            return False
         lines = self.folder / "metrics.jsonl"
         return any(self.folder.glob("checkpoints/step_*")) or (lines.is_file() and lines.stat().st_size > 0)
 
@@ -156,7 +166,7 @@ class Run:
             )
         if isinstance(self.model, PretrainedModel):
             self.model.follow_before(before["model"])
-        if self.config.allow_config_change:
+        if self.config.allow_config_change is True:
             return
         # an option that did not exist when the run began has had its default's meaning
         before["trainer"] = {**default_options(type(self.config)), **before["trainer"]}
@@ -169,11 +179,17 @@ class Run:
         if before["model"].get("perceptual") == "vgg16" and isinstance(now["model"].get("perceptual"), dict):
             before["model"]["perceptual"] = now["model"]["perceptual"]
         lines = differing_keys(before, now, names_with(type(self.config), "free"))
+        lines = [line for line in lines if not self._is_allowed(line.partition(":")[0])]
         if lines:
             raise UserError(
                 f"{self.folder} holds a run with another configuration ({'; '.join(lines)}); give another run "
                 "folder, or resume it all the same with --trainer.allow_config_change true"
             )
+
+    def _is_allowed(self, key: str) -> bool:
+        """Return whether an option may differ, by its dotted key or that of the dictionary it stands in."""
+        parts = key.removeprefix("trainer.").split(".")
+        return self.config.may_change(*(".".join(parts[:count]) for count in range(1, len(parts) + 1)))
 
     # ------------------------------------------------------------------------------------- on all ranks
 
@@ -239,6 +255,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         # the peers wait meanwhile, and no longer than this
         self.lock = lock_folder(self.folder, patience=min(LEASE_SECONDS, 30 * self.config.dist_timeout))
+        if self.is_anew:
+            remove_run(self.folder)
         probe.touch()
 
 

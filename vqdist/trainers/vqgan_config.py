@@ -51,7 +51,7 @@ class VQGanTrainerConfig(TrainerConfig):
     discr_max_grad_norm: float | None = option(None, above=0)
     """The discriminator's max_grad_norm."""
     apply_grad_penalty_every: int = option(4, at_least=0)
-    """Steps from one gradient penalty of the discriminator to the next; 0 applies none."""
+    """Apply the gradient penalty of the discriminator every so many steps; 0 applies none."""
     grad_penalty_weight: float | dict[str, Any] = option(10.0, at_least=0)
     """Weight of the gradient penalty: a number, or a schedule as {value: 10, start: 1000}."""
     grad_penalty: str = option("unit_norm", one_of=("unit_norm", "r1"))
@@ -62,7 +62,7 @@ class VQGanTrainerConfig(TrainerConfig):
     lecam: str = option("per_logit", one_of=("per_logit", "of_means"))
     """`per_logit`: as SEED-Voken (IBQ, Open-MAGVIT2), times discr_loss_weight; `of_means`: as 1d-tokenizer (TiTok)."""
     lecam_decay: float = option(0.999, at_least=0, below=1)
-    """Decay of the moving averages of mean logits that LeCAM compares with."""
+    """Decay of LeCAM's moving averages of the mean logits."""
     discr_loss_weight: float | dict[str, Any] = option(1.0, at_least=0)
     """Weight of the discriminator's own loss (not of the gradient penalty), a number or a schedule."""
     discriminator_start: int = option(0, at_least=0)
@@ -71,18 +71,18 @@ class VQGanTrainerConfig(TrainerConfig):
     """Until then `skip` leaves it out, as 1d-tokenizer and IBQ; `zero_loss` trains it on zero times its loss, as
     taming, LlamaGen and Open-MAGVIT2: statistics of BatchNorm, averages of LeCAM and the steps of Adam move."""
     update_order: str = option("generator_first", one_of=("generator_first", "discriminator_first"))
-    """`discriminator_first`: the generator's loss is of the updated discriminator, as in IBQ."""
+    """`discriminator_first` computes the generator's loss with the updated discriminator, as IBQ does."""
     fresh_reconstruction: bool = False
     """Let the discriminator see reconstructions by the updated generator, as taming: a second forward a step."""
     discriminator_warmup_steps: int = option(0, at_least=0)
-    """Steps that the discriminator trains alone before its loss reaches the generator."""
+    """Steps that the discriminator trains before the adversarial loss is switched on."""
     adversarial_ramp_steps: int = option(0, at_least=0)
-    """Steps over which the adversarial weight then rises linearly to its full value."""
+    """Steps over which the adversarial weight rises linearly to its full value after that."""
     adversarial_weight: float | dict[str, Any] = option(1.0, at_least=0)
     """Weight of the adversarial loss, times the adaptive weight: a number, or a schedule as {value: 0.1, start:
     1000}."""
     adaptive_weight: bool = True
-    """Make the adversarial loss move the last layer as much as the perceptual (or else reconstruction) loss does."""
+    """Scale the adversarial loss by the ratio of gradient norms at the last layer, as taming does."""
     adaptive_weight_form: str = option("muse", one_of=("muse", "taming"))
     """Denominator of the adaptive weight: `muse` takes at least 1e-8, `taming` adds 1e-4."""
     max_adaptive_weight: float = option(1e4, at_least=0)
@@ -144,6 +144,8 @@ class VQGanTrainerConfig(TrainerConfig):
             self.refuse_set("grad_penalty", "grad_penalty_weight", because="apply_grad_penalty_every is 0")
         if self.grad_penalty_weight == 0:
             self.refuse_set("apply_grad_penalty_every", "grad_penalty", because="grad_penalty_weight is 0")
+        if self.init_from is not None and self.overwrite:
+            raise UserError("overwrite is not possible with init_from; remove the run folder, or give another one")
         if self.init_from is None:
             self.refuse_set("trust_code", because="init_from is not given")
         if not self.discriminator_start:
