@@ -66,10 +66,10 @@ def test_evaluation_goes_by_name(run, tmp_path, capsys):
 def test_images_to_validate_on_have_the_classes_of_those_to_train_on(tmp_path):
     """By name: their folders alone would number them anew."""
     images = folders(tmp_path / "images", ["9", "10", "bee"])
-    options = {"folder": images, "batch_size": 4, "num_train_steps": 1, "model": {"num_classes": 3}}
+    options = {"folder": images, "valid_frac": 0.05, "batch_size": 4, "model": {"num_classes": 3}}
     valid = folders(tmp_path / "valid", ["9", "bee"])
     trainer = build_ar_trainer(tmp_path / "run", **options, valid=valid)
-    assert [trainer.valid_dataset.label(index) for index in range(len(trainer.valid_dataset))] == [1] * 4 + [2] * 4
+    assert [trainer.data.valid.label(index) for index in range(8)] == [1] * 4 + [2] * 4
     assert trainer.model.class_names == ["10", "9", "bee"]
     wasps = folders(tmp_path / "others", ["9", "wasp"])
     message = message_of(lambda: build_ar_trainer(tmp_path / "other", **options, valid=wasps))

@@ -467,7 +467,10 @@ def allow_config_change(tmp_path):
     build_trainer(tmp_path).train_step()
     with pytest.raises(UserError, match="lr: 0.0003 -> 0.1"):
         build_trainer(tmp_path, lr=0.1)
-    assert build_trainer(tmp_path, lr=0.1, allow_config_change=True).config.lr == 0.1
+    resumed = build_trainer(tmp_path, lr=0.1, allow_config_change=True)
+    assert resumed.config.lr == 0.1
+    train_steps(resumed, 1)
+    resumed.close()
     with pytest.raises(UserError, match=r"\(trainer.lr: 0.1 -> 0.4\)"):
         build_trainer(tmp_path, lr=0.4, weight_decay=0.1, allow_config_change="weight_decay,warmup_steps")
     assert (
