@@ -72,6 +72,7 @@ TERMS: Registry[Any] = Registry(
         "perceptual": "vqdist.objectives.perceptual.Perceptual",
         "lpips": "vqdist.objectives.lpips.LPIPS",
         "convnext_s": "vqdist.objectives.convnext.ConvNeXtLogits",
+        "proxy_codes": "vqdist.models.proxy.ProxyCodes",
     },
 )
 OPTIMIZERS: Registry[Any] = Registry(

@@ -544,6 +544,30 @@ def beginning(tmp_path):
         assert torch.equal(tensor, begun.network.state_dict()[name])
 
 
+@case
+def init_pixel_from(tmp_path):
+    """The decoder of another tokenizer comes behind a first stage: tests/unit/test_titok_stages.py has its weights."""
+    sizes = {"image_size": 16, "patch_size": 4, "width": 16, "layers": 1, "heads": 2, "num_latent_tokens": 5}
+    of_target = {"hidden_channels": 32, "channel_mult": [1, 1, 1], "num_res_blocks": 1}
+    first = {
+        "encoder": {"class_path": "titok", "init_args": {**sizes, "token_size": 6}},
+        "decoder": {"class_path": "titok_proxy", "init_args": {**sizes, "proxy_codebook_size": 12}},
+    }
+    target = {
+        "encoder": {"class_path": "maskgit", "init_args": {**of_target, "z_channels": 8}},
+        "decoder": {"class_path": "maskgit", "init_args": of_target},
+    }
+    for name, parts in (("first", first), ("target", target)):
+        codebook = {"class_path": "gradient_vq", "init_args": {"codebook_size": 12}}
+        VQGanVAE(**parts, quantizer=codebook, use_vgg_and_gan=False).save_pretrained(tmp_path / name)
+    given = {**QUIET, "num_train_steps": 1, "image_size": 16, "results_folder": str(tmp_path / "run")}
+    begin = partial(VQGanVAETrainer, {"perceptual": "none", "use_gan": False}, **given)
+    begin = partial(begin, init_from=str(tmp_path / "first"))
+    with pytest.raises(UserError, match="makes no images in this stage"):
+        begin()
+    assert begin(init_pixel_from=str(tmp_path / "target")).model.autoencoder.makes_images
+
+
 class OwnEncoder(ConvEncoder):
     """One that vqdist does not have."""
 

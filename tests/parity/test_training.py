@@ -15,12 +15,9 @@ import torch
 import torch.nn.functional as F
 from fixtures import arguments, file_of_losses, in_unit_range, tensors, values, weights
 from test_networks import titok_sizes
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqdist import VQGanVAE, VQGanVAETrainer
-from vqdist.models.networks.vit import TiTokEncoder, TiTokProxyDecoder
-from vqdist.models.quantizers.gradient_vq import GradientVQ
-from vqdist.trainers.optimizers import OptimizerOptions, make_optimizer
+from vqdist import Term, VQGanVAE, VQGanVAETrainer
 
 # an L1 loss of images in [0, 1] is half of that in [-1, 1], and an L2 loss a quarter
 TWICE, FOUR_TIMES = 2.0, 4.0
@@ -139,10 +136,12 @@ def ours(name: str, levels: int) -> str:
     return name.replace("decoder.conv_out.", "decoder.last_layer.").replace("quantize.", "quantizer.")
 
 
+RUN = {"folder": "synthetic:16", "batch_size": 2, "num_train_steps": 3, "num_workers": 0, "valid_frac": 0.0}
+RUN |= {"save_model_every": 0, "save_results_every": 0, "validate_every": 0, "log_every": 1}
+
+
 def trainer_of(name: str, folder: Path) -> VQGanVAETrainer:
-    run = {"folder": "synthetic:16", "image_size": 16, "batch_size": 2, "num_train_steps": 3, "num_workers": 0}
-    quiet = {"save_model_every": 0, "save_results_every": 0, "validate_every": 0, "log_every": 1, "valid_frac": 0.0}
-    options = {**run, **quiet, **WITHOUT_PENALTY, **PROJECTS[name][1]}
+    options = {**RUN, "image_size": 16, **WITHOUT_PENALTY, **PROJECTS[name][1]}
     return VQGanVAETrainer(model_of(name), results_folder=str(folder), **options)
 
 
@@ -199,37 +198,53 @@ def test_three_steps_of_the_projects_own_trainer(name, tmp_path):
     assert len(theirs["parameter_norms_after"]) == len(tensors_now) + len(critic)
 
 
-def test_three_steps_of_titoks_first_stage():
+class GivenCodes(Term):
+    """The fixture's codes in place of those that a target gives."""
+
+    acts_on = "proxy"
+
+    def __init__(self, codes: Tensor):
+        super().__init__(name="proxy")
+        self.codes = codes
+
+    def forward(self, recon, image, out):
+        assert recon is None
+        return F.cross_entropy(out.proxy.flatten(2), self.codes)
+
+
+def test_three_steps_of_titoks_first_stage(tmp_path):
     """Its loss is the cross-entropy of another tokenizer's codes; AdamW as theirs, clipped."""
     name = "titok_stage1"
     theirs, given, found = values(name, "training"), arguments(name), tensors(name)
-    network = nn.ModuleDict(
-        {
-            "encoder": TiTokEncoder(**titok_sizes(given, "enc"), token_size=6, legacy=True),
-            "decoder": TiTokProxyDecoder(6, **titok_sizes(given, "dec"), proxy_codebook_size=40),
-            "quantize": GradientVQ(6, given["vq_model"]["codebook_size"], beta=0.25, l2_norm=True),
-        }
+    encoder = {**titok_sizes(given, "enc"), "token_size": 6, "legacy": True}
+    codebook = {"codebook_size": given["vq_model"]["codebook_size"], "beta": 0.25, "l2_norm": True}
+    model = VQGanVAE(
+        encoder={"class_path": "titok", "init_args": encoder},
+        decoder={
+            "class_path": "titok_proxy",
+            "init_args": {**titok_sizes(given, "dec"), "proxy_codebook_size": 40},
+        },
+        quantizer={"class_path": "gradient_vq", "init_args": codebook},
+        terms=[GivenCodes(found["in.proxy_codes"].long())],
+        use_gan=False,
     )
     renamed = {"latent_tokens": "encoder.latent_tokens"}
-    network.load_state_dict({renamed.get(key, key): tensor for key, tensor in weights(name).items()})
-    optimizer = make_optimizer(network, OptimizerOptions("adamw", 1e-3, [0.9, 0.99], 1e-4, False), torch.device("cpu"))
-    codes = found["in.proxy_codes"].long()
+    ours = {renamed.get(key, key).replace("quantize.", "quantizer."): key for key in weights(name)}
+    model.autoencoder.load_state_dict({own: weights(name)[key] for own, key in ours.items()})
+    options = {"optimizer": "adamw", "lr": 1e-3, "adam_betas": [0.9, 0.99], "weight_decay": 1e-4, "max_grad_norm": 1.0}
+    trainer = VQGanVAETrainer(
+        model, results_folder=str(tmp_path), **RUN, image_size=32, use_ema=False, augment=False, **options
+    )
+    trainer.next_micro_batches = lambda: [found["in.image"]]
     for expected in theirs["steps"]:
-        features = network["encoder"](found["in.image"])
-        quantized, _, quantizer_loss = network["quantize"](features.mT[..., None])
-        logits = network["decoder"].proxy(quantized.squeeze(-1).mT)
-        cross_entropy = F.cross_entropy(logits.flatten(2), codes)
-        (cross_entropy + quantizer_loss).backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert cross_entropy.item() == pytest.approx(expected["cross_entropy"], rel=1e-4)
-        assert quantizer_loss.item() == pytest.approx(expected["quantizer_loss"], rel=1e-3)
-        assert norm.item() == pytest.approx(expected["grad_norm"], rel=1e-3)
-    ours_now = dict(network.named_parameters())
-    assert len(theirs["parameter_norms_after"]) == len(ours_now)
-    for key, expected_norm in theirs["parameter_norms_after"].items():
-        found_norm = float(ours_now[renamed.get(key, key)].detach().norm())
+        line = {key: float(value) for key, value in trainer.train_step().items()}
+        assert line["proxy_loss"] == pytest.approx(expected["cross_entropy"], rel=1e-4)
+        assert line["aux_loss"] == pytest.approx(expected["quantizer_loss"], rel=1e-3)
+        assert line["generator_grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    now = dict(trainer.generator.module.named_parameters())
+    assert len(theirs["parameter_norms_after"]) == len(now)
+    for own, key in ours.items():
         # a third of these is the bias of keys, whose gradient is rounding: Adam makes whole steps of it
         close = {"rel": 1e-3 if key.endswith("in_proj_bias") else 1e-4, "abs": 1e-4}
-        assert found_norm == pytest.approx(expected_norm, **close), key
+        expected_norm = theirs["parameter_norms_after"][key]
+        assert float(now[own].detach().norm()) == pytest.approx(expected_norm, **close), key

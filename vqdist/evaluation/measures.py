@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vqdist.backends.base import Backend
 from vqdist.metrics import CodePredictionMetrics, ReconstructionMetrics
 from vqdist.models.autoregressive import AutoregressiveModel
+from vqdist.models.proxy import ByTarget
 from vqdist.models.tokenizer import TokenizerNetwork
 from vqdist.sizes import ImageSize
 
@@ -34,6 +35,21 @@ def evaluate_reconstruction(
         for image in batches:
             metrics.update(image, *network.reconstruct(image))
     return metrics.compute()
+
+
+def evaluate_proxy(
+    network: ByTarget, batches: Iterable[Tensor], backend: Backend, *, image_size: ImageSize
+) -> dict[str, float]:
+    """Measure the first stage of TiTok: `evaluate_reconstruction` of the target's images, and how its codes are met.
+
+    Returns:
+        Also `proxy_loss`, the cross-entropy in nats a code, and `proxy_accuracy`, the share of the target's codes that
+        are the likeliest.
+    """
+    numbers = evaluate_reconstruction(network, batches, backend, image_size=image_size)
+    hits = network.hits.to(backend.device)
+    found, codes, loss = backend.sum(torch.cat([hits, network.loss.to(backend.device)[None]])).tolist()
+    return {**numbers, "proxy_loss": loss / codes, "proxy_accuracy": found / codes} if codes else numbers
 
 
 @torch.no_grad()

@@ -24,20 +24,23 @@ class ForwardPass(NamedTuple):
     """The result of one pass through the autoencoder.
 
     Attributes:
-        recon: (b, c, h, w), in [0, 1] but for overshoot.
+        recon: (b, c, h, w), in [0, 1] but for overshoot. None of a network that makes no images: the first stage of
+            TiTok.
         indices: codes, (b, h', w') or (b, h', w', q) with q residual levels; (b, n) of a row of tokens, (b, L) of
             several scales.
         aux_loss: the quantizer's commitment or entropy loss, weighted; 0-d float32.
         hidden: input of the decoder's last layer, (b, d, h, w), without a gradient: the adaptive weight is computed
             from it. None of a decoder without a last layer.
         features: (b, d, h', w') or (b, n, d), what the encoder gave, with its graph.
+        proxy: (b, v, h', w'), logits of another tokenizer's codes, of a decoder that predicts these; else None.
     """
 
-    recon: Tensor
+    recon: Tensor | None
     indices: Tensor
     aux_loss: Tensor
     hidden: Tensor | None
     features: Tensor
+    proxy: Tensor | None = None
 
 
 class VQAutoencoder(TokenizerNetwork):
@@ -65,11 +68,14 @@ class VQAutoencoder(TokenizerNetwork):
         """Images (b, c, h, w) in [0, 1] -> their reconstruction, codes and the quantizer's loss."""
         features = self.features(image)
         quantized, indices, aux_loss = self.quantize(features)
-        hidden = self.decoder(quantized)
+        # through `forward` in each case: where weights are sharded, no other method has them whole
+        hidden, proxy = self.decoder(quantized, with_proxy=True) if self.gives_proxy else (self.decoder(quantized), None)
+        if not self.makes_images:
+            return ForwardPass(None, indices, aux_loss, None, features, proxy)
         recon = apply_last_layer(self.decoder, hidden)
         check_reconstruction(recon, image, self.decoder)
         kept = None if self.last_layer is None else hidden.detach()
-        return ForwardPass(recon, indices, aux_loss, kept, features)
+        return ForwardPass(recon, indices, aux_loss, kept, features, proxy)
 
     def features(self, image: Tensor) -> Tensor:
         """Images (b, c, h, w) in [0, 1] -> what the encoder gives for them, (b, d, h', w') or (b, n, d)."""
@@ -93,6 +99,16 @@ class VQAutoencoder(TokenizerNetwork):
     def last_layer(self) -> nn.Conv2d | None:
         """The decoder's last convolution, if it has one."""
         return self.decoder.last_layer
+
+    @property
+    def gives_proxy(self) -> bool:
+        """Whether the decoder predicts another tokenizer's codes."""
+        return getattr(self.decoder, "gives_proxy", False) is True
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether the decoder makes images; that of TiTok's first stage does not."""
+        return not self.gives_proxy or self.decoder.makes_images
 
     @property
     def codebook_size(self) -> int:
@@ -125,7 +141,7 @@ class VQAutoencoder(TokenizerNetwork):
 
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         out = self(image)
-        return out.recon, out.indices
+        return self.decoder.from_proxy(out.proxy) if out.recon is None else out.recon, out.indices
 
     def first_name(self, name: str) -> str:
         if isinstance(self.decoder, ConvDecoder):

@@ -28,7 +28,7 @@ class Preset:
         numbers: published results.
         licence: of the published weights.
         image_size: side in pixels of the images that it was trained on.
-        discriminator: for training; the published one.
+        discriminator: for training; the published one. None where training has none: TiTok's first stage.
     """
 
     encoder: Mapping[str, Any]
@@ -39,12 +39,12 @@ class Preset:
     numbers: str
     licence: str
     image_size: int = 256
-    discriminator: Mapping[str, Any] = field(default_factory=lambda: _part("patchgan", width=64, layers=3))
+    discriminator: Mapping[str, Any] | None = field(default_factory=lambda: _part("patchgan", width=64, layers=3))
 
     def completed(self, given: Mapping[str, Any], *, with_gan: bool) -> dict[str, Any]:
         """Return the parts of a model, those that are not given from here; without a discriminator where none is."""
         own = {"encoder": self.encoder, "decoder": self.decoder, "quantizer": self.quantizer}
-        own |= {"discriminator": self.discriminator} if with_gan else {}
+        own |= {"discriminator": self.discriminator} if with_gan and self.discriminator is not None else {}
         wanted = {name: copy.deepcopy(dict(part)) for name, part in own.items() if given.get(name) is None}
         return {**given, **wanted}
 
@@ -134,7 +134,7 @@ def _titok(sizes: tuple[str, str], codes: int, numbers: str, *, stage: int | Non
         source=f"bytedance/1d-tokenizer, {name}",
         numbers=numbers,
         licence=TITOK,
-        discriminator=_part("blur"),
+        discriminator=None if stage == 1 else _part("blur"),
     )
 
 
@@ -239,6 +239,7 @@ PRESETS = {
         licence=IMAGENET,
     ),
     "titok_l32": _titok(("large", "large"), 32, "rFID 2.21", stage=2, name="tokenizer_titok_l32.bin"),
+    "titok_l32_stage1": _titok(("large", "large"), 32, "none published", stage=1, name="TiTok-L-32, first stage"),
     "titok_b64": _titok(("base", "base"), 64, "rFID 1.70", stage=2, name="tokenizer_titok_b64.bin"),
     "titok_b64_stage1": _titok(("base", "base"), 64, "none published", stage=1, name="TiTok-B-64, first stage"),
     "titok_s128": _titok(("small", "small"), 128, "rFID 1.71", stage=2, name="tokenizer_titok_s128.bin"),

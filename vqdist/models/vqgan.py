@@ -37,7 +37,7 @@ from vqdist.models.presets import preset_named
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.quantizers import Quantizer
 from vqdist.models.tokenizer import check_images, check_pixels, check_scales
-from vqdist.models.vqgan_checks import check_all_read, check_terms, needs_of
+from vqdist.models.vqgan_checks import check_all_read, check_stage, check_terms, needs_of, record_of_terms
 from vqdist.models.vqgan_losses import critic_loss, generator_loss
 from vqdist.models.vqgan_parts import (
     build_autoencoder,
@@ -175,6 +175,8 @@ class VQGanVAE(
         given: dict[str, Any] = {"encoder": encoder, "quantizer": quantizer, "decoder": decoder}
         given |= {"discriminator": discriminator, "terms": terms}
         published = None if preset is None else preset_named(preset)
+        alone = published is not None and published.discriminator is None and discriminator is None
+        with_gan = with_gan and not alone
         if published is not None:
             given = published.completed(given, with_gan=with_gan and dim is None)
         conv = ConvOptions(
@@ -217,6 +219,8 @@ class VQGanVAE(
         self._objective: list[Objective] = []
         self._record_parts(given)
         self._hub_mixin_config.pop("preset", None)  # the parts that it stands for are recorded
+        if alone:
+            self._hub_mixin_config["use_gan"] = False
         if vgg is not None:
             self._hub_mixin_config["perceptual"] = recorded(vgg) if use_vgg_and_gan else "none"
 
@@ -286,6 +290,7 @@ class VQGanVAE(
         for name, part in self._replaced().items():
             self.part_options[name].check(part, type(part).__name__)
         self.check_image_size(size)
+        check_stage(self, self._terms)
         critic = self.discriminator
         smallest = 0 if critic is None else whole_number(critic, "discriminator", "min_image_size", least=0)
         if size < smallest:
@@ -293,6 +298,15 @@ class VQGanVAE(
         if not self._terms and not self._vgg and isinstance(self.perceptual, str):
             check_perceptual_size(self.perceptual, size)  # before anything is downloaded
         self.objective().check_image_size(size)
+        for term in self.objective():
+            if hasattr(term, "check_network"):
+                term.check_network(self.autoencoder, size)
+
+    def record_terms(self) -> None:
+        """Let config.json also say what the terms read, as the fingerprint of a tokenizer whose codes are learned."""
+        written = self._hub_mixin_config.get("terms")
+        if written:
+            self._hub_mixin_config["terms"] = record_of_terms(written, self.objective())
 
     def check_all_read(self) -> None:
         """Raise `UserError` for arguments that were given and that training with this model would not read."""
@@ -386,6 +400,8 @@ class VQGanVAE(
         if return_loss and return_discr_loss:
             raise UserError("return_loss and return_discr_loss are both set; ask for one player's loss at a time")
         out = self.autoencoder(img)
+        if out.recon is None and not return_loss:
+            self.autoencoder.decoder.from_proxy(out.proxy)  # says that there are no images
         if not return_loss and not return_discr_loss:
             return out.recon
         loss = (

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vqdist.errors import UserError
 from vqdist.models.networks.patch import PatchDiscriminator
-from vqdist.parts import Spec, UnavailablePart, called
+from vqdist.parts import GIVEN_BUILT, Spec, UnavailablePart, called
 from vqdist.registries import TERMS
+
+if TYPE_CHECKING:
+    from vqdist.models.vqgan import VQGanVAE
 
 
 def check_terms(
@@ -83,3 +86,37 @@ def needs_of(discriminator: nn.Module, size: int, smallest: int) -> str:
     layers = size.bit_length() - 2
     fewer = f"discr_layers {layers} or " if layers > 0 else ""
     return f"discr_layers {discriminator.layers}, which needs at least {smallest}; use {fewer}use_gan false"
+
+
+def check_stage(model: VQGanVAE, terms: Sequence[Any]) -> None:
+    """Raise `UserError` for losses on images of a network that makes none, as that of TiTok's first stage.
+
+    Args:
+        model: the model.
+        terms: of the loss as they were given; empty for the default ones, which compare pixels.
+    """
+    if model.autoencoder.makes_images:
+        return
+    name = type(model.autoencoder.decoder).__name__
+    if model.discriminator is not None:
+        raise UserError(
+            f"decoder {name} makes no images in this stage, and a discriminator compares images; give "
+            "--model.use_gan false"
+        )
+    if not terms or any(term.acts_on == "pixels" for term in model.objective()):
+        raise UserError(
+            f"decoder {name} makes no images in this stage, and the loss compares pixels; give model.terms with "
+            "{class_path: proxy_codes, init_args: {tokenizer: FILE}}, the tokenizer whose codes it learns"
+        )
+
+
+def record_of_terms(written: Sequence[Any], terms: Iterable[Any]) -> list[Any]:
+    """Return what config.json says of the terms, with what these add: see `ProxyCodes.recorded_arguments`."""
+    found = []
+    for part, term in zip(written, terms):
+        is_object = isinstance(part, Mapping) and part.get(GIVEN_BUILT)
+        if hasattr(term, "recorded_arguments") and not is_object:
+            spec = Spec.of(part, "terms")
+            part = {"class_path": spec.target, "init_args": {**spec.init_args, **term.recorded_arguments()}}
+        found.append(part)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def generator_loss(model: VQGanVAE, image: Tensor, out: ForwardPass, step: int) 
     """
     terms = model.objective().whole(out.recon, image, out, step)
     total = terms.loss + out.aux_loss
-    if model.discriminator is None:
+    if model.discriminator is None or out.recon is None:
         return total
     # with weights held fixed: the generator's loss leaves no gradient in the discriminator
     fixed = {name: weight.detach() for name, weight in model.discriminator.named_parameters()}
@@ -50,5 +50,6 @@ def critic_loss(model: VQGanVAE, image: Tensor, out: ForwardPass, add_gradient_p
     critic = model.discriminator
     if critic is None:
         raise UserError("return_discr_loss is set but this model has no discriminator; build it with use_gan=True")
-    loss = model.discriminator_loss(*logits_of_both(critic, critic, image, out.recon.detach()))
+    recon = cast(Tensor, out.recon).detach()  # there is one, see `VQGanVAE.forward`
+    loss = model.discriminator_loss(*logits_of_both(critic, critic, image, recon))
     return loss + losses.gradient_penalty(critic, image) if add_gradient_penalty else loss

@@ -23,8 +23,9 @@ class Term(nn.Module):
 
     A term on pixels is a function of `recon`. The graph is cut there, so that its gradient is taken once and the
     autoencoder is not run backward for each term. A term on features is a function of `out.features`, where the graph
-    is cut, too; one that reads both gets its gradient at both. A term has no weights that are trained: those belong
-    into a network.
+    is cut, too; one that reads both gets its gradient at both. A term on the proxy is a function of `out.proxy`, the
+    logits of another tokenizer's codes; where the network makes no images, `recon` is None. A term has no weights that
+    are trained: those belong into a network.
 
     Example:
         class EdgeLoss(Term):
@@ -40,10 +41,10 @@ class Term(nn.Module):
         name: what the loss is logged as, with `_loss` behind; by default the name of the class in lower case.
 
     Attributes:
-        acts_on: "pixels" or "features".
+        acts_on: "pixels", "features" or "proxy".
     """
 
-    acts_on: ClassVar[Literal["pixels", "features"]] = "pixels"
+    acts_on: ClassVar[Literal["pixels", "features", "proxy"]] = "pixels"
 
     def __init__(self, weight: Weight = 1.0, *, reference: bool = False, name: str | None = None):
         super().__init__()
@@ -88,8 +89,8 @@ def checked(term: Any) -> Any:
         raise UserError(
             f"a term is called {term.name!r}, and the trainer logs a loss or weight of that name; give it another"
         )
-    if term.acts_on not in ("pixels", "features"):
-        raise UserError(f"term {term.name} acts on {term.acts_on!r}; it must be pixels or features")
+    if term.acts_on not in ("pixels", "features", "proxy"):
+        raise UserError(f"term {term.name} acts on {term.acts_on!r}; it must be pixels, features or proxy")
     if isinstance(term, nn.Module):
         trained = [name for name, weight in term.named_parameters() if weight.requires_grad]
         if trained:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +18,13 @@ from vqdist.errors import UserError, an
 from vqdist.export import RECORD
 from vqdist.files import read_json, sha256_of
 from vqdist.locations import FILES, check_location, find_export
+from vqdist.models.networks.maskgit import MaskGITDecoder
+from vqdist.models.networks.vit import TiTokProxyDecoder
 from vqdist.models.presets import preset_named
 from vqdist.models.pretrained import FIRST_TYPE, class_of_type, is_of_another_project, load_model_of_any_type
 from vqdist.models.published import file_of_weights, read_to_train
 from vqdist.models.published.base import differences
+from vqdist.models.published.maskgit import decoder_arguments
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.parts import Spec, arguments_of, recorded, trusting
 from vqdist.trainers.vqgan_config import VQGanTrainerConfig
@@ -30,6 +33,7 @@ OF_PLAYERS = ("discriminator", "discr_layers", "discr_loss", "gen_loss", "use_hi
 OF_TRAINING = frozenset([*OF_PLAYERS, "l2_recon_loss", "perceptual", "terms", "use_vgg_and_gan", "vgg"])
 """Arguments of the model that say how it is trained: they need not be those of the weights."""
 SWITCHES = ("use_gan", "use_vgg_and_gan")
+STARTS = ("init_from", "init_pixel_from")
 PATCHGAN = {"class_path": "patchgan", "init_args": {}}
 """The discriminator of most published configurations, for networks that name none."""
 
@@ -43,7 +47,7 @@ class Begun:
 
     Attributes:
         model: on the CPU; of a run that is resumed the checkpoint has the weights.
-        record: `path` and `sha256` of the weights, for the configuration of the run.
+        record: `init_from` and `init_pixel_from` for the configuration of the run: `path` and `sha256` of the weights.
         note: one line on the discriminator where its weights are at random, or None.
     """
 
@@ -79,45 +83,68 @@ def begin(given: Given, config: VQGanTrainerConfig) -> Begun:
     Raises:
         UserError: there are no such weights, they are of another network than `given`, or the run began from others.
     """
-    path = config.init_from
-    if not isinstance(path, str) or not path.strip():
-        raise UserError(f"init_from {path!r} is not possible; give a file, an export or a run")
+    paths = {name: _path_in(config, name) for name in STARTS}
     if given is not None and not isinstance(given, (VQGanVAE, Mapping)):
         raise UserError(f"the model is {an(type(given).__name__)}; with init_from give a VQGanVAE, or leave it out")
     folder = Path(config.results_folder).expanduser()
     seeding.seed_everything(config.seed, "weights")  # of a discriminator at random
     if complete_steps(folder / "checkpoints") and (folder / "config.json").is_file():
-        return _again(given, path, folder, config.trust_code)
-    source = _read(path, config.trust_code)
+        return _again(given, paths, folder, config.trust_code)
+    source = _read(cast(str, paths["init_from"]), config.trust_code)
+    records: dict[str, Any] = {"init_from": _record(source), "init_pixel_from": None}
+    if paths["init_pixel_from"] is not None:
+        target = _read(paths["init_pixel_from"], config.trust_code)
+        source, records["init_pixel_from"] = _second_stage(source, target), _record(target)
     model = given if isinstance(given, VQGanVAE) else _built(source, dict(given or {}))
     _fill(model, source)
     chosen = isinstance(given, VQGanVAE) or bool(given and {"discriminator", "discr_layers", "preset"} & given.keys())
     note = _fill_discriminator(model, source, chosen=chosen)
-    return Begun(model, {"path": path, "sha256": sha256_of(source.file)}, note)
+    return Begun(model, records, note)
 
 
-def _again(given: Given, path: str, folder: Path, trust_code: bool) -> Begun:
+def _path_in(config: VQGanTrainerConfig, name: str) -> str | None:
+    path = getattr(config, name)
+    if path is None and name != "init_from":
+        return None
+    if not isinstance(path, str) or not path.strip():
+        raise UserError(f"{name} {path!r} is not possible; give a file, an export or a run")
+    return path
+
+
+def _record(source: _Source) -> dict[str, Any]:
+    return {"path": source.path, "sha256": sha256_of(source.file)}
+
+
+def _again(given: Given, paths: Mapping[str, str | None], folder: Path, trust_code: bool) -> Begun:
     """Return the model of a run that has a checkpoint, by what its configuration says of it."""
     before = read_json(folder / "config.json")
-    record = (before.get("trainer") or {}).get("init_from")
-    if record is None:
-        raise UserError(
-            f"{folder} holds a run that did not begin from {path}; leave init_from out, or give another --out"
-        )
-    if path != record["path"] and _checksum(path) != record["sha256"]:
-        raise UserError(
-            f"{folder} holds a run that began from {record['path']} (SHA-256 {record['sha256'][:12]}), and init_from "
-            f"is {path}; give that, or another run folder"
-        )
+    records = {name: _same(name, path, before.get("trainer") or {}, folder) for name, path in paths.items()}
     if isinstance(given, VQGanVAE):
-        return Begun(given, record, None)
+        return Begun(given, records, None)
     said = _said(given or {})
     own = dict(before["model"])
     with trusting(trust_code):
         model_class = class_of_type(before.get("model_type") or FIRST_TYPE, folder)
         model = cast(VQGanVAE, model_class(**own | {name: said[name] for name in said if name in OF_TRAINING}))
     _refuse_others(said, model, own, str(folder))
-    return Begun(model, record, None)
+    return Begun(model, records, None)
+
+
+def _same(name: str, path: str | None, trainer: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """Return what a run recorded of the weights that it began with; raise `UserError` if the path has others."""
+    record = trainer.get(name)
+    if path is None and record is None:
+        return None
+    if record is None:
+        raise UserError(
+            f"{folder} holds a run that did not begin from {path}; leave {name} out, or give another --out"
+        )
+    if path is None or (path != record["path"] and _checksum(path) != record["sha256"]):
+        raise UserError(
+            f"{folder} holds a run that began from {record['path']} (SHA-256 {record['sha256'][:12]}), and {name} "
+            f"is {'not given' if path is None else path}; give that, or another run folder"
+        )
+    return record
 
 
 def _checksum(path: str) -> str | None:
@@ -155,6 +182,41 @@ def _read(path: str, trust_code: bool) -> _Source:
     return _Source(path, _file_of(path), model, critic, part, (folder / RECORD).is_file())
 
 
+def _second_stage(first: _Source, target: _Source) -> _Source:
+    """Return the first stage of a TiTok with the codes' vectors and the decoder of the tokenizer that it predicts.
+
+    Raises:
+        UserError: `first` is no first stage, or `target` is no tokenizer whose codes it can be that predicts.
+    """
+    decoder = first.model.network.decoder
+    if not isinstance(decoder, TiTokProxyDecoder) or decoder.makes_images:
+        raise UserError(
+            f"init_pixel_from is for a TiTok of the first stage, and {first.path} is none; leave it out"
+        )
+    found = target.model.network
+    vectors = getattr(getattr(found.quantizer, "embedding", None), "weight", None)
+    if not isinstance(found.decoder, MaskGITDecoder) or vectors is None:
+        kinds = f"{type(found.quantizer).__name__} and {type(found.decoder).__name__}"
+        raise UserError(
+            f"{target.path} (init_pixel_from) has {kinds}; expected a MaskGIT-VQGAN: gradient_vq and decoder maskgit"
+        )
+    if len(vectors) != decoder.proxy_codebook_size:
+        raise UserError(
+            f"{target.path} (init_pixel_from) has {len(vectors)} codes, and {first.path} predicts "
+            f"{decoder.proxy_codebook_size}; give the tokenizer that it was trained with"
+        )
+    pixel = {name.replace("last_layer.", "conv_out."): one for name, one in found.decoder.state_dict().items()}
+    config = {name: value for name, value in first.model.configuration().items() if name not in ("terms", *SWITCHES)}
+    spec = Spec.of(config["decoder"], "decoder")
+    part = {"class_path": spec.target, "init_args": {**spec.init_args, "pixel": decoder_arguments(pixel)}}
+    model = type(first.model)(**{**config, "decoder": part, "use_vgg_and_gan": False})
+    model.image_size = first.model.image_size
+    tensors = {**first.model.network.state_dict(), "decoder.pixel_embedding.weight": vectors.detach()}
+    tensors |= {f"decoder.pixel_decoder.{name}": one for name, one in found.decoder.state_dict().items()}
+    model.network.load_state_dict(tensors)
+    return replace(first, model=model, of_run=False)
+
+
 def _tensors(file: Path | None) -> dict[str, Tensor] | None:
     try:
         return None if file is None else load_file(file)
@@ -172,6 +234,8 @@ def _built(source: _Source, given: dict[str, Any]) -> VQGanVAE:
     unread: set[str] = set()  # arguments of the source that what is given takes the place of
     if not all(own.get(name, True) for name in SWITCHES):
         unread |= {*OF_PLAYERS} - {"use_gan"}
+    elif not source.model.network.makes_images and "discriminator" not in said:
+        own["use_gan"] = False
     elif own.get("discriminator") is None and own.get("dim") is None:
         own["discriminator"] = dict(source.part)
     unread |= {"discr_layers"} if "discriminator" in said else set()

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from vqdist import losses
 from vqdist.backends import Engine
 from vqdist.errors import UserError, an
+from vqdist.evaluation import evaluate_proxy
 from vqdist.metrics import RunningMeans
 from vqdist.models.autoencoder import ForwardPass, VQAutoencoder
 from vqdist.models.networks.base import logits_of, logits_of_both, running_statistics
+from vqdist.models.proxy import ByTarget, ProxyCodes
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.objectives.adversarial import LeCam
 from vqdist.schedules import ever_positive, linear_ramp, weight_at
@@ -49,10 +51,11 @@ class VQGanVAETrainer(TokenizerTrainer):
         if self.config.init_from is not None:
             begun = begin(self.model, self.config)
             self.model, self._note = begun.model, begun.note
-            self.config = replace(self.config, init_from=begun.record)
+            self.config = replace(self.config, **begun.record)
         if not isinstance(self.model, VQGanVAE):
             raise UserError(f"the model is {an(type(self.model).__name__)}; VQGanVAETrainer trains a VQGanVAE")
         self.model.check_training_size(self.config.image_size)  # missing weights are found out here
+        self.model.record_terms()
         if self.model.discriminator is not None and self.config.adaptive_weight:
             self._require_last_layer()
         if self.model.discriminator is None:
@@ -188,7 +191,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         """Update both on the same reconstructions; the generator's loss is of the discriminator before its update."""
         of_generator, of_discriminator = RunningMeans(), RunningMeans()
         for image, last in mark_last(micro_batches):
-            recon = self._generator_pass(image, of_generator, last=last)
+            recon = cast(Tensor, self._generator_pass(image, of_generator, last=last))
             self._discriminator_pass(image, recon, of_discriminator, last=last)
         return self._step_generator(of_generator) | self._step_discriminator(of_discriminator)
 
@@ -217,12 +220,12 @@ class VQGanVAETrainer(TokenizerTrainer):
             self._generator_backward(image, out, of_generator)
         return self._step_generator(of_generator) | numbers
 
-    def _generator_pass(self, image: Tensor, means: RunningMeans, *, last: bool) -> Tensor:
-        """Add the generator's gradient of one micro-batch, and return the reconstruction without its graph."""
+    def _generator_pass(self, image: Tensor, means: RunningMeans, *, last: bool) -> Tensor | None:
+        """Add the generator's gradient of one micro-batch, and return the reconstruction, if any, without its graph."""
         with self.generator.micro_step(last=last):
             out = self.generator(image)
             self._generator_backward(image, out, means)
-        return out.recon.detach()
+        return None if out.recon is None else out.recon.detach()
 
     def _generator_backward(self, image: Tensor, out: ForwardPass, means: RunningMeans) -> None:
         loss, numbers = self.generator_loss(image, out)
@@ -255,8 +258,11 @@ class VQGanVAETrainer(TokenizerTrainer):
         these, and the returned surrogate has the combined gradient. So the loss networks run backward once, the
         autoencoder once, and no gradient passes an engine's output twice, which DeepSpeed forbids.
         """
+        if out.recon is None:
+            return self._loss_without_images(image, out)
         recon = out.recon.detach().to(torch.float32).requires_grad_()
-        gradient, reference, feature_loss, parts = self.objective.at_the_cut(recon, image, out, self.step)
+        cut = self.objective.at_the_cut(recon, image, out, self.step)
+        gradient, reference, parts = cast(Tensor, cut.gradient), cast(Tensor, cut.reference), cut.parts
         parts["aux_loss"] = out.aux_loss
         weight: float | Tensor = self.scheduled_adversarial_weight()
         if weight > 0 or self.runs_before_its_start:
@@ -268,7 +274,14 @@ class VQGanVAETrainer(TokenizerTrainer):
                 weight = weight * parts["adaptive_weight"]
             gradient = gradient + weight * adversarial
             parts["adversarial_weight"] = torch.as_tensor(weight)
-        return losses.surrogate(out.recon, gradient, self.weighted_aux_loss(out, parts), feature_loss), parts
+        return losses.surrogate(out.recon, gradient, self.weighted_aux_loss(out, parts), cut.feature_loss), parts
+
+    def _loss_without_images(self, image: Tensor, out: ForwardPass) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the same of a network that predicts another tokenizer's codes only: the first stage of TiTok."""
+        cut = self.objective.at_the_cut(None, image, out, self.step)
+        cut.parts["aux_loss"] = out.aux_loss
+        loss = self.weighted_aux_loss(out, cut.parts)
+        return loss if cut.feature_loss is None else loss + cut.feature_loss, cut.parts
 
     def weighted_aux_loss(self, out: ForwardPass, parts: dict[str, Tensor]) -> Tensor:
         """Return the quantizer's loss times its weight, which is logged where it has a schedule."""
@@ -379,6 +392,27 @@ class VQGanVAETrainer(TokenizerTrainer):
             warmup_steps=config.discr_lr_warmup_steps,
             start=config.discriminator_start if self.has_own_schedule else 0,
         )
+
+    @property
+    def stage_one(self) -> ProxyCodes | None:
+        """The term whose tokenizer makes the images of a network that makes none itself; None of any other."""
+        if self.model.autoencoder.makes_images:
+            return None
+        return next((term for term in self.objective if isinstance(term, ProxyCodes)), None)
+
+    def evaluate(self) -> dict[str, float]:
+        if self.stage_one is None:
+            return super().evaluate()
+        with self.averaged_network() as network:
+            by_target = ByTarget(cast(VQAutoencoder, network), self.stage_one)
+            return evaluate_proxy(
+                by_target, self.valid_batches(), self.backend, image_size=self.config.image_size
+            )
+
+    def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
+        if self.stage_one is None:
+            return super().views(images, networks)
+        return super().views(images, [ByTarget(cast(VQAutoencoder, one), self.stage_one) for one in networks])
 
     @contextmanager
     def averaged_model(self) -> Iterator[VQGanVAE]:

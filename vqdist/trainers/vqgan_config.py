@@ -27,6 +27,9 @@ class VQGanTrainerConfig(TrainerConfig):
     init_from: str | dict[str, Any] | None = option(None)
     """Published file, export or run to begin from: it gives the network, its averaged weights and, where it has one,
     the discriminator. The run records its checksum; the same command resumes the run without it."""
+    init_pixel_from: str | dict[str, Any] | None = option(None)
+    """For the second stage of a TiTok whose first one init_from gives: the tokenizer whose codes that predicts, a
+    MaskGIT-VQGAN, with the decoder that makes the images; a published file, export or run. Recorded likewise."""
     trust_code: bool = option(False, free=True)
     """Let init_from name networks that do not come with vqdist; their code is run."""
     freeze: list[str] | str = option(default_factory=list)
@@ -147,7 +150,7 @@ class VQGanTrainerConfig(TrainerConfig):
         if self.init_from is not None and self.overwrite:
             raise UserError("overwrite is not possible with init_from; remove the run folder, or give another one")
         if self.init_from is None:
-            self.refuse_set("trust_code", because="init_from is not given")
+            self.refuse_set("trust_code", "init_pixel_from", because="init_from is not given")
         if not self.discriminator_start:
             self.refuse_set("discriminator_before_start", because="discriminator_start is 0")
 
@@ -181,7 +184,7 @@ WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversar
 # all that the configuration adds to every trainer's is about the discriminator, but for this
 OF_THE_GENERATOR = (
     *("quantizer_weight", "quantizer_temperature", "freeze", "freeze_codebook", "lr_scale"),
-    *("init_from", "trust_code"),
+    *("init_from", "init_pixel_from", "trust_code"),
 )
 _OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
 DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]

@@ -53,6 +53,10 @@ class Decoder(Protocol):
         last_layer: a convolution, called on what `forward` returns; the adaptive weight of the adversarial loss is
             computed from its input. None where `forward` returns the image: then there is no adaptive weight. A class
             of its own may scale what the convolution gives, and says by how much as `image_gain`.
+
+    One that predicts another tokenizer's codes has an attribute `gives_proxy` that is true, `proxy_shape` (h', w') and
+    `proxy_codebook_size` v of these codes, and `forward(features, with_proxy=False)`. With `with_proxy` it returns two:
+    the input of `last_layer` and the logits (b, v, h', w'). The first is None where its `makes_images` is false.
     """
 
     last_layer: nn.Conv2d | None

@@ -278,7 +278,10 @@ class TiTokProxyDecoder(_TokenDecoder):
 
     Attributes:
         last_layer: the last one of the other tokenizer's decoder.
+        gives_proxy: true, see `vqdist.models.networks.Decoder`.
     """
+
+    gives_proxy = True
 
     def __init__(
         self,
@@ -307,6 +310,7 @@ class TiTokProxyDecoder(_TokenDecoder):
             checkpointing=checkpointing,
         )
         check_whole_numbers(proxy_codebook_size=(proxy_codebook_size, 2))
+        self.proxy_codebook_size = proxy_codebook_size
         self.ffn = nn.Sequential(
             nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, proxy_codebook_size, 1)
         )
@@ -316,6 +320,16 @@ class TiTokProxyDecoder(_TokenDecoder):
         if pixel is not None:
             self.pixel_decoder = _pixel_decoder(pixel, channels, checkpointing)
             self.pixel_embedding = nn.Embedding(proxy_codebook_size, self.pixel_decoder.dim)
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether there is a pixel decoder: in the first stage of its training there is none."""
+        return self.pixel_decoder is not None
+
+    @property
+    def proxy_shape(self) -> tuple[int, int]:
+        """Shape of the map of the other tokenizer's codes, (h', w')."""
+        return self.grid
 
     @property
     def last_layer(self) -> nn.Conv2d | None:
@@ -330,14 +344,18 @@ class TiTokProxyDecoder(_TokenDecoder):
         """Logits (b, v, h', w') -> the input of the last layer; `UserError` of a decoder that makes no images."""
         if self.pixel_decoder is None or self.pixel_embedding is None:
             raise UserError(
-                "this TiTok of the first stage gives codes of its proxy tokenizer and no images; build its decoder "
-                "with pixel, and give it that tokenizer's decoder"
+                "this TiTok of the first stage gives codes of its proxy tokenizer and no images; train the second "
+                "stage: --init_from its run, --trainer.init_pixel_from that tokenizer"
             )
         mean = torch.einsum("b v h w, v e -> b e h w", logits.softmax(dim=1), self.pixel_embedding.weight)
         return self.pixel_decoder(mean)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.from_proxy(self.proxy(features))
+    def forward(self, features: Tensor, with_proxy: bool = False) -> Any:
+        """Return the input of the last layer; `with_proxy` also the logits, and None where no images are made."""
+        logits = self.proxy(features)
+        if not with_proxy:
+            return self.from_proxy(logits)
+        return self.from_proxy(logits) if self.makes_images else None, logits
 
 
 def _pixel_decoder(options: dict[str, Any], channels: int, checkpointing: bool) -> MaskGITDecoder:
