@@ -22,12 +22,14 @@ import torch
 import yaml
 from launching import ROOT
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqdist import VAR, DiscreteVAE, Prior, Tokenizer, VQGanVAE
 from vqdist.cli import main
 from vqdist.cli.models import MODELS
-from vqdist.cli.train import TOP_LEVEL, train_options
+from vqdist.cli.train import OF_START, TOP_LEVEL, train_options
 from vqdist.models.presets import PRESETS
+from vqdist.models.published import write_published
 from vqdist.schedules import learning_rate, temperature
 from vqdist.trainers.config import build_config
 
@@ -45,7 +47,13 @@ SMALLER: dict[str, dict[str, Any]] = {
     "ibq": {"codebook_size": 32},
     "multiscale_vq": {"codebook_size": 32, "v_patch_nums": [1, 2, 3, 4]},
     "magvit2_lfq": {"codebook_size": 32},
+    "titok": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2},
 }
+SMALLER["titok_proxy"] = {**SMALLER["titok"], "proxy_codebook_size": 12}
+# the tokenizer whose codes TiTok's first stage predicts, and whose decoder the second one takes
+TARGET = {"hidden_channels": 32, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+SMALL_PIXEL = {"dim": 8, **TARGET}
+WITH_TARGET = {"class_path": "proxy_codes", "init_args": {"tokenizer": "TARGET"}}
 FIVE_BITS = {"z_channels": 5}
 WITH_VGG16 = {"class_path": "lpips", "init_args": {"weights": "VGG16"}}
 
@@ -58,7 +66,10 @@ def small(preset: str, kind: str, weight: float, start: int | None = None, size:
         given[name] = {**part, "init_args": {**part["init_args"], **SMALLER[part["class_path"]]}}
     if published.family == "open_magvit2":
         given["encoder"]["init_args"] |= FIVE_BITS
+    if given["decoder"]["init_args"].get("pixel"):
+        given["decoder"]["init_args"]["pixel"] = SMALL_PIXEL
     given["terms"] = [{"class_path": "reconstruction", "init_args": {"kind": kind, "weight": weight}}, WITH_VGG16]
+    given["terms"] = [WITH_TARGET] if published.discriminator is None else given["terms"]
     parts = " ".join(f"--model.{name} {shlex.quote(json.dumps(part))}" for name, part in given.items())
     joins = "" if start is None else f" --trainer.discriminator_start {start}"
     return f"--image_size {size} --trainer.batch_size 2 {parts}{joins}"
@@ -74,6 +85,9 @@ SHRUNK = {
     "imagenet_lfq_2e18": small("open_magvit2_256_262144", "l1", 2.0),
     "ibq_16384": small("ibq_16384", "l1", 2.0),
     "maskgit_vqgan": small("maskgit_vqgan_f16_1024", "l2", 1.0, start=1),
+    "titok_bl64": small("titok_bl64_vq8k", "l2", 1.0, start=1),
+    "titok_l32_stage1": small("titok_l32_stage1", "l2", 1.0),
+    "titok_l32_stage2": small("titok_l32", "l2", 1.0, start=1) + " --trainer.init_pixel_from TARGET",
     "dalle_dvae": (
         "--image_size 32 --model.num_tokens 32 --model.codebook_dim 8 --model.hidden_dim 16 "
         "--model.num_resnet_blocks 1 --trainer.batch_size 1 --trainer.num_images_save 4"
@@ -97,6 +111,9 @@ PUBLISHED = {
     "imagenet_lfq_2e18": "open_magvit2_256_262144",
     "ibq_16384": "ibq_16384",
     "maskgit_vqgan": "maskgit_vqgan_f16_1024",
+    "titok_bl64": "titok_bl64_vq8k",
+    "titok_l32_stage1": "titok_l32",  # without the pixel decoder that the second stage adds
+    "titok_l32_stage2": "titok_l32",
 }
 BUFFERS = ("quantize.codebook_used", "quantize.ema_vocab_hit_SV")
 
@@ -107,6 +124,9 @@ LOGGED = {
     "prior": {"loss", "accuracy"},
     "var": {"loss", "nll_scale_4"},
 }
+
+
+FIRST_STAGE = {"proxy_loss", "aux_loss", "generator_grad_norm"}
 
 
 def head(name: str) -> str:
@@ -146,7 +166,12 @@ def value_of(name: str, flag: str) -> str | None:
 def tokenizer_recipe(name: str) -> str | None:
     """Return the recipe of the tokenizer that this recipe's line is over."""
     run = value_of(name, "--tokenizer")
-    return None if run is None else next(other for other in RECIPES if value_of(other, "--out") == run)
+    return None if run is None else recipe_of(run)
+
+
+def recipe_of(run: str) -> str:
+    """The recipe whose line makes this run."""
+    return next(other for other in RECIPES if value_of(other, "--out") == run)
 
 
 def part(name: str, title: str) -> str:
@@ -170,6 +195,7 @@ def test_every_option_is_known_and_possible(name):
     assert_contains(parsed.as_dict(), written)
     trainer_class = entry.load()[1]
     top = {option: getattr(parsed, key) for option, key in TOP_LEVEL.items()}
+    top |= {option: parsed[option] for option in OF_START if model_of(name) == "vqgan"}
     build_config(trainer_class.config_class, {**parsed.data.as_dict(), **parsed.trainer.as_dict(), **top})
 
 
@@ -278,7 +304,7 @@ def counted(name: str) -> list[int]:
         if model_of(name) == "dvae":
             return [parameters(DiscreteVAE(**chosen, image_size=options(name).data.image_size))]
         vae = VQGanVAE(**chosen)
-    return [parameters(vae.autoencoder), parameters(vae.discriminator)]
+    return [parameters(network) for network in (vae.autoencoder, vae.discriminator) if network is not None]
 
 
 @pytest.mark.parametrize("name", SHRUNK)
@@ -290,7 +316,22 @@ def test_the_whole_model_has_as_many_parameters_as_said(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_has_as_many_parameters_as_the_published_file(name):
     shapes = json.loads((ROOT / "tests" / "data" / "parity" / "published" / f"{PUBLISHED[name]}.json").read_text())
+    if name.endswith("_stage1"):
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("pixel_")}
     assert counted(name)[0] == sum(math.prod(shape) for key, shape in shapes.items() if key not in BUFFERS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_head_says_what_a_forward_pass_costs(name):
+    """Of encoder and decoder, two operations a multiplication with its addition."""
+    chosen = options(name)
+    with torch.device("meta"), torch.no_grad():
+        network = VQGanVAE(**{**chosen.model.as_dict(), "terms": None}).autoencoder
+        image = torch.zeros(1, 3, chosen.data.image_size, chosen.data.image_size)
+        with FlopCounterMode(display=False) as counter:
+            network.decoder(network.encoder(image), **({"with_proxy": True} if network.gives_proxy else {}))
+    said = re.search(r"Computed: (\d+\.\d+) TFLOP an image forward", part(name, "Hardware"))
+    assert said and float(said[1]) == round(counter.get_total_flops() / 1e12, 2)
 
 
 def test_every_recipe_of_a_preset_is_compared_with_the_published_file():
@@ -308,11 +349,17 @@ def test_the_table_of_published_runs_is_that_of_the_files():
 
 def test_weights_of_losses_are_those_of_images_from_minus_1_to_1():
     """Half the range halves an L1 loss and quarters an L2 loss; LPIPS takes images of either range."""
-    for name in PUBLISHED:
+    of_1d_tokenizer = {
+        "maskgit_vqgan": {"convnext_s": 0.1},
+        "titok_bl64": {"lpips": 1.0, "convnext_s": 0.1},  # lpips-convnext_s-1.0-0.1, times 1.1
+        "titok_l32_stage2": {"convnext_s": 0.1},
+    }
+    for name in PUBLISHED.keys() - {"titok_l32_stage1"}:
         pixels, *others = options(name).model.terms
-        assert [term["class_path"] for term in others] == ["convnext_s" if name == "maskgit_vqgan" else "lpips"]
+        found = {term["class_path"]: (term.get("init_args") or {}).get("weight", 1.0) for term in others}
+        assert found == of_1d_tokenizer.get(name, {"lpips": 1.0}), name
         kind, weight = pixels["init_args"]["kind"], pixels["init_args"].get("weight", 1.0)
-        assert weight == (1.0 if name == "maskgit_vqgan" else {"l1": 2.0, "l2": 4.0}[kind])
+        assert weight == (1.0 if name in of_1d_tokenizer else {"l1": 2.0, "l2": 4.0}[kind])  # which has [0, 1], too
 
 
 def test_var_is_as_wide_as_its_depth_says_and_its_codes_as_vars():
@@ -326,8 +373,9 @@ def test_var_is_as_wide_as_its_depth_says_and_its_codes_as_vars():
 
 # ------------------------------------------------------------------------------------------------------ two steps
 
-# A tokenizer, a prior over it and a published run; the others differ in options, which are read on every push.
-ON_PUSH = ("digits_vqgan", "digits_prior", "llamagen_vq16")
+# A tokenizer, a prior over it, a published run and one of two stages. The others differ in options, which are read on
+# every push.
+ON_PUSH = ("digits_vqgan", "digits_prior", "llamagen_vq16", "titok_l32_stage1", "titok_l32_stage2")
 
 
 def nightly(names: Iterable[str]) -> list:
@@ -349,7 +397,22 @@ def vgg16_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory, vgg16_file) -> Callable[[str], tuple[Path, str]]:
+def target_file(tmp_path_factory) -> str:
+    """A MaskGIT-VQGAN as the project writes it, with 4 x 4 codes for 32 pixels."""
+    torch.manual_seed(0)
+    model = VQGanVAE(
+        encoder={"class_path": "maskgit", "init_args": {**TARGET, "z_channels": 8}},
+        decoder={"class_path": "maskgit", "init_args": TARGET},
+        quantizer={"class_path": "gradient_vq", "init_args": {"codebook_size": 12, "codebook_loss": "legacy"}},
+        use_vgg_and_gan=False,
+    )
+    path = tmp_path_factory.mktemp("target") / "maskgit.bin"
+    write_published(model, "maskgit", path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory, vgg16_file, target_file) -> Callable[[str], tuple[Path, str]]:
     """Trains a recipe for two steps, over the run of its tokenizer's; the run folder, and what was printed."""
     runs: dict[str, tuple[Path, str]] = {}
 
@@ -365,9 +428,11 @@ def run_of(tmp_path_factory, vgg16_file) -> Callable[[str], tuple[Path, str]]:
         given[given.index("--out") + 1] = str(out)
         if "--tokenizer" in given:
             given[given.index("--tokenizer") + 1] = str(train(tokenizer_recipe(name))[0])
+        if "--init_from" in given:
+            given[given.index("--init_from") + 1] = str(train(recipe_of(value_of(name, "--init_from")))[0])
         short = "--trainer.num_train_steps 2 --trainer.epochs null --data.num_workers 0"
         more = f"{EVERY_SHRUNK} {SHRUNK[name]}" if name in SHRUNK else f"{short} {OTHER_DATA.get(name, '')}"
-        return [*given, *shlex.split(more.replace("VGG16", vgg16_file))]
+        return [*given, *shlex.split(more.replace("VGG16", vgg16_file).replace("TARGET", target_file))]
 
     return train
 
@@ -398,9 +463,10 @@ def test_recipe_trains(name, run_of):
 def test_a_shrunken_run_has_all_that_the_whole_one_has(name, run_of):
     run, _ = run_of(name)
     logged = set().union(*lines_of(run))
-    expected = LOGGED[model_of(name)] | (
-        {"adaptive_weight"} if options(name).trainer.get("adaptive_weight") else set()
-    )
+    expected = FIRST_STAGE
+    if not name.endswith("_stage1"):
+        adaptive = {"adaptive_weight"} if options(name).trainer.get("adaptive_weight") else set()
+        expected = LOGGED[model_of(name)] | adaptive
     assert expected <= logged, expected - logged
     shrunk = {"model.preset", *re.findall(r"--([\w.]+)", f"{EVERY_SHRUNK} {SHRUNK[name]}")}
     used = json.loads((run / "config.json").read_text())

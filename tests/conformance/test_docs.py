@@ -109,8 +109,8 @@ BUILDERS = {
         for kind in ("prior", "var", "vq_ar")
     },
 }
-# the first needs VGG16's weights, and its name is that of a term; the second is of a quantizer that draws, the others of
-# TiTok's first stage
+# the first needs VGG16's weights, and its name is that of a term; the second is of a quantizer that draws, and the
+# others are of TiTok's first stage
 OF_THE_FIRST_STAGE = {"proxy_loss", "valid/proxy_loss", "valid/proxy_accuracy"}
 NOT_TRAINED_HERE = {"vqgan": {"perceptual_loss", "temperature", *OF_THE_FIRST_STAGE}}
 

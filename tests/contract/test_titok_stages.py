@@ -86,7 +86,7 @@ def trained(folder: Path, **options: Any) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> dict[str, dict[str, Tensor]]:
-    return trained(begin(tmp_path_factory.mktemp("one")), **{"batch_size": 8})
+    return trained(begin(tmp_path_factory.mktemp("one")), batch_size=8)
 
 
 @pytest.mark.parametrize(

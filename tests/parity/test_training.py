@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.nn.functional as F
 from fixtures import arguments, file_of_losses, in_unit_range, tensors, values, weights
 from test_networks import titok_sizes

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from scenarios import QUIET, weights_of
-from torch import Tensor
 
 from vqdist import Tokenizer, UserError, VQGanVAE, VQGanVAETrainer
 from vqdist.cli import main
@@ -25,7 +24,7 @@ CRITIC = {"class_path": "patch", "init_args": {"dim": 16, "layers": 2, "groups":
 
 
 def target_model() -> VQGanVAE:
-    """A small MaskGIT-VQGAN with a map of 4 x 4 codes for 16 pixels."""
+    """Return a small MaskGIT-VQGAN with a map of 4 x 4 codes for 16 pixels."""
     torch.manual_seed(3)
     return VQGanVAE(
         encoder={"class_path": "maskgit", "init_args": {**TARGET, "z_channels": 8}},
@@ -66,7 +65,7 @@ def second_stage(folder: Path, first: Path, target: Path, **options: Any) -> VQG
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, target) -> Path:
-    """A run of the first stage, to its end."""
+    """Return a run of the first stage that came to its end."""
     folder = tmp_path_factory.mktemp("first") / "run"
     with first_stage(folder, target, log_every=1) as trainer:
         trainer.train()
@@ -234,5 +233,3 @@ def test_a_second_stage_that_cannot_be_is_one_line(tmp_path, target, first):
         first_stage(tmp_path, target, init_pixel_from=str(target))
     with pytest.raises(UserError, match="there is no .*nowhere.bin to begin from"):
         second_stage(tmp_path, first, tmp_path / "nowhere.bin")
-
-

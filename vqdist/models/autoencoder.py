@@ -69,7 +69,9 @@ class VQAutoencoder(TokenizerNetwork):
         features = self.features(image)
         quantized, indices, aux_loss = self.quantize(features)
         # through `forward` in each case: where weights are sharded, no other method has them whole
-        hidden, proxy = self.decoder(quantized, with_proxy=True) if self.gives_proxy else (self.decoder(quantized), None)
+        hidden, proxy = (
+            self.decoder(quantized, with_proxy=True) if self.gives_proxy else (self.decoder(quantized), None)
+        )
         if not self.makes_images:
             return ForwardPass(None, indices, aux_loss, None, features, proxy)
         recon = apply_last_layer(self.decoder, hidden)

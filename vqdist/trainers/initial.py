@@ -190,9 +190,7 @@ def _second_stage(first: _Source, target: _Source) -> _Source:
     """
     decoder = first.model.network.decoder
     if not isinstance(decoder, TiTokProxyDecoder) or decoder.makes_images:
-        raise UserError(
-            f"init_pixel_from is for a TiTok of the first stage, and {first.path} is none; leave it out"
-        )
+        raise UserError(f"init_pixel_from is for a TiTok of the first stage, and {first.path} is none; leave it out")
     found = target.model.network
     vectors = getattr(getattr(found.quantizer, "embedding", None), "weight", None)
     if not isinstance(found.decoder, MaskGITDecoder) or vectors is None:

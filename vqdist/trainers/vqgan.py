@@ -221,7 +221,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         return self._step_generator(of_generator) | numbers
 
     def _generator_pass(self, image: Tensor, means: RunningMeans, *, last: bool) -> Tensor | None:
-        """Add the generator's gradient of one micro-batch, and return the reconstruction, if any, without its graph."""
+        """Add the generator's gradient of one micro-batch; return the reconstruction, if any, without its graph."""
         with self.generator.micro_step(last=last):
             out = self.generator(image)
             self._generator_backward(image, out, means)
@@ -405,9 +405,7 @@ class VQGanVAETrainer(TokenizerTrainer):
             return super().evaluate()
         with self.averaged_network() as network:
             by_target = ByTarget(cast(VQAutoencoder, network), self.stage_one)
-            return evaluate_proxy(
-                by_target, self.valid_batches(), self.backend, image_size=self.config.image_size
-            )
+            return evaluate_proxy(by_target, self.valid_batches(), self.backend, image_size=self.config.image_size)
 
     def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
         if self.stage_one is None:

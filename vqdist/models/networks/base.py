@@ -55,8 +55,8 @@ class Decoder(Protocol):
             of its own may scale what the convolution gives, and says by how much as `image_gain`.
 
     One that predicts another tokenizer's codes has an attribute `gives_proxy` that is true, `proxy_shape` (h', w') and
-    `proxy_codebook_size` v of these codes, and `forward(features, with_proxy=False)`. With `with_proxy` it returns two:
-    the input of `last_layer` and the logits (b, v, h', w'). The first is None where its `makes_images` is false.
+    `proxy_codebook_size` v of these codes, and `forward(features, with_proxy=False)`. With `with_proxy` that returns
+    two: the input of `last_layer` and the logits (b, v, h', w'). The first is None where `makes_images` is false.
     """
 
     last_layer: nn.Conv2d | None
