@@ -4,6 +4,12 @@
 ranks, `fidelity` FID and the like of those, `references` the statistics of a set of images as a file.
 """
 
-from vqdist.evaluation.measures import evaluate_prediction, evaluate_reconstruction, in_eval_mode, reconstruct
+from vqdist.evaluation.measures import (
+    evaluate_prediction,
+    evaluate_proxy,
+    evaluate_reconstruction,
+    in_eval_mode,
+    reconstruct,
+)
 
-__all__ = ["evaluate_prediction", "evaluate_reconstruction", "in_eval_mode", "reconstruct"]
+__all__ = ["evaluate_prediction", "evaluate_proxy", "evaluate_reconstruction", "in_eval_mode", "reconstruct"]

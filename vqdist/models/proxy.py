@@ -120,18 +120,22 @@ class ByTarget(TokenizerNetwork):
 
     @property
     def channels(self) -> int:
+        """Channels of the images."""
         return self.inner.channels
 
     @property
     def codebook_size(self) -> int:
+        """Codes of the first stage."""
         return self.inner.codebook_size
 
     @property
     def num_levels(self) -> int:
+        """Codes a position of the first stage."""
         return self.inner.num_levels
 
     @property
     def scales(self) -> tuple[int, ...] | None:
+        """Sides of the maps of codes, where the first stage has several."""
         return self.inner.scales
 
     def tokenize(self, image: Tensor) -> Tensor:
