@@ -170,7 +170,7 @@ def tokenizer_recipe(name: str) -> str | None:
 
 
 def recipe_of(run: str) -> str:
-    """The recipe whose line makes this run."""
+    """Return the recipe whose line makes this run."""
     return next(other for other in RECIPES if value_of(other, "--out") == run)
 
 
@@ -398,7 +398,7 @@ def vgg16_file(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def target_file(tmp_path_factory) -> str:
-    """A MaskGIT-VQGAN as the project writes it, with 4 x 4 codes for 32 pixels."""
+    """Write a MaskGIT-VQGAN as the project does, with 4 x 4 codes for 32 pixels."""
     torch.manual_seed(0)
     model = VQGanVAE(
         encoder={"class_path": "maskgit", "init_args": {**TARGET, "z_channels": 8}},

@@ -546,7 +546,7 @@ def beginning(tmp_path):
 
 @case
 def init_pixel_from(tmp_path):
-    """The decoder of another tokenizer comes behind a first stage: tests/unit/test_titok_stages.py has its weights."""
+    """Put the decoder of another tokenizer behind a first stage; tests/unit/test_titok_stages.py has its weights."""
     sizes = {"image_size": 16, "patch_size": 4, "width": 16, "layers": 1, "heads": 2, "num_latent_tokens": 5}
     of_target = {"hidden_channels": 32, "channel_mult": [1, 1, 1], "num_res_blocks": 1}
     first = {

@@ -104,12 +104,12 @@ class VQAutoencoder(TokenizerNetwork):
 
     @property
     def gives_proxy(self) -> bool:
-        """Whether the decoder predicts another tokenizer's codes."""
+        """Return whether the decoder predicts another tokenizer's codes."""
         return getattr(self.decoder, "gives_proxy", False) is True
 
     @property
     def makes_images(self) -> bool:
-        """Whether the decoder makes images; that of TiTok's first stage does not."""
+        """Return whether the decoder makes images; that of TiTok's first stage does not."""
         return not self.gives_proxy or self.decoder.makes_images
 
     @property

@@ -170,7 +170,7 @@ class Objective:
 
 
 CUT = ("features", "proxy")
-"""What a network gives besides images that a term may act on."""
+"""Outputs of a network, besides images, that a term may act on."""
 
 
 class _Cut(NamedTuple):

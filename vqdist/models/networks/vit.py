@@ -323,7 +323,7 @@ class TiTokProxyDecoder(_TokenDecoder):
 
     @property
     def makes_images(self) -> bool:
-        """Whether there is a pixel decoder: in the first stage of its training there is none."""
+        """Return whether there is a pixel decoder: in the first stage of its training there is none."""
         return self.pixel_decoder is not None
 
     @property
