@@ -127,6 +127,8 @@ LINES = [
     (f"{TRAIN} --config unknown.yaml", "nearest: trainer.lr"),
     (f"{TRAIN} --backend horse", "backend 'horse' is not known"),
     (f"{TRAIN} --model.quantizer vqq", "no quantizer 'vqq'; nearest: vq"),
+    (f"{TRAIN} --model.perceptual nowhere.pth", "no such file: nowhere.pth, which --model.perceptual"),
+    (f"{TRAIN} --model.perceptual lpips-alex:/nowhere/alex.pth", "no such file: /nowhere/alex.pth"),
     (f"{TRAIN} --model.terms [lpipz]", "no term 'lpipz'; nearest: lpips"),
     (f"{TRAIN} --trainer.optimizer adamm", "no optimizer 'adamm'; nearest: adam"),
     (f"{TRAIN} --trainer.lr_schedule cosin", "nearest: cosine"),

@@ -204,8 +204,22 @@ def refuse_mistakes(entry: TrainedModel, options, parts: Parts) -> None:
         lambda: resolve_backend(options.backend),
         *(partial(_refuse_unknown_part, registry, options.get(option)) for option, registry in others),
         lambda: make_config(config_class, {**_trainer_options(entry, options), "results_folder": out}).check_values(),
+        lambda: _check_perceptual(options),
         *([lambda: _check_tokenizer(options)] if entry.over_tokenizer else []),
     )
+
+
+def _check_perceptual(options) -> None:
+    """Raise `UserError` for a perceptual loss whose file of weights is not there."""
+    given = options.get("model.perceptual")
+    if not isinstance(given, str):  # an object that an export recorded, or a model that has none
+        return
+    kind, _, file = given.rpartition(":")
+    if (kind or file.endswith((".pth", ".pt", ".safetensors"))) and not Path(file).is_file():
+        raise UserError(
+            f"no such file: {file}, which --model.perceptual {given} names for its weights; check the path, or train "
+            "without: --model.perceptual none"
+        )
 
 
 def _check_tokenizer(options) -> None:
