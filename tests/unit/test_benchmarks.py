@@ -13,7 +13,7 @@ from warm import programs
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import ancestors, bare_loop, common, prior, profile_step, traffic
+from benchmarks import ancestors, bare_loop, common, llamagen, prior, profile_step, traffic
 from vqdist import sampling
 
 SMALL = {"dim": 16, "layers": 2, "discr_layers": 2}
@@ -103,6 +103,25 @@ def test_the_plain_loop_of_a_prior_and_the_trainer_reach_the_same_weights(tmp_pa
         trainer.train_step()
         bare.step()
     assert_same_weights(trainer.engine.module, bare.prior, 1e-6)
+
+
+def test_the_plain_loop_of_llamagens_tokenizer_and_the_trainer_reach_the_same_weights(tmp_path):
+    small = {"ch": 8, "ch_mult": [1, 2], "groups": 8, "z_channels": 8, "attn_resolutions": [32]}
+    batches = common.image_batches(3, batch_size=2)
+    trainer = llamagen.build(tmp_path, vae=llamagen.build_vae(**small), batch_size=2, num_workers=0)
+    common.feed_from_memory(trainer, batches)
+    bare = llamagen.BareLlamaGenLoop(llamagen.build_vae(**small), batches)
+    before = bare.autoencoder.last_layer.weight.detach().clone()
+    # a gradient that is rounding noise must not become a step of full length in Adam
+    engines = trainer.engines.values()
+    for optimizer in (*(engine.optimizer for engine in engines), bare.optimizer, bare.discr_optimizer):
+        optimizer.param_groups[0]["eps"] = 1e-2
+    for _ in batches:
+        trainer.train_step()
+        bare.step()
+    assert_same_weights(trainer.generator.module, bare.autoencoder, 1e-6)
+    assert_same_weights(trainer.discriminator.module, bare.discriminator, 1e-6)
+    assert (bare.autoencoder.last_layer.weight - before).abs().max() > 1e-6
 
 
 def test_profile_accounts_for_the_whole_step(tmp_path):
