@@ -292,10 +292,16 @@ def trained_and_evaluated(trainer: Trainer, steps: int) -> dict[str, Tensor]:
 
 
 def unfollowed_buffers(trainer: Trainer) -> list[str]:
-    """Return the buffers of the trained network that the average does not hold as they are; every rank calls this."""
+    """Return the buffers of the trained network that the average does not hold as they are; every rank calls this.
+
+    Those that the quantizer has averaged are left out, as the moves of `cvq`, which are a part of learnt vectors.
+    """
     whole = weights_of(trainer)
     (main, engine), *_ = trainer.engines.items()
-    names = [name for name, _ in getattr(engine, "empty", engine.module).named_buffers()]
+    module = getattr(engine, "empty", engine.module)
+    quantizer = module.quantizer
+    averaged = {f"quantizer.{name}" for name, one in quantizer.named_buffers() if quantizer.is_averaged(name, one)}
+    names = [name for name, _ in module.named_buffers() if name not in averaged]
     return [name for name in names if f"ema.{name}" in whole and not _equal(whole, f"ema.{name}", f"{main}.{name}")]
 
 

@@ -166,6 +166,12 @@ def test_zero_1_exports_what_one_process_does(tmp_path, reference):
         assert_same_export(reference, results, kind, average)
 
 
+@pytest.mark.nightly  # those that draw at random are looked at on every push
+@pytest.mark.parametrize("backend", ["accelerate", "zero2", "zero3", "fsdp2"])
+def test_the_codebooks_of_every_quantizer_stay_equal_over_ranks(backend, tmp_path):
+    torchrun([WORKER, backend, str(tmp_path), "codebooks"], timeout=900)
+
+
 @pytest.mark.parametrize("draw", DVAE_DRAWS)
 def test_a_discrete_vae_is_that_of_one_process(ranks, reference, draw):
     difference, name = largest_difference(reference[f"dvae_{draw}"], ranks.results[f"dvae_{draw}"])

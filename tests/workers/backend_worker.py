@@ -1,6 +1,7 @@
 """Run by torchrun from test_distributed.py: everything that two ranks of one backend are compared on.
 
-usage: backend_worker.py BACKEND FOLDER [ends]   (BACKEND is accelerate, fsdp2 or zero0 .. zero3; ends: nothing else)
+usage: backend_worker.py BACKEND FOLDER [ends | codebooks]   (BACKEND is accelerate, fsdp2 or zero0 .. zero3; with
+a last word only what it says)
 
 Rank 0 writes FOLDER/results.pt; assertions that concern the ranks themselves are made here.
 """
@@ -44,6 +45,7 @@ from scenarios import (
 from vqdist.errors import RanksDiverged, UserError
 from vqdist.models.pretrained import load_model_of_any_type
 from vqdist.ranks import check_ranks_agree, on_main
+from vqdist.registries import QUANTIZERS as OWN_QUANTIZERS
 from vqdist.trainers.base import Trainer
 
 
@@ -176,21 +178,47 @@ def optimizers(backend: dict, folder: Path, results: dict) -> None:
             results["optimizers"][name] = str(error)
 
 
-def codebooks_stay_equal(backend: dict, folder: Path) -> None:
+# every quantizer, with what moves a codebook beside gradients
+AT_RANDOM = {"kmeans_init": True, "threshold_ema_dead_code": 2}
+DRAWS = {
+    "vq": {"vq_kwargs": {**AT_RANDOM, "codebook_dim": 8}},
+    "residual_vq": {"vq_kwargs": {**AT_RANDOM, "codebook_dim": 8}},
+    "simvq": {"vq_kwargs": None},
+    "multiscale_vq": {"vq_kwargs": None, "quantizer_kwargs": {**AT_RANDOM, "v_patch_nums": [1, 2, 4]}},
+}
+OTHERS = {
+    "lfq": {},
+    "fsq": {"codebook_size": None, "quantizer_kwargs": {"levels": [8, 5, 5]}},
+    "gradient_vq": {"quantizer_kwargs": {"l2_norm": True, "entropy_weight": 0.1}},
+    "learnable multiscale_vq": {
+        "quantizer": "multiscale_vq",
+        "quantizer_kwargs": {"v_patch_nums": [1, 2, 4], "learnable_codebook": True},
+    },
+    "ibq": {},
+    "gumbel": {},
+    "magvit2_lfq": {"dim": 8, "encdec_layer_mults": [1, 1], "codebook_size": 256},  # features of eight bits
+    "cvq": {},
+}
+
+
+def every_codebook_stays_equal(backend: dict, folder: Path) -> None:
+    """The same of all quantizers that vqdist has, those that learn by gradients alone too."""
+    assert {*DRAWS, *(settings.get("quantizer", name) for name, settings in OTHERS.items())} >= {*OWN_QUANTIZERS}
+    codebooks_stay_equal(backend, folder, {**DRAWS, **OTHERS})
+
+
+def codebooks_stay_equal(backend: dict, folder: Path, quantizers: dict[str, dict]) -> None:
     """20 steps with k-means start and dead codes replaced, on different images: no rank drifts."""
-    random = {"kmeans_init": True, "threshold_ema_dead_code": 2}
-    options = {
-        "vq": {"vq_kwargs": {**random, "codebook_dim": 8}},
-        "residual_vq": {"vq_kwargs": {**random, "codebook_dim": 8}},
-        "simvq": {"vq_kwargs": None},
-        "multiscale_vq": {"vq_kwargs": None, "quantizer_kwargs": {**random, "v_patch_nums": [1, 2, 4]}},
-    }
-    for quantizer, kwargs in options.items():
+    for name, kwargs in quantizers.items():
         model = {"codebook_size": 32, **kwargs}
-        trainer = build_trainer(folder / f"equal_{quantizer}", quantizer=quantizer, model=model, **backend)
+        quantizer = model.pop("quantizer", name)
+        trainer = build_trainer(folder / f"equal_{name}", quantizer=quantizer, model=model, **backend)
+        before = weights_of(trainer)
         train_steps(trainer, 20)
         check_ranks_agree(trainer.backend, trainer.named_tensors(), trainer.step)
         assert not unfollowed_buffers(trainer)
+        moved = [key for key, tensor in weights_of(trainer).items() if not torch.equal(before[key], tensor)]
+        assert any(".quantizer." in key for key in moved) or name == "magvit2_lfq", name  # which has no weights
 
 
 def divergence_is_found(backend: dict, folder: Path) -> None:
@@ -365,8 +393,10 @@ def main() -> None:
     if name in SHARDED:
         EVERYTHING["apply_grad_penalty_every"] = 0
     results: dict = {}
-    if sys.argv[3:] == ["ends"]:
-        ends(backend, folder, results)
+    alone = {"ends": lambda: ends(backend, folder, results)}
+    alone["codebooks"] = lambda: every_codebook_stays_equal(backend, folder)
+    if sys.argv[3:]:
+        alone[sys.argv[3]]()
         finish(build_trainer(folder / "last", **backend), folder, results)
         return
     refusals(backend, folder, results)
@@ -393,7 +423,7 @@ def main() -> None:
         exchanges(backend, folder, results)
         divergence_is_found(backend, folder)
     if name in ("accelerate", "zero2"):
-        codebooks_stay_equal(backend, folder)
+        codebooks_stay_equal(backend, folder, DRAWS)
     finish(trainer, folder, results)
 
 

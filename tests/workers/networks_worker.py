@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from scenarios import build_trainer, weights_of
@@ -17,24 +18,35 @@ from torch import Tensor
 
 SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "layers": 2, "heads": 2, "num_latent_tokens": 5}
 MAGVIT = {"ch": 8, "ch_mult": [1, 2, 1], "num_res_blocks": 1, "groups": 8}
+TAMING = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "groups": 4, "z_channels": 8, "attn_resolutions": [8]}
+TAMING |= {"resolution": 16}
+MASKGIT = {"hidden_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "groups": 4}
+CONV = {"width": 8, "layers": 2, "num_resnet_blocks": [1, 2], "groups": 4}
 NETWORKS = {
+    "conv": (CONV, CONV, {"quantizer": "fsq", "codebook_size": 256}),
+    "taming": (TAMING, TAMING, {"quantizer": "gradient_vq", "codebook_size": 32}),
+    "maskgit": ({**MASKGIT, "z_channels": 8}, MASKGIT, {"quantizer": "gradient_vq", "codebook_size": 32}),
     "magvit2": ({**MAGVIT, "z_channels": 4}, MAGVIT, {"quantizer": "magvit2_lfq", "codebook_size": 16}),
     "titok": ({**SIZES, "token_size": 8}, SIZES, {"quantizer": "gradient_vq", "codebook_size": 32}),
 }
 
 
-def trained(kind: str, folder: Path, *, checkpointing: bool, **options) -> dict[str, Tensor]:
-    """Return the weights of a network after two steps with all of its losses."""
+def model_of(kind: str, *, checkpointing: bool) -> dict[str, Any]:
+    """Return the arguments of a network's model."""
     encoder, decoder, model = NETWORKS[kind]
     both = {"checkpointing": True} if checkpointing else {}
     parts = {
         "encoder": {"class_path": kind, "init_args": {**encoder, **both}},
         "decoder": {"class_path": kind, "init_args": {**decoder, **both}},
     }
-    own = {"dim": 16, "layers": 4, "encdec_resnet_groups": 4}
+    return {"dim": 16, "layers": 4, "encdec_resnet_groups": 4, **parts, **model}
+
+
+def trained(kind: str, folder: Path, *, checkpointing: bool, **options) -> dict[str, Tensor]:
+    """Return the weights of a network after two steps with all of its losses."""
     # plain gradient descent: Adam makes full steps of gradients that are rounding noise
     settings = {"optimizer": "sgd", "lr": 1e-2, "discriminator_start": 1, "apply_grad_penalty_every": 0}
-    trainer = build_trainer(folder, model={**own, **parts, **model}, **settings, **options)
+    trainer = build_trainer(folder, model=model_of(kind, checkpointing=checkpointing), **settings, **options)
     for _ in range(2):
         trainer.train_step()
     return weights_of(trainer)

@@ -5,10 +5,13 @@ Each layer of the encoder halves the resolution with a strided convolution; the 
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.models.arguments import check_channels
+from vqdist.models.networks.levels import run_block
 from vqdist.models.tokenizer import check_image_size
 
 
@@ -61,6 +64,7 @@ class ConvEncoder(nn.Sequential):
         num_resnet_blocks: residual blocks at the lowest resolution, or a list with one number per resolution.
         groups: of the group norms.
         first_kernel_size: of the first convolution, odd.
+        checkpointing: compute the activations of each resolution anew in the backward pass instead of keeping them.
 
     Attributes:
         dim: width of the features, d.
@@ -76,6 +80,7 @@ class ConvEncoder(nn.Sequential):
         num_resnet_blocks: int | list[int] = 1,
         groups: int = 16,
         first_kernel_size: int = 5,
+        checkpointing: bool = False,
     ):
         check_channels(channels)
         check_widths(width, layers, groups)
@@ -90,6 +95,11 @@ class ConvEncoder(nn.Sequential):
         super().__init__(*modules)
         self.layers = layers
         self.dim = widths[-1]
+        self.checkpointing = checkpointing
+        self._level_starts = level_starts(1, blocks)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return through(self, self._level_starts, image, anew=self.checkpointing and self.training)
 
     def code_shape(self, image_size: int) -> tuple[int, int]:
         """Return the shape of the map of codes; raise `UserError` for a side that is no multiple of 2 ** layers."""
@@ -104,7 +114,7 @@ class ConvDecoder(nn.Module):
         width: channels of the last convolution's input; a multiple of `groups`.
         channels: of the images.
         layers: doublings of the resolution.
-        layer_mults, num_resnet_blocks, groups: see `ConvEncoder`.
+        layer_mults, num_resnet_blocks, groups, checkpointing: see `ConvEncoder`.
 
     Attributes:
         dim: width of the features, d.
@@ -120,6 +130,7 @@ class ConvDecoder(nn.Module):
         layer_mults: list[int] | None = None,
         num_resnet_blocks: int | list[int] = 1,
         groups: int = 16,
+        checkpointing: bool = False,
     ):
         super().__init__()
         check_channels(channels)
@@ -133,9 +144,31 @@ class ConvDecoder(nn.Module):
             modules += [nn.ConvTranspose2d(dim_out, dim_in, 4, stride=2, padding=1), nn.LeakyReLU(0.1)]
         self.net = nn.Sequential(*modules)
         self.last_layer = nn.Conv2d(widths[0], channels, 1)
+        self.checkpointing = checkpointing
+        self._level_starts = level_starts(0, blocks[::-1])
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.net(features)
+        return through(self.net, self._level_starts, features, anew=self.checkpointing and self.training)
+
+
+def level_starts(first: int, blocks: list[int]) -> list[int]:
+    """Return where each resolution begins in a row of modules, and where the last one ends.
+
+    Args:
+        first: place of the first resolution.
+        blocks: residual blocks of each, beside which it has two modules.
+    """
+    return list(accumulate((number + 2 for number in blocks), initial=first))
+
+
+def through(modules: nn.Sequential, starts: list[int], x: Tensor, *, anew: bool) -> Tensor:
+    """Return what a row of modules makes of x, (b, c, h, w); with `anew` only the inputs of its levels are kept."""
+    if not anew:
+        return nn.Sequential.forward(modules, x)
+    x = nn.Sequential(*list(modules)[: starts[0]])(x)
+    for start, end in pairwise(starts):
+        x = run_block(nn.Sequential(*list(modules)[start:end]), x, anew=True)
+    return x
 
 
 def check_widths(width: int, layers: int, groups: int) -> None:

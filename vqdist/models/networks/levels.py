@@ -36,9 +36,14 @@ class Checkpointed(nn.Module):
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Return `block(*inputs)`; its activations are not kept where checkpointing is on."""
-        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
-            return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False)
+        return run_block(block, *inputs, anew=self.checkpointing and self.training)
+
+
+def run_block(block: Callable[..., Tensor], *inputs: Tensor, anew: bool) -> Tensor:
+    """Return `block(*inputs)`; with `anew` its activations are computed once more in the backward pass."""
+    if not (anew and torch.is_grad_enabled()):
+        return block(*inputs)
+    return checkpoint(block, *inputs, use_reentrant=False)
 
 
 class ResnetBlock(nn.Module):
