@@ -183,6 +183,10 @@ def test_a_cell_is_as_the_table_says(backend, cell, outcomes):
         assert isinstance(found, str) and found.endswith(said) and "\n" not in found, found
 
 
+def without_codebook(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if "_codebook." not in name}
+
+
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.compiled], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_network_trains_as_one_that_is_not(backend, cell, outcomes):
@@ -191,8 +195,12 @@ def test_a_compiled_network_trains_as_one_that_is_not(backend, cell, outcomes):
         assert expected(backend, cell) != "works"
         return
     plain = outcomes(backend)[str(cell._replace(compiled=False))]
+    tolerance = 1e-5
+    if cell.precision == "bf16":  # other roundings within a kernel, by which an image may get another code
+        plain, compiled = map(without_codebook, (plain, compiled))
+        tolerance = 1e-2
     difference, name = largest_difference(plain, compiled)
-    assert difference <= (1e-4 if cell.precision == "fp32" else 2e-2), f"{name} differs by {difference}"
+    assert difference <= tolerance, f"{name} differs by {difference}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
