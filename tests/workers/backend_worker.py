@@ -202,7 +202,7 @@ OTHERS = {
 
 
 def every_codebook_stays_equal(backend: dict, folder: Path) -> None:
-    """The same of all quantizers that vqdist has, those that learn by gradients alone too."""
+    """Train with all quantizers that vqdist has, those that learn by gradients alone too."""
     assert {*DRAWS, *(settings.get("quantizer", name) for name, settings in OTHERS.items())} >= {*OWN_QUANTIZERS}
     codebooks_stay_equal(backend, folder, {**DRAWS, **OTHERS})
 
