@@ -27,7 +27,7 @@ def reference(tmp_path_factory) -> dict:
 
 def calls_of_a_step(kind: str, *, checkpointing: bool) -> int:
     """Return how often the convolutions and linear layers of encoder and decoder run, forward and backward."""
-    network = build_vae(**model_of(kind, checkpointing=checkpointing), use_gan=False).autoencoder
+    network = build_vae(**model_of(kind, checkpointing=checkpointing)).autoencoder
     called = []
     for half in (network.encoder, network.decoder):
         for module in half.modules():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from warm import programs
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import ancestors, bare_loop, common, llamagen, prior, profile_step, traffic
+from benchmarks import ancestors, bare_loop, busy, common, llamagen, prior, profile_step, quantizers, traffic
 from vqdist import sampling
 
 SMALL = {"dim": 16, "layers": 2, "discr_layers": 2}
@@ -122,6 +124,33 @@ def test_the_plain_loop_of_llamagens_tokenizer_and_the_trainer_reach_the_same_we
     assert_same_weights(trainer.generator.module, bare.autoencoder, 1e-6)
     assert_same_weights(trainer.discriminator.module, bare.discriminator, 1e-6)
     assert (bare.autoencoder.last_layer.weight - before).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", quantizers.QUANTIZERS)
+def test_quantizers_are_compared_by_as_many_codes_in_the_same_network(name):
+    model, other = quantizers.build_vae(name, seed=3), quantizers.build_vae("fsq", seed=3)
+    indices = model.autoencoder.eval()(torch.rand(1, 3, 64, 64)).indices
+    assert indices.shape == (1, 16, 16)
+    assert 1000 <= model.autoencoder.quantizer.codebook_size <= 1024
+    ours, theirs = (vae.autoencoder.encoder.conv_in.weight for vae in (model, other))
+    assert torch.equal(ours, theirs)
+
+
+def test_the_table_of_quantizers_begins_with_the_best():
+    numbers = {"ssim": 0.5, "codebook_usage": 0.25, "codebook_perplexity": 99.6}
+    lines = quantizers.table({"ibq": {"psnr": 20.0, **numbers}, "fsq": {"psnr": 21.004, **numbers}})
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| `fsq`", "| `ibq`"]
+    assert lines[2].endswith("| 21.00 | 0.500 | 25.0% | 100 |")
+
+
+def test_cores_are_kept_busy_within_the_context_only():
+    def children() -> set[str]:
+        return set(Path("/proc/self/task").joinpath(str(os.getpid()), "children").read_text().split())
+
+    before = children()
+    with busy.busy(2):
+        assert len(children() - before) == 2
+    assert children() == before
 
 
 def test_profile_accounts_for_the_whole_step(tmp_path):
