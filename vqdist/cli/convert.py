@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqdist.cli.loading import loading
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.errors import UserError
+from vqdist.locations import check_given
 from vqdist.registries import FAMILIES
 from vqdist.sizes import image_size_of
 
@@ -27,10 +29,9 @@ def convert(arguments: list[str]) -> int:
     out = Path(options.out).expanduser()
     if out.exists():
         raise UserError(f"--out {out} is there already; give a name that is free, or remove it")
-    if options.to is None:
-        _import(options, out)
-    else:
-        _export(options, out)
+    _check(options)
+    with loading("torch and the file"):
+        _import(options, out) if options.to is None else _export(options, out)
     print(out)
     return 0
 
@@ -57,6 +58,19 @@ def _parser():
     return parser
 
 
+def _check(options) -> None:
+    """Raise `UserError` for files that are not there, before torch is imported."""
+    if options.to is not None:
+        check_given(options.file)
+        for name in ("family", "peer_config", "image_size"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} is for reading a file of another project; leave it out with --to")
+    elif not (path := Path(options.file).expanduser()).exists():
+        raise UserError(f"no such file: {path}; expected a checkpoint, as .ckpt, .pt, .pth, .bin or .safetensors")
+    if options.peer_config is not None and not Path(options.peer_config).expanduser().is_file():
+        raise UserError(f"no such file: {options.peer_config}; --peer_config takes YAML or JSON of the project")
+
+
 def _import(options, out: Path) -> None:
     from vqdist.models.published import OWN_WEIGHTS, is_published, read_published
 
@@ -75,9 +89,6 @@ def _export(options, out: Path) -> None:
     from vqdist.models.pretrained import load_model_of_any_type
     from vqdist.models.published import write_published
 
-    for name in ("family", "peer_config", "image_size"):
-        if getattr(options, name) is not None:
-            raise UserError(f"--{name} is for reading a file of another project; leave it out with --to")
     write_published(load_model_of_any_type(options.file), options.to, out)
 
 
