@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launching import ROOT
+from launching import ROOT, torchrun
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -434,6 +435,7 @@ def run_of(tmp_path_factory, vgg16_file, target_file) -> Callable[[str], tuple[P
         more = f"{EVERY_SHRUNK} {SHRUNK[name]}" if name in SHRUNK else f"{short} {OTHER_DATA.get(name, '')}"
         return [*given, *shlex.split(more.replace("VGG16", vgg16_file).replace("TARGET", target_file))]
 
+    train.arguments = arguments_of_the_run  # type: ignore[attr-defined]
     return train
 
 
@@ -457,6 +459,23 @@ def test_recipe_trains(name, run_of):
     numbers = [value for line in lines_of(run) for value in line.values() if isinstance(value, float)]
     assert numbers and all(map(math.isfinite, numbers))
     assert (run / "export" / "config.json").is_file()
+
+
+@pytest.mark.nightly
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SHRUNK)
+def test_a_shrunken_run_on_two_ranks(name, run_of, tmp_path):
+    """The ranks are compared at the end: weights, averages and codebooks are equal, and the export is whole."""
+    run_of(name)  # it, and what it begins with
+    command = [*run_of.arguments(name, tmp_path / "run"), "--trainer.check_ranks_every", "2"]
+    done = torchrun(["-m", "vqdist", "train", *command], timeout=500)
+    assert "2 steps on accelerate" in done.stdout
+    numbers = [value for line in lines_of(tmp_path / "run") for value in line.values() if isinstance(value, float)]
+    assert numbers and all(map(math.isfinite, numbers))
+    exported = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    alone = load_file(run_of(name)[0] / "export" / "model.safetensors")
+    assert {key: one.shape for key, one in exported.items()} == {key: one.shape for key, one in alone.items()}
 
 
 @pytest.mark.parametrize("name", nightly(SHRUNK))
