@@ -37,6 +37,11 @@ def find_local_export(name_or_path: str | Path) -> Path:
     return folder
 
 
+def is_name_on_hub(given: str | Path, path: Path) -> bool:
+    """Return whether this is owner/name on the Hub: not where there is a folder here that it would lie in."""
+    return not path.parent.is_dir() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given)) is not None
+
+
 def check_location(given: str | Path, path: Path) -> None:
     """Raise `UserError` unless a path, or a name on the Hub, may be that of a saved model.
 
@@ -46,8 +51,7 @@ def check_location(given: str | Path, path: Path) -> None:
     """
     if path.is_dir() and (path / "metrics.jsonl").exists():
         raise _no_export(path)
-    # owner/name on the Hub, unless there is a folder here that it would lie in
-    if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given))):
+    if not path.is_dir() and not is_name_on_hub(given, path):
         raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
     if path.is_dir():
         if not (path / "config.json").is_file():

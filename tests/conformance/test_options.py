@@ -568,6 +568,23 @@ def init_pixel_from(tmp_path):
     assert begin(init_pixel_from=str(tmp_path / "target")).model.autoencoder.makes_images
 
 
+@case_of("family", "peer_config", "init_optimizer")
+def beginning_from_elsewhere(tmp_path):
+    """Of a file whose tensors two projects have, and of a run with optimizers."""
+    fixture = Path(__file__).parent.parent / "data" / "parity" / "ibq"
+    begin = partial(VQGanVAETrainer, {"perceptual": "none", "use_gan": False}, **{**QUIET, "num_train_steps": 2})
+    begin = partial(begin, image_size=16, batch_size=2)
+    file = {"init_from": str(fixture / "weights.safetensors"), "peer_config": str(fixture / "config.json")}
+    for family, kind in ((None, "IBQ"), ("taming", "GradientVQ")):
+        trainer = begin(results_folder=str(tmp_path / kind), family=family, **file)
+        assert type(trainer.model.quantizer).__name__ == kind
+        trainer.train()
+        trainer.close()
+    for taken in (True, False):
+        place = {"results_folder": str(tmp_path / f"taken_{taken}"), "init_from": str(tmp_path / "IBQ")}
+        assert bool(begin(**place, init_optimizer=taken).generator.optimizer.state) is taken
+
+
 class OwnEncoder(ConvEncoder):
     """One that vqdist does not have."""
 

@@ -25,7 +25,8 @@ FIXTURE = Path(__file__).parent.parent / "data" / "parity" / "taming_vqgan"
 BACKENDS = ["accelerate", "zero2", "zero3", "fsdp2"]
 STEPS = 3
 CRITIC = {"class_path": "patch", "init_args": {"dim": 16, "layers": 2, "groups": 4}}  # normalises no batch
-TRAINING: dict[str, Any] = {**QUIET, "num_train_steps": STEPS, "optimizer": "sgd", "lr": 0.02}
+MOMENTUM = {"class_path": "sgd", "init_args": {"momentum": 0.9}}
+TRAINING: dict[str, Any] = {**QUIET, "num_train_steps": STEPS, "optimizer": MOMENTUM, "lr": 0.02}
 TRAINING |= {"adaptive_weight": False, "adversarial_weight": 0.3, "apply_grad_penalty_every": 0, "use_ema": False}
 
 
@@ -37,15 +38,24 @@ def begun(folder: Path, name: str, source: str, **options: Any) -> VQGanVAETrain
 
 
 def trained(folder: Path, **options: Any) -> dict[str, Tensor]:
-    """Return the weights after some steps from a published file, and at the start of a run from its export."""
+    """Return the weights after some steps from a published file, and of two runs that begin from there.
+
+    The second begins from the export, and has made no step. The third begins from the run, with its optimizers'
+    states, and has made one.
+    """
     trainer = begun(folder, "first", "published.ckpt", **options)
     for _ in range(STEPS):
         trainer.train_step()
     found = weights_of(trainer)
     trainer.export(folder / "export")
     trainer.backend.barrier()
-    second = begun(folder, "second", "export", **options)
-    return {**found, **{f"second.{name}": tensor for name, tensor in weights_of(second).items()}}
+    trainer.resume.checkpoint()
+    trainer.resume.settle()
+    second, third = begun(folder, "second", "export", **options), begun(folder, "third", "first", **options)
+    third.train_step()
+    for number, other in (("second", second), ("third", third)):
+        found |= {f"{number}.{name}": tensor for name, tensor in weights_of(other).items()}
+    return found
 
 
 def published(folder: Path) -> Path:
@@ -66,10 +76,26 @@ def check_export(weights: dict[str, Tensor], folder: Path) -> None:
     assert len(of_file) == 14
     for name, tensor in of_file.items():
         assert torch.equal(tensor, weights[f"discriminator.{name}"]), name
-    first = {name: tensor for name, tensor in weights.items() if not name.startswith("second.")}
+    first = {name: tensor for name, tensor in weights.items() if not name.startswith(("second.", "third."))}
     for name, tensor in first.items():
         assert torch.equal(tensor, weights[f"second.{name}"]), name
-    assert len(weights) == 2 * len(first)
+    assert len(weights) == 3 * len(first)
+
+
+def test_momentum_goes_on_where_a_run_begins_from_a_run(reference, tmp_path):
+    """The first of its steps is the fourth of the other, and not that of an optimizer which begins anew."""
+    trainer = begun(published(tmp_path), "first", "published.ckpt", batch_size=8)
+    for _ in range(STEPS):
+        trainer.train_step()
+    trainer.resume.checkpoint()
+    trainer.resume.settle()
+    trainer.close()
+    anew = begun(tmp_path, "anew", "first", batch_size=8, init_optimizer=False)
+    anew.train_step()
+    found = weights_of(anew)
+    name = "generator.encoder.conv_in.weight"
+    moved, before = reference[f"third.{name}"] - reference[name], found[name] - reference[name]
+    assert moved.norm() > 1.2 * before.norm()
 
 
 def test_a_run_from_an_export_begins_where_that_ended(reference, tmp_path):

@@ -64,7 +64,7 @@ def test_magvit2():
     features = encoder((found["in.image"] + 1) / 2)
     torch.testing.assert_close(features, found["out.features"], **CLOSE)
     recon = decoder.last_layer(decoder(found["out.quantized"]))
-    torch.testing.assert_close(recon * 2 - 1, found["out.recon"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(recon * 2 - 1, found["out.recon"], **CLOSE)
 
 
 @torch.no_grad()

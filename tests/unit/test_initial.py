@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vqdist import Tokenizer, VQGanVAE, VQGanVAETrainer
 from vqdist.backends import create_backend
+from vqdist.backends.state import optimizer_state
 from vqdist.cli import main
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
@@ -112,7 +113,7 @@ PATCHES = {"class_path": "patchgan", "init_args": {"width": 8, "layers": 2}}
 def run(tmp_path_factory) -> Path:
     """Return a run of three steps, whose average differs from its weights."""
     folder = tmp_path_factory.mktemp("source") / "run"
-    trainer = build_trainer(folder, quantizer="vq", batch_size=2, num_train_steps=STEPS, lr=1e-2)
+    trainer = build_trainer(folder, quantizer="vq", batch_size=2, num_train_steps=STEPS, lr=2e-3)
     trainer.train()
     trainer.save(folder.parent / "state")
     trainer.close()
@@ -159,12 +160,104 @@ def test_a_run_and_an_export_give_the_averaged_weights(kind, run, tmp_path, capf
     assert equal({f"autoencoder.{name}": one for name, one in trainer.model.network.state_dict().items()}, exported)
     discriminator = load_file(run / "export" / "discriminator.safetensors")
     assert equal(trainer.model.discriminator.state_dict(), discriminator)
-    assert capfd.readouterr().err == ""
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == (2 if kind == "run" else 0) and all("goes on from" in line for line in told)
     recorded = json.loads((tmp_path / "new" / "config.json").read_text())["trainer"]["init_from"]
     record = json.loads((run / "export" / "export.json").read_text())["files"]["model.safetensors"]
-    assert recorded == {"path": str(source), "sha256": record}
+    codes = Tokenizer.from_pretrained(run).codes_fingerprint()
+    assert recorded == {"path": str(source), "sha256": record, "codes": codes, "image_size": 16}
     if kind == "export":
         check_resumed(trainer, source, tmp_path)
+
+
+def states(trainer: VQGanVAETrainer, engine: str = "generator") -> dict[str, Tensor]:
+    """Return the optimizer's state of an engine by kind and weight."""
+    held = optimizer_state(trainer.engines[engine].module, trainer.engines[engine].optimizer)
+    return {name: one.clone() for name, one in held.items() if torch.is_tensor(one)}
+
+
+def saved_states(run: Path, engine: str = "generator") -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / f"step_{STEPS:08d}" / engine / "optimizer.safetensors")
+
+
+def test_a_run_gives_the_optimizers_states_too(run, tmp_path, capfd):
+    trainer = begun(run, tmp_path / "new")
+    for engine in ("generator", "discriminator"):
+        assert equal(states(trainer, engine), saved_states(run, engine))
+    assert not (tmp_path / "new" / "init_optimizer.partial").exists()
+    assert capfd.readouterr().err.count("goes on from") == 2
+    trainer.close()
+    for options in ({"init_optimizer": False}, {"optimizer": "sgd"}):
+        anew = begun(run, tmp_path / f"anew_{len(options['optimizer']) if 'optimizer' in options else 0}", **options)
+        assert not states(anew) and not states(anew, "discriminator")
+        anew.close()
+    told = capfd.readouterr().err
+    assert told.count("begins anew: it is torch.optim.sgd.SGD, and that of") == 2 and "goes on" not in told
+    export = begun(run / "export", tmp_path / "export")
+    assert not states(export)
+    export.close()
+
+
+def test_states_are_taken_of_the_weights_that_are_trained_and_fit(run, tmp_path, capfd):
+    decoder = begun(run, tmp_path / "decoder", freeze=["encoder", "quantizer"])
+    held, before = states(decoder), saved_states(run)
+    assert held and all(name.partition("/")[2].startswith("decoder.") for name in held)
+    assert equal(held, {name: one for name, one in before.items() if name.partition("/")[2].startswith("decoder.")})
+    decoder.train()  # from there on
+    decoder.close()
+    whole = begun(tmp_path / "decoder", tmp_path / "whole")  # the encoder has none there
+    assert states(whole).keys() == held.keys()
+    whole.train_step()
+    assert len(states(whole)) > len(held)
+    whole.close()
+    capfd.readouterr()
+    other = begun(run, tmp_path / "other", {**ALONE, "discriminator": PATCHES})
+    assert states(other) and not states(other, "discriminator")
+    assert "the optimizer of the discriminator begins anew: no weight that is trained has" in capfd.readouterr().err
+
+
+def test_states_are_taken_at_the_start_and_not_again(run, tmp_path, capfd):
+    begun(run, tmp_path / "new", num_train_steps=2).train()
+    capfd.readouterr()
+    again = begun(run, tmp_path / "new")
+    assert "goes on from" not in capfd.readouterr().err and again.step == 2
+    counts = {float(one) for name, one in states(again).items() if name.startswith("step/")}
+    assert counts == {STEPS + 2.0}
+
+
+def test_family_and_configuration_may_be_said_where_a_file_does_not_say_them(tmp_path, run):
+    folder = FIXTURES / "ibq"
+    source = tmp_path / "last.ckpt"
+    torch.save({"state_dict": weights_in(folder / "weights.safetensors")}, source)
+    config = {"peer_config": str(folder / "config.json")}
+    kinds = {"ibq": "IBQ", "taming_vqgan": "GradientVQ"}
+    for name, kind in kinds.items():
+        trainer = begun(source, tmp_path / name, {**ALONE, "use_gan": False}, family=name, **config)
+        assert type(trainer.model.quantizer).__name__ == kind
+        trainer.close()
+    by_configuration = begun(source, tmp_path / "by", {**ALONE, "use_gan": False}, **config)
+    assert type(by_configuration.model.quantizer).__name__ == "IBQ"
+    by_configuration.close()
+    for options in ({"family": "ibq"}, config):
+        assert "is for files of other projects" in refusal(
+            lambda options=options: begun(run, tmp_path / "own", **options)
+        )
+        with pytest.raises(UserError, match="init_from is not given"):
+            build_trainer(tmp_path / "plain", **options)
+    arguments = [
+        "--data",
+        "synthetic:8",
+        "--image_size",
+        "16",
+        "--out",
+        str(tmp_path / "cli"),
+        "--init_from",
+        str(source),
+    ]
+    arguments += ["--family", "ibq", "--peer_config", str(folder / "config.json"), "--trainer.batch_size", "2"]
+    arguments += ["--model.use_gan", "false", "--model.perceptual", "none", "--trainer.num_train_steps", "1"]
+    assert main(["train", "vqgan", *arguments, "--data.num_workers", "0"]) == 0
+    assert json.loads((tmp_path / "cli" / "config.json").read_text())["model"]["quantizer"]["class_path"] == "ibq"
 
 
 def test_a_model_takes_the_weights_over(run, tmp_path):
@@ -312,7 +405,7 @@ def test_codes_of_an_older_version_go_by_all_weights(run, stored, tmp_path):
 
 def moves(run: Path, out: Path, **options: Any) -> dict[str, float]:
     """Return the largest change of each part's weights in the first step; Adam's first is the rate in each weight."""
-    trainer = begun(run, out, lr=1e-3, num_train_steps=1, **options)
+    trainer = begun(run, out, lr=1e-3, num_train_steps=1, init_optimizer=False, **options)
     before = {name: one.detach().clone() for name, one in trainer.model.autoencoder.named_parameters()}
     trainer.train_step()
     after = dict(trainer.model.autoencoder.named_parameters())

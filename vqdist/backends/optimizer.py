@@ -86,6 +86,11 @@ def path_of(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
+def kept_alike(saved: str, now: str) -> bool:
+    """Return whether the optimizer of one import path goes on with the state of another's."""
+    return saved == now or {saved, now} <= ADAMS
+
+
 class OptimizerRecord:
     """All that a checkpoint holds of an engine's optimizer.
 
@@ -184,7 +189,7 @@ class OptimizerRecord:
 
     def _check_same(self, saved: str, folder: Path) -> None:
         now = path_of(self.optimizer)
-        if saved != now and not {saved, now} <= ADAMS:
+        if not kept_alike(saved, now):
             raise UserError(
                 f"{folder} holds the state of optimizer {saved} and this run has {now}; resume it with the optimizer "
                 "that it began with, or start another run folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,17 +73,23 @@ def _check(options) -> None:
 
 
 def _import(options, out: Path) -> None:
-    from vqdist.models.published import OWN_WEIGHTS, is_published, read_published
+    from vqdist.models.published import OWN_WEIGHTS, is_published, read_to_train
+    from vqdist.models.published.critics import Critic, save_critic
 
     if (Path(options.file).expanduser() / OWN_WEIGHTS).is_file() and not is_published(options.file):
         raise UserError(
             f"{options.file} is an export of vqdist already; give --to and the family that it should become"
         )
-    model: Any = read_published(options.file, family=options.family, peer_config=options.peer_config)  # a tokenizer
+    read = read_to_train(options.file, family=options.family, peer_config=options.peer_config)
+    model: Any = read[0]  # a tokenizer
     given = model.image_size if options.image_size is None else options.image_size
     model.image_size = image_size_of(DEFAULT_SIDE if given is None else given)
     model.check_image_size(model.image_size)
     model.save_pretrained(out)
+    if isinstance(read[1], Critic):
+        save_critic(read[1], out)
+    elif read[1] is not None:
+        print(f"vqdist: {read[1]}", file=sys.stderr)
 
 
 def _export(options, out: Path) -> None:

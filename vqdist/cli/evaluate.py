@@ -59,19 +59,36 @@ def evaluate(arguments: list[str]) -> int:
         from vqdist.models.pretrained import load_model_of_any_type
 
         model = load_model_of_any_type(export, trust_code=options.trust_code)
+    of_codes: dict[str, bool] = {}
     if isinstance(model, AutoregressiveModel):
         measured: MeasuredRun = _open_generator(model, options)
     else:
         measured = _open_tokenizer(cast("TokenizerModel", model), run, export, options)
+        of_codes = _said_of_codes(cast("TokenizerModel", model), _image_size(run, export, options))
     backend = create_backend(options.backend)
     with naming_lost_peers():
         numbers = measured.on(backend).numbers()
     if backend.is_main:
         found = {**numbers, protocol.KEY: measured.protocol()}
-        print(json.dumps(found))
+        print(json.dumps({**found, **of_codes}))
         _keep(run, export, found)
     backend.close()
     return 0
+
+
+def _said_of_codes(model: TokenizerModel, image_size: ImageSize) -> dict[str, bool]:
+    """Return whether the codes are still those that training began from, and say it; nothing where it is unknown."""
+    from vqdist.models.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(model, image_size)
+    unchanged = tokenizer.keeps_codes_of_source()
+    if unchanged is None:
+        return {}
+    if rank_of_launcher() == 0:
+        source = printable(str(tokenizer.source_of_training))
+        told = f"codes unchanged from {source}" if unchanged else f"other codes than {source}, from which it began"
+        print(f"vqdist: {told}", file=sys.stderr)
+    return {"codes_unchanged": unchanged}
 
 
 def _keep(run: Path, export: Path, found: dict[str, Any]) -> None:

@@ -37,8 +37,10 @@ TOP_LEVEL = {
 }
 # likewise, of the trainers whose configuration has them
 OF_TOKENIZER = ("image_size", "data.image_size", "codebook_size", "model.codebook_size")
-OF_START = ("init_from", "trust_code")
-KINDS = {"backend": str, "dist_timeout": float, "seed": int, "trust_code": bool}  # of the others: a string or null
+OF_START = ("init_from", "family", "peer_config", "init_optimizer", "trust_code")
+SWITCHES = ("trust_code", "init_optimizer")
+# of the others: a string or null
+KINDS = {"backend": str, "dist_timeout": float, "seed": int, **dict.fromkeys(SWITCHES, bool)}
 
 
 def train(arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vqdist.classes import checked_names
 from vqdist.errors import UserError
 from vqdist.files import follow_umask, read_json, reason_of
-from vqdist.locations import DISCRIMINATOR, FILES, check_location, config_of_folder, find_export
+from vqdist.locations import DISCRIMINATOR, FILES, check_location, config_of_folder, find_export, is_name_on_hub
 from vqdist.models.export_config import check_config
 from vqdist.models.mending import LIVE, mend_codebook
 from vqdist.options import plain
@@ -62,6 +62,8 @@ class PretrainedModel(PyTorchModelHubMixin):
             not square, or None if nobody said; written too.
         resample: filter with which images become of this size; written where it is not `bicubic`.
         class_names: of the classes that the model knows, or None where they have no names; written too.
+        begun_from: source of the weights that training began from, or None: `path` (its name alone), `sha256`, and
+            `codes`, the fingerprint of its codes of images of `image_size`; written too.
         buffers_are_live: whether the codebook is the one of training and no average of it; written too.
         discriminator_file: weights of the discriminator beside the model in the folder that it was loaded from; a copy
             goes where the model is saved.
@@ -72,6 +74,7 @@ class PretrainedModel(PyTorchModelHubMixin):
     resample: str = "bicubic"
     buffers_are_live: bool = True
     class_names: list[str] | None = None
+    begun_from: dict[str, Any] | None = None
     discriminator_file: Path | None = None
 
     if TYPE_CHECKING:  # an attribute or a property of each model
@@ -128,6 +131,8 @@ class PretrainedModel(PyTorchModelHubMixin):
             facts["class_names"] = self.class_names
         if self.resample != PretrainedModel.resample:
             facts["resample"] = self.resample
+        if self.begun_from is not None:
+            facts["begun_from"] = self.begun_from
         config = {**self.configuration(), **facts, **(LIVE if self.buffers_are_live else {})}
         (save_directory / "config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
 
@@ -224,6 +229,7 @@ class PretrainedModel(PyTorchModelHubMixin):
             UserError: there is no such model, it is of another type, or it needs code that is not trusted.
         """
         path = find_export(pretrained_model_name_or_path)
+        path = _fetched_of_another_project(pretrained_model_name_or_path, path, kwargs) or path
         if is_of_another_project(path):
             return cls._of_another_project(path, kwargs)
         check_location(pretrained_model_name_or_path, path)
@@ -265,23 +271,22 @@ class PretrainedModel(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any):
         written = cls._config_of_this_type(model_id, kwargs)
-        if Path(model_id).is_dir():
+        if written:
+            folder = Path(model_id) if Path(model_id).is_dir() else _fetched(model_id, kwargs)
             # the hub's mixin has put what the file says into kwargs, beside what the caller gave in its place
             used = {key: value for key, value in written.items() if key not in kwargs or kwargs[key] == value}
-            check_config(used, cls, Path(model_id))
+            check_config(used, cls, folder)
         image_size = kwargs.get("image_size", written.get("image_size"))
         names = checked_names(written.get("class_names"), f"config.json of {model_id}")
-        for name in {
-            "model_type",
-            "image_size",
-            "class_names",
-            "resample",
-            *LIVE,
-        } - cls._hub_mixin_init_parameters.keys():
-            kwargs.pop(name, None)  # facts about the model, not arguments of it
+        # about the model, no arguments of it
+        facts = {"model_type", "image_size", "class_names", "resample", "begun_from", *LIVE}
+        for name in facts - cls._hub_mixin_init_parameters.keys():
+            kwargs.pop(name, None)
         model = super()._from_pretrained(model_id=model_id, **kwargs)
         model.class_names = names
         model.resample = str(written.get("resample", model.resample))
+        begun = written.get("begun_from")
+        model.begun_from = dict(begun) if isinstance(begun, Mapping) else None
         model.discriminator_file = _discriminator_beside(Path(model_id), written, kwargs)
         model.image_size = model.image_size if image_size is None else image_size_of(image_size)
         model.follow_before({**written, **{name: value for name, value in kwargs.items() if name in written}})
@@ -309,6 +314,7 @@ class PretrainedModel(PyTorchModelHubMixin):
         raise UserError("the repository has no model.safetensors; pickled weights are not loaded")
 
 
+HUB_OPTIONS = frozenset(["revision", "cache_dir", "token", "local_files_only"])
 PUBLISHED = "vqdist.models.published"
 """The module that reads files of other projects; models need not know it."""
 
@@ -318,6 +324,30 @@ def is_of_another_project(path: Path) -> bool:
     if not path.is_dir():
         return path.is_file()
     return importlib.import_module(PUBLISHED).is_published(path)
+
+
+def _fetched_of_another_project(given: str | Path, path: Path, kwargs: dict[str, Any]) -> Path | None:
+    """Return the folder with a repository's files, where its config.json is of another project; else None.
+
+    Options of the Hub are taken out of `kwargs` then: they have done their work.
+    """
+    if path.exists() or not is_name_on_hub(given, path):
+        return None
+    published = importlib.import_module(PUBLISHED)
+    config = _config_of(str(given), kwargs)
+    if not published.is_config_of_another_project(config):
+        return None
+    folder = published.fetched(lambda name: hf_hub_download(str(given), name, **_hub_options(kwargs)), str(given))
+    for name in HUB_OPTIONS & kwargs.keys():
+        del kwargs[name]
+    return folder
+
+
+def _fetched(model_id: str, kwargs: Mapping[str, Any]) -> Path:
+    """Return the folder where the files of a repository lie; without weights its config.json is looked at alone."""
+    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return Path(hf_hub_download(model_id, "model.safetensors", **_hub_options(kwargs))).parent
+    return Path(model_id)
 
 
 def read_of_another_project(path: Path, kwargs: Mapping[str, Any]) -> PretrainedModel:
@@ -334,6 +364,7 @@ def load_model_of_any_type(
 ) -> PretrainedModel:
     """Return the model of the class that config.json says; see `PretrainedModel.from_pretrained`."""
     path = find_export(name_or_path)
+    path = _fetched_of_another_project(name_or_path, path, kwargs) or path
     if is_of_another_project(path):
         return read_of_another_project(path, kwargs)
     check_location(name_or_path, path)
@@ -381,7 +412,7 @@ def saved_beside(model_id: str, name: str, kwargs: Mapping[str, Any]) -> Path:
 
 
 def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    return {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
 
 
 def _config_of(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,7 @@ class TokenizerModel(Protocol):
     image_size: ImageSize | None
     resample: str
     buffers_are_live: bool
+    begun_from: dict[str, Any] | None
 
     @property
     def network(self) -> TokenizerNetwork:
@@ -212,6 +213,24 @@ class Tokenizer(nn.Module):
         """
         coders = {name: one for name, one in self.network.state_dict().items() if self.network.makes_codes(name)}
         return self._digest(("quantizer", "encoder"), coders)
+
+    @property
+    def source_of_training(self) -> str | None:
+        """Name of the file, export or run whose weights training began from, if any."""
+        begun = self._model[0].begun_from
+        return None if begun is None else str(begun.get("path"))
+
+    def keeps_codes_of_source(self) -> bool | None:
+        """Return whether the codes are still those of the weights that training began from, or None if it is unknown.
+
+        They are where the decoder alone was trained. Compared are fingerprints of codes of images of the size that it
+        was trained on.
+        """
+        begun = self._model[0].begun_from or {}
+        if not isinstance(begun.get("codes"), str):
+            return None
+        size = image_size_of(begun.get("image_size", self.image_size))
+        return Tokenizer(self._model[0], size).codes_fingerprint() == begun["codes"]
 
     def _digest(self, parts: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256(str(self.image_size).encode())

@@ -24,9 +24,12 @@ from vqdist.models.presets import preset_named
 from vqdist.models.pretrained import FIRST_TYPE, class_of_type, is_of_another_project, load_model_of_any_type
 from vqdist.models.published import file_of_weights, read_to_train
 from vqdist.models.published.base import differences
+from vqdist.models.published.critics import Critic, part_of_file
 from vqdist.models.published.maskgit import decoder_arguments
+from vqdist.models.tokenizer import Tokenizer
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.parts import Spec, arguments_of, recorded, trusting
+from vqdist.trainers.initial_optimizer import newest_checkpoint
 from vqdist.trainers.vqgan_config import VQGanTrainerConfig
 
 OF_PLAYERS = ("discriminator", "discr_layers", "discr_loss", "gen_loss", "use_hinge_loss", "use_gan")
@@ -49,11 +52,13 @@ class Begun:
         model: on the CPU; of a run that is resumed the checkpoint has the weights.
         record: `init_from` and `init_pixel_from` for the configuration of the run: `path` and `sha256` of the weights.
         note: one line on the discriminator where its weights are at random, or None.
+        checkpoint: of the run that it begins from, whose optimizers' states may be taken over, or None.
     """
 
     model: VQGanVAE
     record: dict[str, Any]
     note: str | None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,18 @@ class _Source:
         file: with the weights.
         model: with these.
         critic: the weights of its discriminator, or None.
-        part: specification of that, where `model` does not say it.
+        part: specification of that, where `model` does not say it, or None.
         of_run: whether a run wrote it: then its losses were meant so.
+        left_out: a line on a discriminator that vqdist has no network for, or None.
     """
 
     path: str
     file: Path
     model: VQGanVAE
     critic: Mapping[str, Tensor] | None
-    part: Mapping[str, Any]
+    part: Mapping[str, Any] | None
     of_run: bool
+    left_out: str | None = None
 
 
 def begin(given: Given, config: VQGanTrainerConfig) -> Begun:
@@ -90,16 +97,23 @@ def begin(given: Given, config: VQGanTrainerConfig) -> Begun:
     seeding.seed_everything(config.seed, "weights")  # of a discriminator at random
     if complete_steps(folder / "checkpoints") and (folder / "config.json").is_file():
         return _again(given, paths, folder, config.trust_code)
-    source = _read(cast(str, paths["init_from"]), config.trust_code)
-    records: dict[str, Any] = {"init_from": _record(source), "init_pixel_from": None}
+    path = cast(str, paths["init_from"])
+    source = _read(path, config)
+    record = {**_record(source), **_codes_of(source.model, config.image_size)}
+    records: dict[str, Any] = {"init_from": record, "init_pixel_from": None}
     if paths["init_pixel_from"] is not None:
-        target = _read(paths["init_pixel_from"], config.trust_code)
+        target = _read(paths["init_pixel_from"], replace(config, family=None, peer_config=None))
         source, records["init_pixel_from"] = _second_stage(source, target), _record(target)
     model = given if isinstance(given, VQGanVAE) else _built(source, dict(given or {}))
     _fill(model, source)
     chosen = isinstance(given, VQGanVAE) or bool(given and {"discriminator", "discr_layers", "preset"} & given.keys())
     note = _fill_discriminator(model, source, chosen=chosen)
-    return Begun(model, records, note)
+    return Begun(model, records, note, newest_checkpoint(path) if config.init_optimizer else None)
+
+
+def _codes_of(model: VQGanVAE, image_size: Any) -> dict[str, Any]:
+    """Return the fingerprint of all that makes the codes of images of this size, and the size."""
+    return {"codes": Tokenizer(model, image_size).codes_fingerprint(), "image_size": image_size}
 
 
 def _path_in(config: VQGanTrainerConfig, name: str) -> str | None:
@@ -160,7 +174,7 @@ def _file_of(path: str) -> Path:
     return file_of_weights(folder) if is_of_another_project(folder) else folder / FILES[1]
 
 
-def _read(path: str, trust_code: bool) -> _Source:
+def _read(path: str, config: VQGanTrainerConfig) -> _Source:
     folder = find_export(path)
     if not folder.exists():
         raise UserError(
@@ -168,18 +182,25 @@ def _read(path: str, trust_code: bool) -> _Source:
             "repository of the Hub first: hf download NAME --local-dir DIR)"
         )
     critic: Mapping[str, Tensor] | None = None
-    part: Mapping[str, Any] = PATCHGAN
+    part: Mapping[str, Any] | None = None
+    left_out: str | None = None
     if is_of_another_project(folder):
-        model, found = read_to_train(folder)
-        if found is not None:
+        model, found = read_to_train(folder, config.family, config.peer_config)
+        if isinstance(found, Critic):
             part, critic = found
+        else:
+            left_out = found
     else:
         check_location(path, folder)
-        model = load_model_of_any_type(folder, trust_code=trust_code)
+        for name in ("family", "peer_config"):
+            if getattr(config, name) is not None:
+                raise UserError(f"{name} is for files of other projects, and {path} is of vqdist; leave it out")
+        model = load_model_of_any_type(folder, trust_code=config.trust_code)
         critic = _tensors(model.discriminator_file)
+        part = part_of_file(model.discriminator_file)
     if not isinstance(model, VQGanVAE):
         raise UserError(f"{path} holds a model of type {model.model_type!r}; init_from takes a 'vqgan'")
-    return _Source(path, _file_of(path), model, critic, part, (folder / RECORD).is_file())
+    return _Source(path, _file_of(path), model, critic, part, (folder / RECORD).is_file(), left_out)
 
 
 def _second_stage(first: _Source, target: _Source) -> _Source:
@@ -234,8 +255,9 @@ def _built(source: _Source, given: dict[str, Any]) -> VQGanVAE:
         unread |= {*OF_PLAYERS} - {"use_gan"}
     elif not source.model.network.makes_images and "discriminator" not in said:
         own["use_gan"] = False
-    elif own.get("discriminator") is None and own.get("dim") is None:
-        own["discriminator"] = dict(source.part)
+    elif own.get("discriminator") is None and (source.part is not None or own.get("dim") is None):
+        own["discriminator"] = dict(source.part or PATCHGAN)
+        unread |= {"discr_layers"}
     unread |= {"discr_layers"} if "discriminator" in said else set()
     unread |= {"l2_recon_loss", "perceptual"} if "terms" in said else set()
     model = type(source.model)(**{name: own[name] for name in own.keys() - (unread - said.keys())})
@@ -302,7 +324,7 @@ def _fill_discriminator(model: VQGanVAE, source: _Source, *, chosen: bool) -> st
     if model.discriminator is None:
         return None
     if source.critic is None:
-        return f"{source.path} holds no discriminator that vqdist reads: a new one begins at random"
+        return f"{source.left_out or f'{source.path} holds no discriminator'}; a new one begins at random"
     problem = differences(source.critic, model.discriminator.state_dict())
     if problem and not chosen:
         raise UserError(f"the discriminator of {source.path} {problem}; give another one, or --model.use_gan false")

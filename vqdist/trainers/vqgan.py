@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from vqdist.schedules import ever_positive, linear_ramp, weight_at
 from vqdist.trainers.base import mark_last
 from vqdist.trainers.freezing import freeze, frozen_parts
 from vqdist.trainers.initial import begin
+from vqdist.trainers.initial_optimizer import shapes_of, take_optimizers
 from vqdist.trainers.tokenizer import TokenizerTrainer
 from vqdist.trainers.vqgan_config import DISCRIMINATOR_OPTIONS, VQGanTrainerConfig
 
@@ -45,13 +47,16 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     def __init__(self, vae: VQGanVAE | Mapping[str, Any] | None = None, **options):
         self._note: str | None = None  # on the weights that the run begins with
+        self._checkpoint: Path | None = None  # of the run that it begins from
         super().__init__(cast(VQGanVAE, vae), **options)
 
     def check_model(self) -> None:
         if self.config.init_from is not None:
             begun = begin(self.model, self.config)
-            self.model, self._note = begun.model, begun.note
+            self.model, self._note, self._checkpoint = begun.model, begun.note, begun.checkpoint
             self.config = replace(self.config, **begun.record)
+            record = begun.record["init_from"]
+            self.model.begun_from = {**record, "path": Path(record["path"]).name}
         if not isinstance(self.model, VQGanVAE):
             raise UserError(f"the model is {an(type(self.model).__name__)}; VQGanVAETrainer trains a VQGanVAE")
         self.model.check_training_size(self.config.image_size)  # missing weights are found out here
@@ -88,11 +93,17 @@ class VQGanVAETrainer(TokenizerTrainer):
         super()._go_on()
         if self._note is not None:
             self.report.print(self._note)
+        if self._checkpoint is not None and self.resume.saved < 0:
+            lines = take_optimizers(self._checkpoint, self.engines, self._shapes, self.backend, self.run.folder)
+            for line in lines:
+                self.report.print(line)
 
     def build_engines(self) -> dict[str, Engine]:
         vae, config = self.model, self.config
         vae.image_size = config.image_size  # what it is trained on, also for who goes on with the model itself
         freeze(vae.autoencoder, config.freeze)
+        networks = {"generator": vae.autoencoder, "discriminator": vae.discriminator}
+        self._shapes = {name: shapes_of(network) for name, network in networks.items() if network is not None}
         self.last_layer = _ConvShape.of(vae.autoencoder.last_layer)
         if config.compile:
             vae.autoencoder.encoder.compile()

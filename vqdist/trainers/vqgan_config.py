@@ -30,6 +30,14 @@ class VQGanTrainerConfig(TrainerConfig):
     init_pixel_from: str | dict[str, Any] | None = option(None)
     """For the second stage of a TiTok whose first one init_from gives: the tokenizer whose codes that predicts, a
     MaskGIT-VQGAN, with the decoder that makes the images; a published file, export or run. Recorded likewise."""
+    family: str | None = option(None, free=True)
+    """Project that the file of init_from is of, by default recognised; see `vqdist convert --help`."""
+    peer_config: str | dict[str, Any] | None = option(None, free=True)
+    """That project's own configuration of the model, YAML or JSON, for init_from: it says what shapes of tensors do
+    not."""
+    init_optimizer: bool = option(True, free=True)
+    """Take over the optimizers' states of weights of the same name and shape, if init_from is a run; `false` lets the
+    optimizers begin anew."""
     trust_code: bool = option(False, free=True)
     """Let init_from name networks that do not come with vqdist; their code is run."""
     freeze: list[str] | str = option(default_factory=list)
@@ -150,7 +158,7 @@ class VQGanTrainerConfig(TrainerConfig):
         if self.init_from is not None and self.overwrite:
             raise UserError("overwrite is not possible with init_from; remove the run folder, or give another one")
         if self.init_from is None:
-            self.refuse_set("trust_code", "init_pixel_from", because="init_from is not given")
+            self.refuse_set(*OF_INIT_FROM, because="init_from is not given")
         if not self.discriminator_start:
             self.refuse_set("discriminator_before_start", because="discriminator_start is 0")
 
@@ -182,9 +190,10 @@ class VQGanTrainerConfig(TrainerConfig):
 # options that are a number or a schedule of the step
 WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
 # all that the configuration adds to every trainer's is about the discriminator, but for this
+OF_INIT_FROM = ("init_pixel_from", "family", "peer_config", "init_optimizer", "trust_code")
 OF_THE_GENERATOR = (
     *("quantizer_weight", "quantizer_temperature", "freeze", "freeze_codebook", "lr_scale"),
-    *("init_from", "init_pixel_from", "trust_code"),
+    *("init_from", *OF_INIT_FROM),
 )
 _OWN = [field.name for field in fields(VQGanTrainerConfig)[len(fields(TrainerConfig)) :]]
 DISCRIMINATOR_OPTIONS = [name for name in _OWN if name not in OF_THE_GENERATOR]

@@ -16,10 +16,24 @@ class PatchDiscriminator(nn.Module):
         layers: halvings of the resolution.
         groups: of the group norms; must divide `dim`.
         first_kernel_size: of the first convolution, odd.
+        head_padding: of the last convolution; 0 as in muse-maskgit, whose logits have no border.
     """
 
-    def __init__(self, dim: int, *, channels: int = 3, layers: int = 4, groups: int = 16, first_kernel_size: int = 5):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        channels: int = 3,
+        layers: int = 4,
+        groups: int = 16,
+        first_kernel_size: int = 5,
+        head_padding: int = 1,
+    ):
         super().__init__()
+        if head_padding not in (0, 1):
+            raise UserError(
+                f"head_padding {head_padding!r} of discriminator patch is not possible; give 1, or 0 for none"
+            )
         if layers < 1:
             raise UserError(f"discr_layers {layers} is not possible; at least one layer is needed")
         if dim % groups:
@@ -27,6 +41,7 @@ class PatchDiscriminator(nn.Module):
                 f"dim {dim} is not a multiple of the discriminator's {groups} groups; try {dim - dim % groups}"
             )
         self.layers = layers
+        self.head_padding = head_padding
         widths = [dim, *(dim * 2**layer for layer in range(layers))]
         stem = nn.Conv2d(channels, dim, first_kernel_size, padding=first_kernel_size // 2)
         blocks: list[nn.Module] = [stem, nn.LeakyReLU(0.1)]
@@ -38,12 +53,13 @@ class PatchDiscriminator(nn.Module):
             ]
         self.body = nn.Sequential(*blocks)
         width = widths[-1]
-        self.head = nn.Sequential(nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 1, 4, padding=1))
+        last = nn.Conv2d(width, 1, 4, padding=head_padding)
+        self.head = nn.Sequential(nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), last)
 
     @property
     def min_image_size(self) -> int:
         """The smallest image side, in pixels, that gives at least one patch."""
-        return 2 ** (self.layers + 1)
+        return 2 ** (self.layers + (1 if self.head_padding else 2))
 
     def forward(self, image: Tensor) -> Tensor:
         """Images (b, c, h, w) in [0, 1] -> logits (b, 1, h', w'), positive for real."""

@@ -5,19 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from vqdist.errors import UserError
 from vqdist.files import read_json
 from vqdist.models.mending import LIVE
+from vqdist.models.presets import PRESETS
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.published.base import Family, NetworkFamily, network_tensors
 from vqdist.models.published.critics import Critic, critic_in
-from vqdist.models.published.files import read_config, read_content
+from vqdist.models.published.files import CONFIG, INDEX, read_config, read_content
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.names import unknown
 from vqdist.registries import FAMILIES
@@ -33,9 +38,13 @@ __all__ = [
     "write_published",
 ]
 
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
+LOG = logging.getLogger(__name__)
+WHOLE = ("diffusion_pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")
+WEIGHTS = (*WHOLE, *(f"{name}{INDEX}" for name in WHOLE))
 OWN_WEIGHTS = "model.safetensors"
 FOREIGN_KEYS = {"_class_name", "vq_config"}
+OWN_KEYS = {"dim", "image_size", "layers", "lookup_free_quantization"}
+"""Options in the exports of the first version, which said no type."""
 FOREIGN_TYPES = ("chameleon", "chameleon_vqgan", "janus", "janus_vqgan", "janus_vqmodel")
 
 
@@ -55,19 +64,31 @@ def read_published(
     Raises:
         UserError: the file cannot be read without running code, is of no known family, or lacks a tensor.
     """
+    return read_to_train(path, family, peer_config)[0]
+
+
+def read_to_train(
+    path: str | Path,
+    family: str | None = None,
+    peer_config: str | Path | Mapping[str, Any] | None = None,
+) -> tuple[PretrainedModel, Critic | str | None]:
+    """Return the tokenizer of another project's file, and the discriminator that it holds; see `read_published`.
+
+    The discriminator is None where there is none, and a line on it where vqdist has no such network.
+    """
     file, config = _located(Path(path).expanduser())
     if isinstance(peer_config, Mapping):
         config = dict(peer_config)
     elif peer_config is not None:
         config = read_config(Path(peer_config).expanduser())
-    return _read(read_content(file), config, file, family)
-
-
-def read_to_train(path: str | Path) -> tuple[PretrainedModel, Critic | None]:
-    """Return the tokenizer of another project's file, and the discriminator that it holds, if any."""
-    file, config = _located(Path(path).expanduser())
     content = read_content(file)
-    return _read(content, config, file, None), critic_in(content)
+    chosen = _recognised(content, config, file) if family is None else family_named(family)
+    model = chosen.read(content, config, file)
+    taken = chosen.assumed(config) | (chosen.doubt(config) if family is None else {})
+    if taken and os.environ.get("RANK", "0") == "0" and not _is_published_size(model, chosen):
+        said = ", ".join(f"{name} {value}" for name, value in taken.items())
+        LOG.warning(f"{file}: no tensor and no configuration says {said}, which is assumed; else give --peer_config")
+    return model, critic_in(content, file, chosen.blur)
 
 
 def file_of_weights(path: str | Path) -> Path:
@@ -75,13 +96,24 @@ def file_of_weights(path: str | Path) -> Path:
     return _located(Path(path).expanduser())[0]
 
 
-def _read(content: Any, config: dict[str, Any], file: Path, family: str | None) -> PretrainedModel:
-    chosen = _recognised(content, config, file) if family is None else family_named(family)
-    return chosen.read(content, config, file)
+def _is_published_size(model: PretrainedModel, family: Family) -> bool:
+    """Return whether a model has the shapes of a published configuration, whose options are known."""
+    shapes = {name: one.shape for name, one in model.state_dict().items()} if isinstance(model, VQGanVAE) else {}
+    for preset in PRESETS.values():
+        sizes = preset.quantizer["init_args"].get("codebook_size"), getattr(model, "codebook_size", None)
+        if type(family) is FAMILIES[preset.family] and sizes[0] == sizes[1]:
+            parts: dict[str, Any] = {name: getattr(preset, name) for name in ("encoder", "decoder", "quantizer")}
+            with torch.device("meta"):
+                twin = VQGanVAE(**parts, use_vgg_and_gan=False)
+            if {name: one.shape for name, one in twin.state_dict().items()} == shapes:
+                return True
+    return False
 
 
 def write_published(model: PretrainedModel, family: str, path: str | Path) -> None:
-    """Write a model in another project's form, with equal tensors.
+    """Write a model in another project's form, with equal tensors, and the configuration that its code builds it from.
+
+    That is YAML in `FILE.yaml` beside the file, and config.json in a folder.
 
     Args:
         model: a tokenizer whose network that project has, too.
@@ -100,7 +132,9 @@ def family_named(name: str) -> Family:
     """Return the family of a name or of one of its aliases; raise `UserError` if there is none."""
     for known, factory in FAMILIES.items():
         if name == known or name in getattr(factory, "aliases", ()):
-            return factory()
+            family = factory()
+            family.called = name
+            return family
     raise unknown("family", name, FAMILIES)
 
 
@@ -120,7 +154,50 @@ def is_published(path: str | Path) -> bool:
         return False
     if config.keys() & FOREIGN_KEYS or config.get("model_type") in FOREIGN_TYPES:
         return True
-    return "model_type" not in config and not (config.keys() & LIVE.keys()) and not _holds_own_names(found[0])
+    return _is_unsaid(config) and not _holds_own_names(found[0])
+
+
+def _is_unsaid(config: Mapping[str, Any]) -> bool:
+    return "model_type" not in config and not (config.keys() & LIVE.keys())
+
+
+def is_config_of_another_project(config: Mapping[str, Any]) -> bool:
+    """Return whether the config.json of a repository is of another project: the first exports had none of its keys."""
+    said = bool(config.keys() & FOREIGN_KEYS) or config.get("model_type") in FOREIGN_TYPES
+    return said or (_is_unsaid(config) and bool(config) and not (config.keys() & OWN_KEYS))
+
+
+def fetched(download: Callable[[str], str], name: str) -> Path:
+    """Return the folder with the weights and the configuration of a repository, which are fetched.
+
+    Args:
+        download: gives the path of a file of the repository.
+        name: of the repository, for messages.
+
+    Raises:
+        UserError: there are no weights by any of the names in `WEIGHTS`.
+    """
+    folder = Path(download("config.json")).parent
+    for weights in WEIGHTS:
+        try:
+            path = Path(download(weights))
+        except (OSError, ValueError, HfHubHTTPError):  # there is no such file
+            continue
+        shards = set(read_json(path).get("weight_map", {}).values()) if weights.endswith(INDEX) else set()
+        for shard in sorted(map(str, shards)):
+            download(shard)
+        return folder
+    raise UserError(f"{name} has none of {', '.join(WHOLE)}; give a repository with a tokenizer's weights")
+
+
+def _said_project(config: Mapping[str, Any]) -> str | None:
+    """Return the family that a config.json of Hugging Face's libraries is of; raise `UserError` for another model."""
+    kind, model_type = config.get("_class_name"), str(config.get("model_type"))
+    if kind is not None and kind != "VQModel":
+        raise UserError(f"config.json is of {kind!r}, and of diffusers' models only VQModel can be read")
+    if kind is not None:
+        return "diffusers_vqmodel"
+    return next((name for name in ("chameleon", "janus") if model_type.startswith(name)), None)
 
 
 def _config_in(folder: Path) -> dict[str, Any]:
@@ -142,7 +219,7 @@ def _holds_own_names(path: Path) -> bool:
 def _located(path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file with the weights, and the configuration beside it where it has a name of the Hub's."""
     if not path.is_dir():
-        return path, _config_beside(path) if path.name in WEIGHTS else {}
+        return path, _config_beside(path)
     found = [path / name for name in WEIGHTS if (path / name).is_file()]
     if not found:
         raise UserError(f"{path} has none of {', '.join(WEIGHTS)}; give the file with the weights")
@@ -150,13 +227,26 @@ def _located(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _config_beside(weights: Path) -> dict[str, Any]:
-    """Return config.json beside a file, empty where there is none; raise `UserError` for one that is damaged."""
-    path = weights.with_name("config.json")
-    return read_json(path) if path.is_file() else {}
+    """Return the configuration beside a file, empty where there is none; raise `UserError` for one that is damaged.
+
+    It is `config.json` where the file has a name of the Hub's, else what `write_published` wrote.
+    """
+    own = weights.with_name(weights.name + CONFIG)
+    path = weights.with_name("config.json") if weights.name in WEIGHTS else own
+    return read_config(path) if path.is_file() else {}
 
 
 def _recognised(content: Any, config: Mapping[str, Any], path: Path) -> Family:
-    """Return the family whose tensors a file holds, the most special first."""
+    """Return the family that a configuration names, or else whose tensors a file holds, the most special first."""
+    said = config.get("family")
+    if isinstance(said, str) and any(said in (name, *getattr(FAMILIES[name], "aliases", ())) for name in FAMILIES):
+        return family_named(said)
+    of_library = _said_project(config)
+    if of_library is not None:
+        family = family_named(of_library)
+        if not family.recognises(content, config, path):
+            raise UserError(f"{path} lacks the tensors of {family.title}, of which its config.json is")
+        return family
     for name in reversed(FAMILIES.names()):
         family = FAMILIES[name]()
         if family.recognises(content, config, path):

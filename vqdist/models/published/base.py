@@ -14,12 +14,17 @@ from torch import Tensor
 from vqdist.errors import UserError
 from vqdist.models.export_config import COUNTS, numbers_in
 from vqdist.models.pretrained import PretrainedModel
-from vqdist.models.published.files import BadTensor, state_dict_in, without_prefix
+from vqdist.models.published.files import (
+    BadTensor,
+    state_dict_in,
+    without_prefix,
+    without_wrappers,
+    write_config_beside,
+)
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.sizes import image_size_of
 
 FEW = 4  # names that a message lists
-WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Family(ABC):
@@ -32,6 +37,10 @@ class Family(ABC):
 
     aliases: ClassVar[tuple[str, ...]] = ()
     title: ClassVar[str]
+    blur: ClassVar[Mapping[str, Any]] = {}
+    """Arguments of its discriminator, where that is `BlurDiscriminator`, which no tensor says."""
+    called: str = ""
+    """The name by which the user asked for it."""
 
     @abstractmethod
     def recognises(self, content: Any, config: Mapping[str, Any], path: Path) -> bool:
@@ -46,6 +55,17 @@ class Family(ABC):
     @abstractmethod
     def read(self, content: Any, config: Mapping[str, Any], path: Path) -> PretrainedModel:
         """Return the model that a file holds, in eval mode; raise `UserError` if it is none of this family."""
+
+    def assumed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options that codes or images depend on, which no tensor says and the configuration does not say.
+
+        They have the values that they were taken to have: the published ones.
+        """
+        return {}
+
+    def doubt(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Return the family by name where others have the same names of tensors, and nothing says which it is."""
+        return {}
 
     def write(self, model: PretrainedModel, path: Path) -> None:
         """Write a model as a file of the project; raise `UserError` for one that the project has no form for."""
@@ -62,9 +82,11 @@ class NetworkFamily(Family):
         keys: of a checkpoint's dictionary below which the weights may lie, the best first.
         prefixes: of names below which the tokenizer may lie in a larger model.
         ignored: what else its files may hold, as a pattern of names.
+        is_folder: whether a model is a folder, with the configuration in it.
     """
 
-    keys: ClassVar[tuple[str, ...]] = ("state_dict", "model", "module")
+    is_folder: ClassVar[bool] = False
+    keys: ClassVar[tuple[str, ...]] = ("model_ema", "ema", "state_dict", "model", "module")
     prefixes: ClassVar[tuple[str, ...]] = ()
     ignored: ClassVar[str] = r"(?!)"
 
@@ -94,12 +116,21 @@ class NetworkFamily(Family):
 
     def weights(self, content: Any, path: Path) -> dict[str, Tensor]:
         """Return the tokenizer's tensors in what a file holds, without what is ignored."""
-        tensors = without_prefix(state_dict_in(content, self.keys, path), *WRAPPERS)
-        tensors = without_prefix(tensors, *self.prefixes)
+        tensors = without_wrappers(state_dict_in(content, self.keys, path))
+        tensors = without_wrappers(without_prefix(tensors, *self.prefixes))
         return {name: one for name, one in tensors.items() if not re.match(self.ignored, name)}
 
     def check_writable(self, model: VQGanVAE) -> None:
         """Raise `UserError` for a model that the project has no form for."""
+
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the configuration that the project's own code builds this model from.
+
+        Args:
+            model: which `check_writable` let pass.
+            tensors: of it, by the project's names.
+        """
+        raise NotImplementedError
 
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         """Write the project's tensors as one of its files."""
@@ -149,7 +180,31 @@ class NetworkFamily(Family):
             raise UserError(f"a model of type {model.model_type!r} has no form in {self.title}; expected a VQGanVAE")
         self.check_writable(model)
         tensors = {name: one.detach().cpu().clone() for name, one in self.theirs(network_tensors(model)).items()}
+        config = self.peer_config(model, tensors)
+        self._check_form(model, tensors, config)
+        if not self.is_folder:
+            write_config_beside(path, config)
         self.save(tensors, model, path)
+
+    def _check_form(self, model: VQGanVAE, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        """Raise `UserError` unless the project's code would build this network from its configuration."""
+        with torch.device("meta"):
+            twin = VQGanVAE(**self.arguments(tensors, config), use_vgg_and_gan=False)
+        problem = differences(tensors, self.theirs(network_tensors(twin)))
+        parts = ("encoder", "quantizer", *(("decoder",) if twin.network.last_layer is not None else ()))
+        pairs = [(part, _traits(model, part), _traits(twin, part)) for part in parts]
+        others = [
+            f"has {part} {ours or 'plain'} and not {theirs or 'plain'}"
+            for part, ours, theirs in pairs
+            if ours != theirs
+        ]
+        if problem or others:
+            said = problem or " and ".join(others)
+            raise UserError(f"this model has no form in {self.title}, whose network differs: it {said}")
+
+
+def _traits(model: VQGanVAE, part: str) -> str:
+    return str(getattr(getattr(model.network, part), "traits", ""))
 
 
 def network_tensors(model: VQGanVAE) -> dict[str, Tensor]:

@@ -29,8 +29,16 @@ HARMLESS = re.compile(
 """Names of classes and functions that describe a run beside its weights; each becomes an `Inert`."""
 AVERAGES = "model_ema."
 """Prefix of the moving averages in a checkpoint of Lightning."""
+INDEX = ".index.json"
+"""End of the name of a list of shards: which file has which tensor."""
+WITHIN = re.compile(r"(?:^|\.)(?:vqmodel|gen_vision_model|first_stage_model|vqvae|vqgan|vae)\.")
+"""Names of the tokenizer's tensors in a larger model: of shards no others are loaded."""
 MOST_NAMES = 200
+MOST_NESTED = 3  # dictionaries around the weights
 MOST_UNPACKED = 8  # times the size of a file
+
+
+WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Inert:
@@ -56,12 +64,33 @@ def read_content(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected a checkpoint, as .ckpt, .pt, .pth, .bin or .safetensors")
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file ({error})") from error
     return read_torch(path)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """Return the tensors of several files together; of a larger model those of its tokenizer alone."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, Mapping) or not all(_is_file_name(name) for name in places.values()):
+        raise UserError(f"{index} says no weight_map of tensors and files beside it; give the file with the weights")
+    wanted = {name for name in places if WITHIN.search(name)} or set(places)
+    found: dict[str, Any] = {}
+    for file in sorted({places[name] for name in wanted}):
+        shard = read_content(index.with_name(file))
+        if not isinstance(shard, Mapping):
+            raise UserError(f"{index.with_name(file)} holds no tensors by name, as {index.name} says that it does")
+        found |= {name: one for name, one in shard.items() if name in wanted}
+    return found
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and not name.endswith(INDEX)
 
 
 def read_torch(path: Path, *, with_inert: bool = True) -> Any:
@@ -152,6 +181,12 @@ def options_in(config: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, A
     return innermost(config)
 
 
+def unsaid(config: Mapping[str, Any], known: tuple[str, ...], **values: Any) -> dict[str, Any]:
+    """Return those of these options and their values that a configuration does not say; see `options_in`."""
+    said = options_in(config, known)
+    return {name: value for name, value in values.items() if said.get(name) is None}
+
+
 class BadTensor(UserError):
     """A tensor that no weights file has: it would take more memory than the file holds, or cannot be copied."""
 
@@ -173,8 +208,9 @@ def state_dict_in(content: Any, keys: tuple[str, ...], path: Path) -> dict[str, 
     Raises:
         UserError: there are none; the message says what there is.
     """
-    held = content if isinstance(content, Mapping) else {}
-    chosen = next((held[key] for key in keys if isinstance(held.get(key), Mapping)), held)
+    held = chosen = content if isinstance(content, Mapping) else {}
+    for _ in range(MOST_NESTED):
+        chosen = next((chosen[key] for key in keys if isinstance(chosen.get(key), Mapping) and chosen[key]), chosen)
     tensors = {
         str(name): _plain(str(name), value, path) for name, value in chosen.items() if isinstance(value, Tensor)
     }
@@ -182,6 +218,14 @@ def state_dict_in(content: Any, keys: tuple[str, ...], path: Path) -> dict[str, 
         found = ", ".join(sorted(map(str, held))[:8]) if held else f"a {type(content).__name__}"
         raise UserError(f"{path} holds {found}; expected tensors by name, bare or under {', '.join(keys)}")
     return tensors
+
+
+def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the prefixes that DDP, EMA wrappers and torch.compile put before their names."""
+    found = dict(tensors)
+    for _ in range(MOST_NESTED):
+        found = without_prefix(found, *WRAPPERS)
+    return found
 
 
 def without_prefix(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
@@ -200,6 +244,18 @@ def with_averages(tensors: Mapping[str, Tensor], prefix: str = AVERAGES) -> dict
     """
     live = {name: one for name, one in tensors.items() if not name.startswith(prefix)}
     return {name: tensors.get(prefix + name.replace(".", ""), one) for name, one in live.items()}
+
+
+CONFIG = ".yaml"
+"""End of the name of the configuration beside a file of weights, behind the whole name of that."""
+
+
+def write_config_beside(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the configuration of the model in a file as YAML; raise `UserError` where another file is in its place."""
+    beside = path.with_name(path.name + CONFIG)
+    if beside.exists() and not path.exists():  # of both, both are replaced
+        raise UserError(f"{beside} is there already, where the configuration would be written; remove it")
+    beside.write_text(yaml.safe_dump(dict(content), sort_keys=False), encoding="utf-8")
 
 
 def write_json_beside(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,11 +11,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.models.published.base import NetworkFamily
+from vqdist.models.published.base import NetworkFamily, network_tensors
 from vqdist.models.published.files import options_in, write_json_beside
 from vqdist.models.published.names import Names, levels_of
-from vqdist.models.published.network import ENDS, check_taming, codebook_shape, parts_of
+from vqdist.models.published.network import (
+    ENDS,
+    check_attention_at_the_lowest,
+    check_middle_attention,
+    check_taming,
+    codebook_shape,
+    ddconfig_of,
+    parts_of,
+    widths_in,
+)
 from vqdist.models.published.taming import BETA, check_plain_codebook
+from vqdist.models.quantizers import GradientVQ
 from vqdist.models.vqgan import VQGanVAE
 
 CODEBOOK = "quantize.embedding.weight"
@@ -39,7 +49,9 @@ DIFFUSERS_NAMES = Names(
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 OUR_ATTENTION = re.compile(rf"(.*\.attn(?:_1|\.\d+))\.({'|'.join(ATTENTION)})\.(weight|bias)")
 THEIR_ATTENTION = re.compile(r"(.*\.attentions\.\d+)\.(group_norm|to_q|to_k|to_v|to_out\.0)\.(weight|bias)")
-FILE = "diffusion_pytorch_model.safetensors"
+KNOWN = ("base_channels", "num_embeddings", "channel_multiplier", "num_patches", "resolution")
+"""Options of transformers' tokenizers, of which one at least is where the others are."""
+FILE, OWN_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"  # of diffusers and of transformers
 
 
 class Diffusers(NetworkFamily):
@@ -47,10 +59,14 @@ class Diffusers(NetworkFamily):
 
     aliases = ("diffusers",)
     title = "diffusers' VQModel"
+    is_folder = True
     prefixes = ("vqvae.", "vae.")
 
     def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         return "encoder.down_blocks.0.resnets.0.conv1.weight" in tensors and CODEBOOK in tensors
+
+    def assumed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {} if config else {"norm_num_groups": 32}
 
     def arguments(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
         options = options_in(config, ("block_out_channels", "norm_num_groups", "num_vq_embeddings"))
@@ -92,20 +108,20 @@ class Diffusers(NetworkFamily):
         check_taming(model, self.title)
         check_plain_codebook(model, self.title)
         encoder = model.network.encoder
-        if encoder.conv_in.out_channels != encoder.widths[0]:
+        first = widths_in(encoder.down)[0]
+        if encoder.conv_in.out_channels != first:
             raise UserError(
-                f"the first convolution has {encoder.conv_in.out_channels} channels and the first resolution "
-                f"{encoder.widths[0]}, which {self.title} has no form for; only ch_mult that begins with 1 converts"
+                f"the first convolution has {encoder.conv_in.out_channels} channels and the first resolution {first}, "
+                f"which {self.title} has no form for; only ch_mult that begins with 1 converts"
             )
 
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         """Write a folder with config.json and the weights."""
         path.mkdir(parents=True, exist_ok=True)
-        save_file({name: one.contiguous() for name, one in tensors.items()}, path / FILE)
-        write_json_beside(path / "config.json", self.config(model))
+        save_file({name: one.contiguous() for name, one in tensors.items()}, path / FILE, {"format": "pt"})
+        write_json_beside(path / "config.json", self.peer_config(model, tensors))
 
-    def config(self, model: VQGanVAE) -> dict[str, Any]:
-        """Return config.json of a model."""
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         encoder, decoder = model.network.encoder, model.network.decoder
         down = ["AttnDownEncoderBlock2D" if len(level.attn) else "DownEncoderBlock2D" for level in encoder.down]
         up = ["AttnUpDecoderBlock2D" if len(level.attn) else "UpDecoderBlock2D" for level in reversed(decoder.up)]
@@ -113,7 +129,7 @@ class Diffusers(NetworkFamily):
         return {
             "_class_name": "VQModel",
             "act_fn": "silu",
-            "block_out_channels": list(encoder.widths),
+            "block_out_channels": widths_in(encoder.down),
             "down_block_types": down,
             "up_block_types": up,
             "in_channels": model.channels,
@@ -133,7 +149,10 @@ class TransformersFiles(NetworkFamily):
     """The common part of the tokenizers within transformers' multimodal models."""
 
     prefixes = ("model.vqmodel.", "vqmodel.", "model.vision_model.vqmodel.")
+    is_folder = True
     names: Names
+    model_type: str
+    class_name: str
 
     def ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         levels = levels_of(tensors, r"encoder\.down\.(\d+)\.")
@@ -144,7 +163,35 @@ class TransformersFiles(NetworkFamily):
         return {self.names.theirs(name, levels): one for name, one in tensors.items()}
 
     def check_writable(self, model: VQGanVAE) -> None:
-        raise UserError(f"files of {self.title} are read and not written")
+        check_taming(model, self.title, with_decoder=False)
+        check_middle_attention(model, self.title)
+
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        network = ddconfig_of(model)
+        return {
+            "architectures": [self.class_name],
+            "model_type": self.model_type,
+            "embed_dim": model.network.encoder.dim,
+            "num_embeddings": model.codebook_size,
+            "double_latent": network["double_z"],
+            "latent_channels": network["z_channels"],
+            "in_channels": network["in_channels"],
+            "base_channels": network["ch"],
+            "channel_multiplier": network["ch_mult"],
+            "num_res_blocks": network["num_res_blocks"],
+            "dropout": network["dropout"],
+            **self.further_options(network),
+        }
+
+    def further_options(self, network: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that this class has besides, of a `ddconfig` of taming's."""
+        raise NotImplementedError
+
+    def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
+        """Write a folder with config.json and the weights."""
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({name: one.contiguous() for name, one in tensors.items()}, path / OWN_FILE, {"format": "pt"})
+        write_json_beside(path / "config.json", self.peer_config(model, tensors))
 
     def quantizer(self, size: int, beta: float) -> dict[str, Any]:
         """Return the specification of the quantizer."""
@@ -152,14 +199,14 @@ class TransformersFiles(NetworkFamily):
         return {"class_path": "gradient_vq", "init_args": init_args}
 
     def arguments(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-        options = options_in(config, ("base_channels", "num_embeddings", "channel_multiplier"))
+        options = options_in(config, KNOWN)
         quantizer = self.quantizer(codebook_shape(tensors, CODEBOOK)[0], options.get("beta", BETA))
         said: dict[str, Any] = {name: options[name] for name in ("dropout", "resolution") if name in options}
         return parts_of(self.ours(tensors), said, quantizer)
 
     def image_size(self, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
         """Return the published model's side unless the configuration says another."""
-        options = options_in(config, ("base_channels", "num_embeddings", "channel_multiplier"))
+        options = options_in(config, KNOWN)
         levels = len(arguments["encoder"]["init_args"]["ch_mult"])
         return options.get("resolution") or options.get("num_patches", self.patches) << (levels - 1)
 
@@ -172,6 +219,7 @@ class Chameleon(TransformersFiles):
 
     aliases = ("chameleon_vqvae",)
     title = "Chameleon"
+    model_type, class_name = "chameleon_vqgan", "ChameleonVQVAE"
     names = Names([*ENDS, ("quantizer.", "quantize.")])
     patches = 32
     ignored = r"post_quant_conv\."
@@ -187,12 +235,30 @@ class Chameleon(TransformersFiles):
             raise UserError(f"{path} has a decoder, as Chameleon's own file in taming's layout; give --family taming")
         return found
 
+    def theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return super().theirs({name: one for name, one in tensors.items() if not name.startswith("decoder.")})
+
+    def check_writable(self, model: VQGanVAE) -> None:
+        super().check_writable(model)
+        check_plain_codebook(model, self.title)
+
+    def further_options(self, network: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: network[name] for name in ("resolution", "attn_resolutions")} | {"attn_type": "vanilla"}
+
+    def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
+        """Write also the convolution behind the codebook, which the class has though nothing of it is used."""
+        held = network_tensors(model)
+        unused = [name for name in held if name.startswith("decoder.post_quant_conv.")]
+        behind = {name.removeprefix("decoder."): held[name].cpu().clone() for name in unused}
+        super().save({**tensors, **behind}, model, path)
+
 
 class Janus(TransformersFiles):
     """JanusVQVAE of transformers: LlamaGen's network; codes of length 1 are decoded."""
 
     aliases = ("janus_vqvae",)
     title = "Janus"
+    model_type, class_name = "janus_vqgan", "JanusVQVAE"
     names = Names([("decoder.up.{level}.", "decoder.up.{reversed}."), *ENDS, ("quantizer.", "quantize.")])
     patches = 24
 
@@ -206,3 +272,16 @@ class Janus(TransformersFiles):
         specification = super().quantizer(size, beta)
         specification["init_args"]["l2_norm_output"] = True
         return specification
+
+    def check_writable(self, model: VQGanVAE) -> None:
+        super().check_writable(model)
+        check_taming(model, self.title)
+        check_attention_at_the_lowest(model, self.title)
+        quantizer = model.quantizer
+        if type(quantizer) is not GradientVQ or not quantizer.l2_norm_output:
+            kind = f"{type(quantizer).__name__} {getattr(quantizer, 'traits', '')}".strip()
+            raise UserError(f"quantizer {kind} has no form in {self.title}; expected gradient_vq with l2_norm_output")
+
+    def further_options(self, network: Mapping[str, Any]) -> dict[str, Any]:
+        side = network["resolution"] >> (len(network["ch_mult"]) - 1)
+        return {"out_channels": network["out_ch"], "num_patches": side}

@@ -11,8 +11,8 @@ from torch import Tensor
 from vqdist.errors import UserError
 from vqdist.models.published.files import AVERAGES, state_dict_in, with_averages
 from vqdist.models.published.levels import number_of
-from vqdist.models.published.network import check_taming, codebook_shape
-from vqdist.models.published.taming import KNOWN, TamingFiles
+from vqdist.models.published.network import check_middle_attention, check_taming, codebook_shape
+from vqdist.models.published.taming import KNOWN, TamingFiles, says_ibq
 from vqdist.models.quantizers import IBQ
 from vqdist.models.vqgan import VQGanVAE
 
@@ -24,8 +24,6 @@ FOUR = "four residual blocks a resolution as IBQ has, and sizes that nobody publ
 AVERAGED = "moving averages as files of IBQ and of LDM have"
 OPTIONS = ("beta", "entropy_temperature", "sample_minimization_weight", "batch_maximization_weight")
 ENTROPY_WEIGHT = 0.05
-OTHERS = ("taming.", "ldm.")
-"""Modules of the projects with the same names of tensors, as their configurations say them."""
 
 
 class IBQFiles(TamingFiles):
@@ -43,10 +41,8 @@ class IBQFiles(TamingFiles):
         """Return whether these are IBQ's: by the configuration, else by the sizes that only it has published."""
         if not super().fits(tensors, config):
             return False
-        said = str(config)
-        if "IBQ" in said or any(project in said for project in OTHERS):
-            return "IBQ" in said
-        return _has_its_blocks(tensors) and self._has_its_sizes(tensors)
+        of_ibq = says_ibq(config)
+        return _has_its_blocks(tensors) and self._has_its_sizes(tensors) if of_ibq is None else of_ibq
 
     def recognises(self, content: Any, config: Mapping[str, Any], path: Path) -> bool:
         """Return whether a file is of IBQ; raise `UserError` where it may as well be one of taming or LDM.
@@ -54,7 +50,7 @@ class IBQFiles(TamingFiles):
         Their tensors have the same names, and other codes follow from them.
         """
         found = super().recognises(content, config, path)
-        doubt = None if found or any(project in str(config) for project in OTHERS) else self._doubt(content, path)
+        doubt = None if found or says_ibq(config) is False else self._doubt(content, path)
         if doubt is not None and (not config or doubt == FOUR):
             raise UserError(
                 f"{path} has {doubt}, and the names of its tensors are the same; give --family ibq or --family "
@@ -92,6 +88,18 @@ class IBQFiles(TamingFiles):
         check_taming(model, self.title)
         if not isinstance(model.quantizer, IBQ):
             raise UserError(f"quantizer {type(model.quantizer).__name__} has no form in {self.title}; expected ibq")
+        check_middle_attention(model, self.title)
+
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        quantizer = model.quantizer
+        options = {name: getattr(quantizer, name) for name in OPTIONS}
+        weight = getattr(quantizer, "entropy_weight", 0.0)
+        loss = {"class_path": "src.IBQ.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"}
+        init_args = {"disc_start": 0, "quant_loss_weight": 1.0, "entropy_loss_weight": weight}
+        options |= {"use_entropy_loss": weight > 0, "lossconfig": {**loss, "init_args": init_args}}
+        return {
+            "model": {"class_path": "src.IBQ.models.ibqgan.IBQ", "init_args": {**self.options_of(model), **options}}
+        }
 
 
 def _has_its_blocks(tensors: Mapping[str, Tensor]) -> bool:

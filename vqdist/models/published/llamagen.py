@@ -11,15 +11,18 @@ from torch import Tensor
 
 from vqdist.errors import UserError
 from vqdist.models.published.base import NetworkFamily
-from vqdist.models.published.files import options_in
+from vqdist.models.published.files import options_in, unsaid
 from vqdist.models.published.names import Names, levels_of
 from vqdist.models.published.network import (
     ENDS,
     check_attention_at_the_lowest,
     check_taming,
     codebook_shape,
+    ddconfig_of,
+    multiples_of,
     parts_of,
     resolution_of,
+    widths_in,
 )
 from vqdist.models.quantizers import GradientVQ
 from vqdist.models.vqgan import VQGanVAE
@@ -52,11 +55,14 @@ class LlamaGen(NetworkFamily):
 
     aliases = ("llamagen",)
     title = "LlamaGen"
-    keys = ("ema", "model", "module", "state_dict")
+    prefixes = ("gen_vision_model.",)
     ignored = rf"loss\.|{USED}$"
 
     def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         return "encoder.conv_blocks.0.res.0.conv1.weight" in tensors and CODEBOOK in tensors
+
+    def assumed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return unsaid(config, KNOWN, codebook_l2_norm=True)
 
     def arguments(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
         options = options_in(config, KNOWN)
@@ -91,6 +97,24 @@ class LlamaGen(NetworkFamily):
         if type(quantizer) is not GradientVQ or quantizer.l2_norm_output:  # codes of a subclass are more than a tensor
             kind = f"{type(quantizer).__name__} {getattr(quantizer, 'traits', '')}".strip()
             raise UserError(f"quantizer {kind} has no form in {self.title}; expected gradient_vq")
+
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of `ModelArgs`, and two sizes that its code fixes where they are others."""
+        quantizer: Any = model.quantizer  # a `GradientVQ`, see `check_writable`
+        network, widths = ddconfig_of(model), widths_in(model.network.decoder.up)
+        literals = {"ch": 128, "num_res_blocks": 2}
+        return {
+            "codebook_size": quantizer.codebook_size,
+            "codebook_embed_dim": model.network.encoder.dim,
+            "codebook_l2_norm": quantizer.l2_norm,
+            "commit_loss_beta": quantizer.beta,
+            "entropy_loss_ratio": quantizer.entropy_weight,
+            "encoder_ch_mult": network["ch_mult"],
+            "decoder_ch_mult": multiples_of(widths, network["ch"]),
+            "z_channels": network["z_channels"],
+            "dropout_p": network["dropout"],
+            **{name: network[name] for name, only in literals.items() if network[name] != only},
+        }
 
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         torch.save({"model": {**tensors, USED: torch.zeros(RECENT)}}, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class OpenMagvit2(NetworkFamily):
 
     aliases = ("magvit2",)
     title = "Open-MAGVIT2"
-    keys = ("state_dict",)
+    blur: ClassVar[Mapping[str, Any]] = {"pool": None, "zero_mean": True}
     prefixes = ("first_stage_model.",)
     ignored = r"loss\."
 
@@ -72,6 +72,20 @@ class OpenMagvit2(NetworkFamily):
         if not all(map(isinstance, parts, (MagvitEncoder, MagvitDecoder, MagvitLFQ))):
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise UserError(f"a model of {kinds} has no form in {self.title}; expected magvit2 and magvit2_lfq")
+
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        quantizer: Any = model.quantizer  # a `MagvitLFQ`, see `check_writable`
+        network: dict[str, Any] = self.arguments(tensors, {})["encoder"]["init_args"]
+        fixed = {"double_z": False, "in_channels": model.channels, "out_ch": model.channels}
+        square = {"resolution": model.image_size} if isinstance(model.image_size, int) else {}
+        losses = {theirs: getattr(quantizer, ours) for theirs, ours in OF_LOSS.items()}
+        of_loss = {"class_path": "src.Open_MAGVIT2.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"}
+        options: dict[str, Any] = {"ddconfig": {**fixed, **square, **network}, "n_embed": 2**quantizer.dim}
+        options |= {"embed_dim": quantizer.dim, **{name: getattr(quantizer, name) for name in OF_QUANTIZER}}
+        options["lossconfig"] = {**of_loss, "init_args": {"disc_start": 0, **losses}}
+        if quantizer.num_levels > 1:
+            options |= {"token_factorization": True, "factorized_bits": quantizer.owners.sum(dim=1).int().tolist()}
+        return {"model": {"class_path": "src.Open_MAGVIT2.models.lfqgan.VQModel", "init_args": options}}
 
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         torch.save({"state_dict": tensors}, path)

@@ -68,6 +68,14 @@ class MaskGITFiles(NetworkFamily):
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise UserError(f"a model of {kinds} has no form in {self.title}; expected maskgit and gradient_vq")
 
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        quantizer: Any = model.quantizer  # a `GradientVQ`, see `check_writable`
+        network: dict[str, Any] = self.arguments(tensors, {})["encoder"]["init_args"]
+        config = {**network, "num_resolutions": len(network["channel_mult"]), "num_channels": model.channels}
+        config["dropout"] = model.network.encoder.mid[0].dropout.p
+        config |= {"resolution": model.image_size} if isinstance(model.image_size, int) else {}
+        return {"config": config, "num_embeddings": model.codebook_size, "commitment_cost": quantizer.beta}
+
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         save_tensors(tensors, path)
 

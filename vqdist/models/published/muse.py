@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.models.networks.conv import ConvDecoder, ConvEncoder
 from vqdist.models.networks.patch import PatchDiscriminator
 from vqdist.models.published.base import NetworkFamily
-from vqdist.models.published.files import options_in
+from vqdist.models.published.files import options_in, unsaid
 from vqdist.models.published.levels import multiples
 from vqdist.models.quantizers.lfq import LFQQuantizer
 from vqdist.models.vqgan import VQGanVAE
@@ -39,6 +39,9 @@ class MuseFiles(NetworkFamily):
 
     def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         return f"{ENCODERS}0.weight" in tensors
+
+    def assumed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return unsaid(config, KNOWN, encdec_resnet_groups=16)
 
     def arguments(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
         if MASK not in tensors and any(name.startswith("vq.") for name in tensors):
@@ -73,6 +76,16 @@ class MuseFiles(NetworkFamily):
         if not all(map(isinstance, parts, (ConvEncoder, ConvDecoder, LFQQuantizer))):
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise UserError(f"a model of {kinds} has no form in {self.title}; expected vqdist's own networks and lfq")
+
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of its `VQGanVAE`."""
+        options = self.arguments(tensors, {})
+        del options["quantizer"]
+        norms = [module.num_groups for module in model.network.encoder.modules() if isinstance(module, nn.GroupNorm)]
+        options["encdec_resnet_groups"] = norms[0] if norms else 16
+        of_quantizer = model.configuration().get("lfq_kwargs")
+        options |= {"lfq_kwargs": dict(of_quantizer)} if of_quantizer else {}
+        return options | {"l2_recon_loss": model.l2_recon_loss, "use_hinge_loss": model.use_hinge_loss}
 
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         """Write the bare tensors, those of a discriminator of vqdist's own too."""

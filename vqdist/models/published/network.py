@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.models.networks.taming import TamingDecoder, TamingEncoder
+from vqdist.models.networks.taming import NoDecoder, TamingDecoder, TamingEncoder
 from vqdist.models.vqgan import VQGanVAE
 
 NOMINAL = 256
@@ -61,7 +61,10 @@ def has_decoder(tensors: Mapping[str, Tensor]) -> bool:
 
 def with_config(arguments: Mapping[str, Any], config: Mapping[str, Any], *, encoder: bool) -> dict[str, Any]:
     """Return arguments of encoder or decoder with what a `ddconfig` of taming says over them."""
+    refuse_other_networks(config)
     said = {name: config[name] for name in OF_CONFIG if config.get(name) is not None}
+    if config.get("attn_type") == "none":  # of LDM: then `attn_resolutions` place nothing
+        said |= {"attn_resolutions": [], "mid_attention": False}
     if "in_channels" in config:
         said["channels"] = config["in_channels"]
     if not encoder:
@@ -70,6 +73,15 @@ def with_config(arguments: Mapping[str, Any], config: Mapping[str, Any], *, enco
         levels = [NOMINAL // side for side in arguments["attn_resolutions"]]
         said["attn_resolutions"] = [said["resolution"] // level for level in levels]
     return {**arguments, **said}
+
+
+def refuse_other_networks(config: Mapping[str, Any]) -> None:
+    """Raise `UserError` for options of LDM's and taming's networks that make other images and add no tensor."""
+    for name in ("tanh_out", "give_pre_end", "use_linear_attn"):
+        if config.get(name):
+            raise UserError(f"{name} {config[name]} is of another network than vqdist has; only false can be read")
+    if config.get("attn_type") not in (None, "vanilla", "none"):
+        raise UserError(f"attn_type {config['attn_type']!r} is not that of a VQGAN; only vanilla and none can be read")
 
 
 def parts_of(
@@ -113,12 +125,74 @@ def resolution_of(arguments: Mapping[str, Any]) -> int:
     return arguments["encoder"]["init_args"].get("resolution", NOMINAL)
 
 
-def check_taming(model: VQGanVAE, title: str) -> None:
-    """Raise `UserError` unless encoder and decoder of a model are taming's."""
+def check_taming(model: VQGanVAE, title: str, *, with_decoder: bool = True, kernel: int | None = 1) -> None:
+    """Raise `UserError` unless encoder and decoder of a model are taming's.
+
+    Args:
+        model: the tokenizer.
+        title: the project.
+        with_decoder: whether its files have a decoder.
+        kernel: size of the convolutions around the quantizer; None for any.
+    """
     encoder, decoder = model.network.encoder, model.network.decoder
-    if not isinstance(encoder, TamingEncoder) or not isinstance(decoder, TamingDecoder):
+    of_decoder = isinstance(decoder, TamingDecoder) or (not with_decoder and isinstance(decoder, NoDecoder))
+    if not isinstance(encoder, TamingEncoder) or not of_decoder:
         kinds = f"{type(encoder).__name__} and {type(decoder).__name__}"
         raise UserError(f"a model of {kinds} has no form in {title}; expected encoder and decoder taming")
+    adapters = {"quant_conv": encoder.quant_conv, "post_quant_conv": getattr(decoder, "post_quant_conv", None)}
+    for name, adapter in adapters.items():
+        if isinstance(decoder, NoDecoder) and name == "post_quant_conv":
+            continue
+        found = 0 if adapter is None else adapter.kernel_size[0]
+        if not found or found != (kernel or found):
+            raise UserError(
+                f"this model has quant_conv_kernel {found}, and {title} has a convolution {name} of size "
+                f"{kernel or 'above 0'}, so it has no form there"
+            )
+
+
+def ddconfig_of(model: VQGanVAE) -> dict[str, Any]:
+    """Return the `ddconfig` of taming's that a model's encoder is built from, and its decoder where both agree."""
+    encoder: Any = model.network.encoder
+    levels, ch, size = len(encoder.down), encoder.conv_in.out_channels, model.image_size
+    side = size if isinstance(size, int) and size >> (levels - 1) else NOMINAL
+    z_channels, double_z = encoder.conv_out.out_channels, False
+    decoder: Any = model.network.decoder
+    if not isinstance(model.network.decoder, NoDecoder):
+        of_decoder = decoder.conv_in.in_channels
+        z_channels, double_z = of_decoder, z_channels == 2 * of_decoder
+    without = {} if encoder.mid.attn_1 is not None else {"attn_type": "none"}
+    resamples = [level.downsample.conv is not None for level in encoder.down if level.downsample is not None]
+    return {
+        "double_z": double_z,
+        "z_channels": z_channels,
+        "resolution": side,
+        "in_channels": model.channels,
+        "out_ch": model.channels,
+        "ch": ch,
+        "ch_mult": multiples_of(widths_in(encoder.down), ch),
+        "num_res_blocks": len(encoder.down[0].block),
+        "attn_resolutions": [side >> level for level, stage in enumerate(encoder.down) if len(stage.attn)],
+        "dropout": encoder.mid.block_1.dropout.p,
+        **({} if all(resamples) else {"resamp_with_conv": False}),
+        **without,
+    }
+
+
+def widths_in(levels: Any) -> list[int]:
+    """Return the width of each resolution of taming's encoder or decoder, `down` or `up`."""
+    return [level.block[-1].conv2.out_channels for level in levels]
+
+
+def multiples_of(widths: Sequence[int], ch: int) -> list[float]:
+    """Return widths as multiples of one, whole numbers where they are whole."""
+    return [width // ch if width % ch == 0 else width / ch for width in widths]
+
+
+def check_middle_attention(model: VQGanVAE, title: str) -> None:
+    """Raise `UserError` unless there is attention in the middle, as in all networks of a project."""
+    if model.network.encoder.mid.attn_1 is None:
+        raise UserError(f"{title} has attention in the middle of its networks, and this model has none there")
 
 
 def check_attention_at_the_lowest(model: VQGanVAE, title: str) -> None:
@@ -146,7 +220,7 @@ def _levels(tensors: Mapping[str, Tensor], place: str, ch: int) -> dict[str, Any
         raise KeyError(f"{place}.0.block.0.conv2.weight")
     return {
         "ch": ch,
-        "ch_mult": [width // ch if width % ch == 0 else width / ch for width in widths],
+        "ch_mult": multiples_of(widths, ch),
         "num_res_blocks": 1 + max(number for _, kind, number in blocks if kind == "block"),
         "attn_resolutions": sorted({NOMINAL >> level for level, kind, _ in blocks if kind == "attn"}, reverse=True),
         "resolution": NOMINAL,

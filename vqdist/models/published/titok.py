@@ -13,7 +13,7 @@ from torch import Tensor
 from vqdist.errors import UserError
 from vqdist.models.networks.vit import TiTokDecoder, TiTokEncoder, TiTokProxyDecoder
 from vqdist.models.published.base import NetworkFamily
-from vqdist.models.published.files import options_in, without_prefix
+from vqdist.models.published.files import options_in, unsaid, without_prefix
 from vqdist.models.published.levels import number_of
 from vqdist.models.published.maskgit import decoder_arguments, save_tensors
 from vqdist.models.published.names import Names
@@ -38,6 +38,7 @@ CODEBOOK, USES = "quantize.embedding.weight", "quantize.embed_prob"
 MOVED = "quantizer.moved"
 NAMED = {"small": (512, 8), "base": (768, 12), "large": (1024, 16)}
 """Width and heads of the sizes that the project knows."""
+LAYERS = {"small": 8, "base": 12, "large": 24}
 WIDTHS = {width: name for name, (width, _) in NAMED.items()}
 COMMITMENT = 0.25
 
@@ -51,6 +52,10 @@ class TiTokFiles(NetworkFamily):
 
     def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         return {"latent_tokens", "encoder.patch_embed.weight", CODEBOOK} <= tensors.keys()
+
+    def assumed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        found = options_in(config, KNOWN)
+        return unsaid({**found, **(found.get("vq_model") or {})}, KNOWN, use_l2_norm="as published")
 
     def arguments(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
         found = options_in(config, KNOWN)
@@ -94,6 +99,30 @@ class TiTokFiles(NetworkFamily):
             found = ", ".join(type(part).__name__ for part in parts)
             raise UserError(f"a model of {found} has no form in {self.title}; expected titok, gradient_vq or cvq")
 
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the project's `model` and `dataset`, with `sizes` where they have no name there."""
+        encoder, decoder, quantizer = model.network.encoder, model.network.decoder, model.quantizer
+        sizes = {half: _size_of(part) for half, part in (("enc", encoder), ("dec", decoder))}
+        known = {(width, LAYERS[name], heads): name for name, (width, heads) in NAMED.items()}
+        names = {half: known[size] for half, size in sizes.items() if size in known}
+        proxy = isinstance(decoder, TiTokProxyDecoder)
+        options: dict[str, Any] = {
+            "codebook_size": quantizer.codebook_size,
+            "token_size": encoder.dim,
+            "use_l2_norm": getattr(quantizer, "l2_norm", False),
+            "commitment_cost": getattr(quantizer, "beta", COMMITMENT),
+            "clustering_vq": USES in tensors,
+            **{f"vit_{half}_model_size": name for half, name in names.items()},
+            "vit_enc_patch_size": encoder.patch_size,
+            "vit_dec_patch_size": decoder.patch_size,
+            "num_latent_tokens": encoder.num_latent_tokens,
+            "finetune_decoder": proxy and decoder.pixel_decoder is not None,
+            "is_legacy": encoder.legacy,
+        }
+        own = {} if len(names) == len(sizes) else {"sizes": {half: list(size) for half, size in sizes.items()}}
+        dataset = {"preprocessing": {"crop_size": encoder.image_size}}
+        return {"model": {"vq_model": options, **own}, "dataset": dataset}
+
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         save_tensors(tensors, path)
 
@@ -130,6 +159,11 @@ def _heads(half: str, width: int, options: Mapping[str, Any]) -> int:
             f"{key} ({', '.join(NAMED)}), or with sizes: {{{short}: [width, layers, heads]}}"
         )
     return NAMED[named][1]
+
+
+def _size_of(half: Any) -> tuple[int, int, int]:
+    """Return width, layers and heads of a transformer."""
+    return half.class_embedding.shape[-1], len(half.transformer), half.transformer[0].attn.heads
 
 
 def _decoder(arguments: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from torch import Tensor
 from vqdist.errors import UserError
 from vqdist.models.multiscale import MOST_PHIS, V_PATCH_NUMS, MultiScaleResidual, VectorQuantizer, phi_of_scale
 from vqdist.models.published.base import NetworkFamily
-from vqdist.models.published.files import options_in, state_dict_in
+from vqdist.models.published.files import options_in, state_dict_in, unsaid
 from vqdist.models.published.names import Names
 from vqdist.models.published.network import (
     ENDS,
     check_attention_at_the_lowest,
     check_taming,
     codebook_shape,
+    ddconfig_of,
     parts_of,
 )
 from vqdist.models.vqgan import VQGanVAE
@@ -44,6 +45,9 @@ class VARTokenizer(NetworkFamily):
 
     def fits(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         return "encoder.mid.attn_1.qkv.weight" in tensors and CODEBOOK in tensors
+
+    def assumed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return unsaid(config, KNOWN, v_patch_nums=list(V_PATCH_NUMS), quant_resi=0.5, using_znorm=False)
 
     def weights(self, content: Any, path: Path) -> dict[str, Tensor]:
         """Return the tokenizer's tensors; of VAR's own training file those of `vae_local`."""
@@ -97,10 +101,11 @@ class VARTokenizer(NetworkFamily):
         said = options_in(config, KNOWN).get("v_patch_nums")
         bare = state_dict_in(content, self.keys, path)
         hits = next((one for name, one in bare.items() if name.endswith(HITS)), None)
-        if said is None and hits is not None and len(hits) != len(V_PATCH_NUMS):
+        if said is None and (hits is None or len(hits) != len(V_PATCH_NUMS)):
+            number = "several" if hits is None else len(hits)
             raise UserError(
-                f"{path} has {len(hits)} scales, whose sides stand in no tensor; say v_patch_nums in a file "
-                "for --peer_config"
+                f"{path} has {number} scales, whose sides stand in no tensor; say "
+                "v_patch_nums in a file for --peer_config"
             )
         return super().read(content, config, path)
 
@@ -109,7 +114,7 @@ class VARTokenizer(NetworkFamily):
         return arguments["quantizer"]["init_args"]["v_patch_nums"][-1] << (levels - 1)
 
     def check_writable(self, model: VQGanVAE) -> None:
-        check_taming(model, self.title)
+        check_taming(model, self.title, kernel=None)
         quantizer = model.quantizer
         inner = getattr(quantizer, "inner", None)
         if not isinstance(inner, MultiScaleResidual) or not isinstance(inner.codebook, VectorQuantizer):
@@ -123,6 +128,26 @@ class VARTokenizer(NetworkFamily):
                 "this model was trained with phi_rule proportional, by which other convolutions serve the scales than "
                 f"in {self.title}: its codes would give other images there"
             )
+
+    def peer_config(self, model: VQGanVAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of `VQVAE`, and two sizes that its code fixes where they are others."""
+        inner: Any = model.quantizer.inner  # a `MultiScaleResidual`, see `check_writable`
+        network, scales, phis = ddconfig_of(model), len(inner.scales), len(inner.phis)
+        literals = {"ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2}
+        kernel: Any = model.network.encoder.quant_conv
+        return {
+            "vocab_size": inner.codebook_size,
+            "z_channels": network["z_channels"],
+            "ch": network["ch"],
+            "dropout": network["dropout"],
+            "beta": inner.codebook.beta,
+            "using_znorm": inner.codebook.use_cosine_sim,
+            "quant_conv_ks": kernel.kernel_size[0],
+            "quant_resi": inner.phi_ratio if phis else 0.0,
+            "share_quant_resi": 0 if phis == scales != MOST_PHIS else phis,
+            "v_patch_nums": list(inner.scales),
+            **{name: network[name] for name, only in literals.items() if network[name] != only},
+        }
 
     def save(self, tensors: dict[str, Tensor], model: VQGanVAE, path: Path) -> None:
         """Write the tensors and the counts of uses that the project's files have, all 0."""
