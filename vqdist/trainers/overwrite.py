@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vqdist.errors import UserError
 from vqdist.files import METRICS, read_json, writing
+from vqdist.protocol import EVALUATIONS
 
 # config.json goes last: until then the folder is known as a run's
 WRITTEN = (
@@ -20,6 +21,7 @@ WRITTEN = (
     "wandb",
     "wandb.json",
     METRICS,
+    EVALUATIONS,
     "config.json",
 )
 # launchers start the same command again after a failure or a preemption, which must not cost the run its steps
