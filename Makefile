@@ -31,7 +31,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table docs docs-pictures docs-notebook lint quality style bench dalle-checkpoint digit-classifier \
+.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table reliability-table docs docs-pictures docs-notebook lint quality style bench dalle-checkpoint digit-classifier \
   doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
 
 # What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
@@ -141,6 +141,9 @@ test-latest: ## run every test with the newest version of each library, in an en
 
 support-table: install ## write docs/support.md anew: what works on which backend, by what two processes come to
 	VQDIST_WRITE_SUPPORT_TABLE=1 OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest tests/contract/test_distributed.py $(ARGS)
+
+reliability-table: install ## run the campaign of faults, and write its counts into docs/reliability.md
+	VQDIST_WRITE_RELIABILITY=1 $(PYTEST) $(wildcard tests/faults/test_campaign_*.py) $(ARGS)
 
 # A dead link, an anchor that is not there and an unknown name of the API are errors. Nothing is fetched.
 docs: install ## build the site of docs/ into site/, checked strictly (Python 3.11 or newer)

@@ -197,8 +197,8 @@ def _write_partial(target: Path, backend: Backend, write: Callable[[Path], None]
         partial.mkdir(parents=True)
 
     try:
-        on_main(backend, begin, f"{target} cannot be written")
-        with everywhere(backend, f"{target} cannot be written"):
+        on_main(backend, begin, f"{target} cannot be written", CannotWrite)
+        with everywhere(backend, f"{target} cannot be written", CannotWrite):
             partial.mkdir(parents=True, exist_ok=True)  # it is there; NFS else says for a while what it said before
             write(partial)
     except UserError:
@@ -209,7 +209,7 @@ def _write_partial(target: Path, backend: Backend, write: Callable[[Path], None]
 
 def _settle(target: Path, completion: Future | None, backend: Backend) -> None:
     """Wait for rank 0's completion of this checkpoint; every rank fails if that does."""
-    with everywhere(backend, f"{target} cannot be written"):
+    with everywhere(backend, f"{target} cannot be written", CannotWrite):
         if completion is not None:
             completion.result()
 

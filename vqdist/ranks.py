@@ -16,12 +16,13 @@ MOST_BYTES = 1000  # of a line of one rank that others repeat
 
 
 @contextmanager
-def everywhere(backend: Backend, message: str) -> Iterator[None]:
+def everywhere(backend: Backend, message: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Let all ranks fail with one line if one of them fails within this context; every rank waits for the others.
 
     Args:
         backend: every rank of it enters this context.
         message: what cannot be done; the reason is added.
+        kind: of the error that is raised; a `UserError` of this rank passes as it is.
 
     Raises:
         UserError: on every rank, if one could not read or write or raised a `UserError`.
@@ -34,11 +35,11 @@ def everywhere(backend: Backend, message: str) -> Iterator[None]:
     except UserError as error:
         problem = error
     except WRITE_ERRORS as error:
-        problem = UserError(f"{message}: {reason_of(error)}")
+        problem = kind(f"{message}: {reason_of(error)}")
         problem.__cause__ = error
     if backend.any(problem is not None):
         rank, reason = first_to_say(backend, None if problem is None else str(problem))
-        raise problem or UserError(f"{message}: {reason.removeprefix(f'{message}: ')} (on rank {rank})")
+        raise problem or kind(f"{message}: {reason.removeprefix(f'{message}: ')} (on rank {rank})")
 
 
 def first_to_say(backend: Backend, text: str | None) -> tuple[int, str]:
@@ -56,9 +57,9 @@ def first_to_say(backend: Backend, text: str | None) -> tuple[int, str]:
     return rank, bytes(table[rank].tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
-def on_main(backend: Backend, action: Callable[[], object], message: str) -> None:
+def on_main(backend: Backend, action: Callable[[], object], message: str, kind: type[UserError] = UserError) -> None:
     """Let rank 0 act; every rank calls this, waits for it, and fails if it does, see `everywhere`."""
-    with everywhere(backend, message):
+    with everywhere(backend, message, kind):
         if backend.is_main:
             action()
 

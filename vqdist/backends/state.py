@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from vqdist.backends.base import Engine
 from vqdist.errors import UserError
-from vqdist.files import follow_umask
+from vqdist.files import follow_umask, writing
 from vqdist.storage import with_own_storage
 
 T = TypeVar("T")
@@ -29,11 +29,9 @@ OPTIMIZER = "optimizer.safetensors"
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as one safetensors file, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(with_own_storage(tensors), path)
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be written ({error}); the checkpoints before it are whole") from error
     follow_umask(path)
 
 

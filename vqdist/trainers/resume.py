@@ -19,6 +19,7 @@ from vqdist.backends.state import load_network_tensors, load_tensors, save_tenso
 from vqdist.checkpoint import CheckpointStore, verify, write_all, write_atomically
 from vqdist.errors import UserError
 from vqdist.export import mend_export, write_export
+from vqdist.files import CannotWrite
 from vqdist.manifest import read_manifest
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.ranks import everywhere, on_main
@@ -159,7 +160,7 @@ class Resume:
             self._write_export_everywhere(folder)
 
     def _write_export_everywhere(self, folder: Path) -> None:
-        with everywhere(self.backend, f"{folder} cannot be written"):
+        with everywhere(self.backend, f"{folder} cannot be written", CannotWrite):
             self._write_export(folder)
 
     def _write_export(self, folder: Path) -> None:
