@@ -144,7 +144,7 @@ def error_of(job: Job) -> str:
 
 
 def listens(job: Job) -> bool:
-    """Whether a process handles SIGUSR1, as the command does from its first moment on."""
+    """Return whether a process handles SIGUSR1, as the command does from its first moment on."""
     try:
         status = Path(f"/proc/{job.pid}/status").read_text()
     except OSError:
