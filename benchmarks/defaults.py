@@ -198,6 +198,9 @@ def _players() -> Iterator[Setting]:
         else:
             yield Setting("players", label, {**PLAYERS, **change}, branches=True)
     yield Setting("players", "discriminator_start 0", PLAYERS, start=0)
+    for dim in (8, 32):
+        wider = {"model.vq_kwargs": {**CODEBOOK, "codebook_dim": dim}}
+        yield Setting("players", f"codebook_dim {dim}", {**PLAYERS, **wider})
 
 
 def _averages() -> Iterator[Setting]:

@@ -32,6 +32,7 @@ class TrainedModel:
         aliases: other names of options.
         aliases_title: where these names come from.
         aliases_note: what else people who know these names should know.
+        is_measured: whether the command has the defaults of `vqdist.cli.defaults`.
         over_tokenizer: whether it is trained over the codes of a frozen tokenizer, which `--tokenizer` names.
     """
 
@@ -44,6 +45,7 @@ class TrainedModel:
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     aliases_title: str = ""
     aliases_note: str = ""
+    is_measured: bool = False
     over_tokenizer: bool = False
 
     def load(self) -> tuple[type, type[Trainer]]:
@@ -117,6 +119,7 @@ MODELS = {
         trainer="vqdist.trainers.vqgan:VQGanVAETrainer",
         config="vqdist.trainers.vqgan_config:VQGanTrainerConfig",
         no_options=frozenset(["vgg", "kwargs"]),
+        is_measured=True,
     ),
     "dvae": TrainedModel(
         title="discrete VAE image tokenizer, as DALL-E's",

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vqdist.cli.chosen import choices
+from vqdist.cli.chosen import Choice, choices
+from vqdist.cli.defaults import NOTE, measured
 from vqdist.cli.loading import loading
 from vqdist.cli.mistakes import together
 from vqdist.cli.models import MODELS, TrainedModel, load_class, model_entry
@@ -71,9 +72,13 @@ def train_options(name: str, arguments: list[str]):
     for argument in arguments if entry.over_tokenizer else ():
         if (given := argument.partition("=")[0]).removeprefix("--") in OF_TOKENIZER:
             raise UserError(f"{given} is the tokenizer's own; leave it out")
-    return parse(
-        train_parser(name), arguments, entry.aliases, parts_of(name), choices(*entry.options(), entry.defaults)
-    )
+    return parse(train_parser(name), arguments, entry.aliases, parts_of(name), _choices(entry))
+
+
+def _choices(entry: TrainedModel) -> dict[str, Choice]:
+    """Return the options that are chosen where nobody says them: by others, or as they were found by measuring."""
+    found = choices(*entry.options(), entry.defaults)
+    return found | measured(load_class(entry.config)) if entry.is_measured else found
 
 
 def parts_of(name: str) -> dict[str, Registry[Any]]:
@@ -94,7 +99,7 @@ def train_parser(name: str):
     program = f"vqdist train {name}"
     needed = "" if "data.image_size" in entry.defaults else " --image_size PIXELS"
     needed = " --tokenizer RUN" if entry.over_tokenizer else needed
-    parser = make_parser(program, _description(entry), _aliases_help(entry))
+    parser = make_parser(program, _description(entry), _epilog(entry))
     parser.usage = f"{program} --data IMAGES{needed} --out RUN [options]"
     model_class, config_class = entry.options()
     if entry.over_tokenizer:
@@ -109,7 +114,7 @@ def train_parser(name: str):
     _add_groups(parser, entry, model_class, config_class)
     _set_defaults(parser, entry)
     _name_the_parts(parser, parts_of(name))
-    of_others = choices(model_class, config_class, entry.defaults)
+    of_others = _choices(entry)
     for action in parser._actions:
         if action.dest in of_others:
             action.chosen = of_others[action.dest].words  # --help says it
@@ -172,6 +177,11 @@ def _set_defaults(parser, entry: TrainedModel) -> None:
         # `--data FILE` and the like: `--config` reads files, and --data is short for the folder
         if action.dest in ("data", "model", "trainer"):
             action.help = SUPPRESS
+
+
+def _epilog(entry: TrainedModel) -> str | None:
+    """Return the end of `--help`: why defaults are others than in Python, and the aliases."""
+    return _indented("", NOTE) if entry.is_measured else _aliases_help(entry)
 
 
 def _aliases_help(entry: TrainedModel) -> str | None:

@@ -1,0 +1,113 @@
+"""Defaults of `vqdist train vqgan` that are others than those of the Python classes, and where they hold.
+
+Those of the classes are the ancestors'. Those of the command came of a search, see docs/defaults.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vqdist.cli.chosen import Choice, Said
+from vqdist.errors import UserError
+from vqdist.files import read_json
+
+# of the discriminator, which nothing reads where there is none
+OF_PLAYERS = {
+    "trainer.adversarial_weight": 0.1,
+    "trainer.discriminator_warmup_steps": 50,
+    "trainer.adversarial_ramp_steps": 100,
+    "trainer.discr_max_grad_norm": 1.0,
+}
+OF_SCHEDULE = ("trainer.discriminator_warmup_steps", "trainer.adversarial_ramp_steps")
+VQGAN_DEFAULTS = {"trainer.lr": 1e-3, "trainer.max_grad_norm": 1.0, **OF_PLAYERS}
+# of quantizer vq
+VQ_OPTIONS = {"codebook_dim": 32, "decay": 0.9, "threshold_ema_dead_code": 2}
+# of a codebook that does not follow the encoder by itself they were not measured
+OTHER_CODEBOOKS = ("learnable_codebook", "ema_update", "directional_reparam", "implicit_neural_codebook")
+VQ = "model.vq_kwargs"
+NOTE = (
+    "Some defaults are others than those of the Python classes, which keep muse-maskgit-pytorch's. They came of a "
+    "search, see docs/defaults.md: a discriminator that joins late undoes nothing that was learnt, and codes stay in "
+    f"use. Quantizer vq has {', '.join(f'{name} {value}' for name, value in VQ_OPTIONS.items())} where vq_kwargs says "
+    "nothing else. A run that was begun with the classes' defaults goes on with them."
+)
+
+
+def measured(config_class: type) -> dict[str, Choice]:
+    """Return the defaults that were measured, as choices of what nobody says.
+
+    Args:
+        config_class: of the trainer of a VQGAN.
+    """
+    found = {}
+    for option, value in VQGAN_DEFAULTS.items():
+        in_python = default_in_python(config_class, option)
+        words = f"{value}, in Python {'null' if in_python is None else in_python}"
+        found[option] = Choice(words, partial(_of_trainer, option, value, in_python))
+    for name, value in VQ_OPTIONS.items():
+        found[f"{VQ}.{name}"] = Choice(f"{value}", partial(_of_codebook, name, value))
+    return found
+
+
+def default_in_python(config_class: type, option: str) -> Any:
+    """Return the default of an option of the trainer by the signature of its configuration."""
+    return inspect.signature(config_class).parameters[option.removeprefix("trainer.")].default
+
+
+def _of_trainer(option: str, value: Any, in_python: Any, said: Said) -> Any:
+    if option in said:  # as null, which is a value of some
+        return None
+    if option in OF_PLAYERS and not (_is_on(said, "model.use_gan") and _is_on(said, "model.use_vgg_and_gan")):
+        return None
+    if option in OF_SCHEDULE and said.get("trainer.adversarial_weight") == 0:
+        return None
+    trainer = _run_before(said).get("trainer")
+    name = option.removeprefix("trainer.")
+    begun_in_python = isinstance(trainer, dict) and trainer.get(name, in_python) == in_python
+    return None if begun_in_python else value
+
+
+def _of_codebook(name: str, value: Any, said: Said) -> Any:
+    given = _codebook_of(said)
+    if not _is_vq(said) or name in given or any(other in given for other in OTHER_CODEBOOKS):
+        return None
+    model = _run_before(said).get("model")
+    begun_without = isinstance(model, dict) and name not in (model.get("vq_kwargs") or {})
+    return None if begun_without else value
+
+
+def _is_on(said: Said, option: str) -> bool:
+    return said.get(option) is not False
+
+
+def _codebook_of(said: Said) -> dict[str, Any]:
+    """Return the options of the codebook that were said, as a whole or one by one."""
+    whole = said.get(VQ)
+    single = {name.removeprefix(f"{VQ}."): value for name, value in said.items() if name.startswith(f"{VQ}.")}
+    return {**(whole if isinstance(whole, Mapping) else {}), **single}
+
+
+def _is_vq(said: Said) -> bool:
+    """Return whether a new codebook is made, by quantizer vq: `init_from` gives the codebook, too."""
+    if said.get("init_from") is not None:
+        return False
+    quantizer = said.get("model.quantizer")
+    if quantizer is None and said.get("model.preset") is None:
+        return said.get("model.lookup_free_quantization") is False
+    return quantizer == "vq"
+
+
+def _run_before(said: Said) -> dict[str, Any]:
+    """Return the configuration of the run that is in the folder; an empty one where there is none."""
+    if said.get("out") is None:
+        return {}
+    with contextlib.suppress(UserError, OSError):  # whoever opens the run says what is wrong with it
+        path = Path(str(said["out"])).expanduser() / "config.json"
+        found: Any = read_json(path) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+    return {}
