@@ -205,7 +205,7 @@ def test_print_config_says_what_each_option_means_and_is_a_configuration(tmp_pat
         return capsys.readouterr().out
 
     first = printed("--config", "digits_vqgan", "--lr", "0.5")
-    assert re.search(r"  # Peak learning rate[^\n]*\(a number; default: 0.0003\)\n  lr: 0.5\n", first)
+    assert re.search(r"  # Peak learning rate[^\n]*\(a number; default: 0.001, in Python 0.0003\)\n  lr: 0.5\n", first)
     values = yaml.safe_load(first)
     assert values["trainer"]["lr"] == 0.5 and values["model"]["vq_kwargs"]["codebook_dim"] == 16
     (tmp_path / "again.yaml").write_text(first)
