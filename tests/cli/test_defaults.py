@@ -14,6 +14,7 @@ from vqdist.cli import main
 from vqdist.cli.defaults import OF_PLAYERS, VQ_OPTIONS, VQGAN_DEFAULTS, default_in_python
 from vqdist.cli.models import MODELS
 from vqdist.cli.train import refuse_mistakes, train_options
+from vqdist.models.presets import PRESETS
 from vqdist.models.quantizers.vq import VQ_DEFAULTS
 from vqdist.trainers.vqgan_config import VQGanTrainerConfig
 
@@ -59,9 +60,18 @@ def test_help_says_which_defaults_differ_and_why(capsys):
     assert f"codebook_dim {VQ_OPTIONS['codebook_dim']}" in said
 
 
-@pytest.mark.parametrize("switch", ["--model.use_gan", "--model.use_vgg_and_gan"])
-def test_what_nothing_reads_without_a_discriminator_is_no_mistake(switch):
-    options = options_of(switch, "false")
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["--model.use_gan", "false"],
+        ["--model.use_vgg_and_gan", "false"],
+        ["--model.preset", "titok_l32_stage1"],
+        ["--init_from", "runs/a"],
+    ],
+    ids=" ".join,
+)
+def test_what_nothing_may_read_without_a_discriminator_is_not_chosen(said):
+    options = options_of(*said)
     assert {name: options[name] for name in OF_PLAYERS} == {name: IN_PYTHON[name] for name in OF_PLAYERS}
     assert options.trainer.lr == VQGAN_DEFAULTS["trainer.lr"]
 
@@ -132,7 +142,10 @@ def test_a_configuration_that_says_nothing_is_left_to_the_run(tmp_path, content)
 def test_recipes_of_two_players_depend_on_no_default_of_the_command(recipe):
     said = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     model, trainer = said.get("model", {}), said["trainer"]
-    if not re.search(r"vqdist train vqgan", recipe.read_text(encoding="utf-8")) or not model.get("use_gan", True):
+    preset = PRESETS.get(model.get("preset"))
+    alone = not model.get("use_gan", True) or (preset is not None and preset.discriminator is None)
+    if not re.search(r"vqdist train vqgan", recipe.read_text(encoding="utf-8")) or alone:
+        assert not OF_PLAYERS.keys() & {f"trainer.{name}" for name in trainer}
         return
     assert [name for name in VQGAN_DEFAULTS if name.partition(".")[2] not in trainer] == []
     if model.get("quantizer") == "vq":

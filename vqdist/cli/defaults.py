@@ -15,6 +15,7 @@ from typing import Any
 from vqdist.cli.chosen import Choice, Said
 from vqdist.errors import UserError
 from vqdist.files import read_json
+from vqdist.models.presets import PRESETS
 
 # of the discriminator, which nothing reads where there is none
 OF_PLAYERS = {
@@ -62,7 +63,7 @@ def default_in_python(config_class: type, option: str) -> Any:
 def _of_trainer(option: str, value: Any, in_python: Any, said: Said) -> Any:
     if option in said:  # as null, which is a value of some
         return None
-    if option in OF_PLAYERS and not (_is_on(said, "model.use_gan") and _is_on(said, "model.use_vgg_and_gan")):
+    if option in OF_PLAYERS and not _has_discriminator(said):
         return None
     if option in OF_SCHEDULE and said.get("trainer.adversarial_weight") == 0:
         return None
@@ -81,8 +82,12 @@ def _of_codebook(name: str, value: Any, said: Said) -> Any:
     return None if begun_without else value
 
 
-def _is_on(said: Said, option: str) -> bool:
-    return said.get(option) is not False
+def _has_discriminator(said: Said) -> bool:
+    """Return whether there is one for sure: `init_from` may name a model without."""
+    if said.get("init_from") is not None or False in (said.get("model.use_gan"), said.get("model.use_vgg_and_gan")):
+        return False
+    preset = PRESETS.get(str(said.get("model.preset")))
+    return preset is None or preset.discriminator is not None or said.get("model.discriminator") is not None
 
 
 def _codebook_of(said: Said) -> dict[str, Any]:
