@@ -38,7 +38,7 @@ from vqdist.data.dataset import ImageDataset, most_bad, too_many_bad
 from vqdist.data.loader import Batch, default_workers, listed_loader
 from vqdist.data.sources import folder_of
 from vqdist.errors import UserError
-from vqdist.files import LEASE_SECONDS, LOCK, FolderLock, lock_folder, read_json, sha256_of, write_json
+from vqdist.files import LEASE_SECONDS, LOCK, FolderLock, lock_folder, read_json, sha256_of, write_json, writing
 from vqdist.metrics import code_histogram, codebook_usage, few_codes
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.ranks import on_main
@@ -358,7 +358,7 @@ def check_folder(folder: Path, images: Any = None) -> None:
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())

@@ -6,12 +6,14 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vqdist.cli import main
+from vqdist.encoding import _write_array
 from vqdist.errors import UserError
 from vqdist.export import is_whole
-from vqdist.files import LARGEST_SMALL, METRICS, lines_of_metrics, read_json, read_small, write_json
+from vqdist.files import LARGEST_SMALL, METRICS, CannotWrite, lines_of_metrics, read_json, read_small, write_json
 from vqdist.manifest import read_manifest
 from vqdist.models.pretrained import load_model_of_any_type
 
@@ -72,6 +74,13 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
         read_json(Path("/dev/zero"))
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_json(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_codes_that_do_not_fit_on_the_disk_name_their_file(tmp_path):
+    (tmp_path / "codes_00000.npy").symlink_to("/dev/full")
+    with pytest.raises(CannotWrite, match=r"codes_00000.npy cannot be written: No space left on device"):
+        _write_array(tmp_path / "codes_00000.npy", np.zeros(2**16, dtype=np.int64))
 
 
 def test_log_lines_are_read_one_at_a_time(tmp_path):
