@@ -84,6 +84,22 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in NEEDED) and (record is None or _files_are(folder, record))
 
 
+def check_weights(path: Path) -> None:
+    """Raise `UserError` unless a file of weights is the one that the record of its export names, if there is one.
+
+    Args:
+        path: the file, in an export or in a folder of it. An export may be exchanged for a newer one meanwhile.
+    """
+    for folder in (path.parent, path.parent.parent):
+        name = path.relative_to(folder).as_posix()
+        while (digest := _digest_of(folder, name)) and not _files_are(folder, {"files": {name: digest}}):
+            if path.is_file() and _digest_of(folder, name) == digest:
+                raise UserError(
+                    f"{path} is not the file that {folder / RECORD} names: it is damaged, or comes from elsewhere; "
+                    f"the command of the run makes its export anew, and without {RECORD} weights are not compared"
+                )
+
+
 def exchange(first: Path, second: Path) -> bool:
     """Swap two paths so that at no moment one is missing; return False, without a change, where the system cannot.
 
@@ -112,6 +128,12 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
         return read_json(folder / RECORD)
     except UserError:
         return None
+
+
+def _digest_of(folder: Path, name: str) -> str | None:
+    """Return the checksum of a file that the record of an export names, or None."""
+    files = (_record_of(folder) or {}).get("files")
+    return files.get(name) if isinstance(files, dict) else None
 
 
 def _files_are(folder: Path, record: dict[str, Any]) -> bool:

@@ -48,7 +48,9 @@ PARTS = {
     "vqdist.losses": LEAVES,
     "vqdist.sampling": {*LEAVES, "vqdist.losses"},
     "vqdist.objectives": {*LEAVES, "vqdist.losses", "vqdist.schedules"},
-    "vqdist.models": {*LEAVES, "vqdist.losses", "vqdist.objectives", "vqdist.sampling", "vqdist.schedules"},
+    "vqdist.models": {
+        *(*LEAVES, "vqdist.export", "vqdist.losses", "vqdist.objectives", "vqdist.sampling", "vqdist.schedules")
+    },
     "vqdist.data": {*LEAVES, "vqdist.seeding", "vqdist.stopping"},
     "vqdist.uncaught": {*LEAVES, "vqdist.stopping"},
     "vqdist.backends": {*LEAVES, "vqdist.leaving", "vqdist.stopping"},

@@ -107,10 +107,7 @@ def test_each_file_of_a_run(tmp_path, tried, runs):
 
 @pytest.mark.timeout(3000)
 def test_each_file_of_the_export_of_a_finished_run(tmp_path, tried, runs):
-    """Read as it is, it says so or gives the right weights; the run's own command makes it anew.
-
-    A flipped bit of a weight is noticed by that command only: reading an export compares no checksums.
-    """
+    """Read as it is, it says so or gives the right weights; the run's own command makes it anew."""
     _, whole = runs
     expected = content_of(whole)
     right = VQGanVAE.from_pretrained(whole / "export").saved_part().state_dict()
@@ -126,9 +123,7 @@ def test_each_file_of_the_export_of_a_finished_run(tmp_path, tried, runs):
         seen = "read"
         try:
             found = VQGanVAE.from_pretrained(out / "export").saved_part().state_dict()
-            if not all(torch.equal(found[key], value) for key, value in right.items()):
-                assert words == "model.safetensors flipped", words
-                seen = "read wrong"
+            assert all(torch.equal(found[key], value) for key, value in right.items()), words
         except UserError as error:
             assert "\n" not in str(error)
             seen = "refused"
@@ -142,6 +137,6 @@ def test_each_file_of_the_export_of_a_finished_run(tmp_path, tried, runs):
     tried(
         f"each of {len(cases) // len(DAMAGES)} files of an export truncated, flipped, emptied, removed",
         len(cases),
-        f"{seen.count('refused')} refused in one line, {seen.count('read')} give the right weights and "
-        f"{seen.count('read wrong')} other ones; the run's own command, started again at its end, mends all",
+        f"{seen.count('refused')} refused in one line, {seen.count('read')} give the right weights; the run's own "
+        "command, started again at its end, mends all",
     )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from scenarios import build_ar_trainer, build_trainer
 
-from vqdist import export
+from vqdist import UserError, export
 from vqdist.export import RECORD, exchange, mend_export, write_export
 from vqdist.files import sha256_of
 from vqdist.models.pretrained import load_model_of_any_type
@@ -215,3 +215,36 @@ def test_a_start_removes_what_a_killed_run_left_beside_the_export(tmp_path):
         shutil.copytree(tmp_path / "export", tmp_path / name)
     build_trainer(tmp_path, num_train_steps=1)
     assert not list(tmp_path.glob("export.*"))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer/model.safetensors"])
+def test_a_flipped_bit_of_a_weight_is_not_loaded(tmp_path, name):
+    """Neither of the model's own weights nor of those of the tokenizer within it."""
+    prior = build_ar_trainer(tmp_path / "run").model
+    folder = tmp_path / "export"
+    write_export(folder, prior.save_pretrained, 3)
+    assert load_model_of_any_type(folder) is not None
+    flip_a_bit(folder / name)
+    with pytest.raises(UserError, match=r"is not the file that .*export.json names: it is damaged") as error:
+        load_model_of_any_type(folder)
+    assert "\n" not in str(error.value)
+    (folder / RECORD).unlink()
+    assert load_model_of_any_type(folder) is not None
+
+
+def test_weights_saved_over_an_export_are_their_own(tmp_path):
+    prior = build_ar_trainer(tmp_path / "run").model
+    folder = tmp_path / "export"
+    write_export(folder, prior.save_pretrained, 3)
+    with torch.no_grad():
+        next(prior.parameters()).add_(1)
+    prior.save_pretrained(folder)
+    assert not (folder / RECORD).exists()
+    found = load_model_of_any_type(folder)
+    assert torch.equal(next(found.parameters()), next(prior.parameters()))

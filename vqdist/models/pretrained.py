@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vqdist.classes import checked_names
 from vqdist.errors import UserError
+from vqdist.export import RECORD, check_weights
 from vqdist.files import follow_umask, read_json, reason_of
 from vqdist.locations import DISCRIMINATOR, FILES, check_location, config_of_folder, find_export, is_name_on_hub
 from vqdist.models.export_config import check_config
@@ -124,6 +125,7 @@ class PretrainedModel(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         path = save_directory / "model.safetensors"
+        (save_directory / RECORD).unlink(missing_ok=True)  # of an export that stood there before
         save_module(self.saved_part(), path)
         follow_umask(path)
         facts: dict[str, Any] = {"model_type": self.model_type, "image_size": self.image_size}
@@ -305,6 +307,7 @@ class PretrainedModel(PyTorchModelHubMixin):
     @classmethod
     def _load_as_safetensor(cls, model: H, model_file: str, map_location: str, strict: bool) -> H:
         tensors, filled = load_file(model_file, device=str(map_location)), cast(PretrainedModel, model)
+        check_weights(Path(model_file))
         _fill(filled.saved_part(), {filled.current_name(name): tensor for name, tensor in tensors.items()}, strict)
         cast(nn.Module, model).to(map_location)
         return model

@@ -15,7 +15,7 @@ from torch import Tensor
 from vqdist import seeding
 from vqdist.checkpoint import complete_steps
 from vqdist.errors import UserError, an
-from vqdist.export import RECORD
+from vqdist.export import RECORD, check_weights
 from vqdist.files import read_json, sha256_of
 from vqdist.locations import FILES, check_location, find_export
 from vqdist.models.networks.maskgit import MaskGITDecoder
@@ -238,7 +238,11 @@ def _second_stage(first: _Source, target: _Source) -> _Source:
 
 def _tensors(file: Path | None) -> dict[str, Tensor] | None:
     try:
-        return None if file is None else load_file(file)
+        if file is None:
+            return None
+        tensors = load_file(file)
+        check_weights(file)
+        return tensors
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); remove it to begin with a new discriminator") from error
 
