@@ -370,6 +370,22 @@ def _may_be(cls: type, base: type) -> bool:
     return issubclass(cls, base)
 
 
+MOVED = {
+    "vqdist.trainers.muon.MuonWithAdamW": "vqdist.trainers.optimizers.MuonWithAdamW",
+    "vqdist.trainers.muon.muon": "vqdist.trainers.optimizers.muon",
+    "vqdist.trainers.library_optimizers.schedule_free": "vqdist.trainers.optimizers.schedule_free",
+    "vqdist.trainers.library_optimizers.adamw_8bit": "vqdist.trainers.optimizers.adamw_8bit",
+}
+"""Import paths that records of runs hold, where something has moved: the path now, and the one before."""
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two values of a record are equal, or import paths of one thing that has moved since."""
+    if isinstance(one, str) and isinstance(other, str):
+        return MOVED.get(one, one) == MOVED.get(other, other)
+    return bool(one == other)
+
+
 def path_of(thing: Any) -> str:
     """Return the import path of a class, a function, or of an object's class."""
     return f"{thing.__module__}.{getattr(thing, '__qualname__', type(thing).__name__)}"

@@ -22,7 +22,7 @@ from vqdist.cli import main
 from vqdist.models import pretrained
 from vqdist.models.networks.blur import BlurDiscriminator
 from vqdist.models.networks.patchgan import PatchGAN
-from vqdist.models.published import read_published, read_to_train, write_published
+from vqdist.models.published import fetched, read_published, read_to_train, write_published
 from vqdist.models.published.critics import Critic
 
 TAMING = "taming_vqgan"
@@ -473,6 +473,47 @@ def test_a_repository_of_diffusers_is_read(hub):
     found = Tokenizer.from_pretrained("someone/vq", image_size=(16, 24))
     given = fixture("diffusers_vqmodel")
     assert torch.equal(found.encode((given.given["image"] + 1) / 2), given.found["indices"].flatten(1))
+
+
+def test_of_shards_those_with_the_tokenizer_are_fetched(tmp_path):
+    sharded(tmp_path, {f"model.vqmodel.{name}": one for name, one in own().items()})
+    index, shards = tmp_path / "model.safetensors.index.json", sorted(tmp_path.glob("*.safetensors"))
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": {**content["weight_map"], "model.layers.0.weight": "another"}}))
+    there, asked = {"config.json", index.name, *(file.name for file in shards)}, []
+
+    def download(name: str) -> str:
+        asked.append(name)
+        if name not in there:
+            raise LocalEntryNotFoundError(f"no {name}")
+        return str(tmp_path / name)
+
+    assert fetched(download, "someone/vq") == tmp_path
+    assert there <= set(asked) and "another" not in asked
+    there.remove(shards[1].name)
+    assert f"lacks {shards[1].name}, which its {index.name} names" in refusal(lambda: fetched(download, "someone/vq"))
+
+
+@pytest.mark.parametrize("places", [None, [], {}, {"a": 3}])
+def test_a_list_of_shards_that_names_none_is_one_line(places, hub):
+    write_config(hub, {"codebook_size": 24})
+    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert "says no weight_map" in refusal(lambda: VQGanVAE.from_pretrained("someone/vq"))
+
+
+def test_weights_that_cannot_be_fetched_are_not_called_missing(tmp_path):
+    error = LocalEntryNotFoundError("not here")
+    error.__cause__ = ConnectionError("timed out")
+    for problem in (error, OSError("no space left"), RuntimeError("the connection was reset")):
+
+        def download(name, problem=problem):
+            if name != "config.json":
+                raise problem
+            return str(tmp_path / name)
+
+        message = refusal(lambda download=download: fetched(download, "someone/vq"))
+        assert message.startswith("diffusion_pytorch_model.safetensors of someone/vq cannot be fetched (")
+        assert str(problem.__cause__ or problem) in message
 
 
 WRONG = {

@@ -21,6 +21,7 @@ from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.encoding import CodeWriter
 from vqdist.errors import UserError
+from vqdist.models.published.files import checksum_of_weights
 
 FIXTURES = Path(__file__).parent.parent / "data" / "parity"
 STEPS = 3
@@ -315,6 +316,24 @@ def test_a_resumed_run_does_not_begin_from_another(run, tmp_path):
         assert str(source) in message and str(place) in message and "began from" in message
     build_trainer(tmp_path / "plain", quantizer="vq", num_train_steps=2).train()
     assert "did not begin from" in refusal(lambda: begun(source, tmp_path / "plain"))
+
+
+def test_weights_in_several_files_are_recorded_by_all_of_them(tmp_path):
+    weights = weights_in(FIXTURES / "taming_vqgan" / "weights.safetensors")
+    tensors = {name: one.contiguous() for name, one in weights.items() if not name.startswith("loss.")}
+    halves = {"a.safetensors": sorted(tensors)[::2], "b.safetensors": sorted(tensors)[1::2]}
+    for file, names in halves.items():
+        save_file({name: tensors[name] for name in names}, tmp_path / file)
+    places = {name: file for file, names in halves.items() for name in names}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    checksums = {checksum_of_weights(index)}
+    for file in halves:
+        save_file({name: 2 * tensors[name] for name in halves[file]}, tmp_path / file)
+        checksums.add(checksum_of_weights(index))
+    assert len(checksums) == 3
+    trainer = begun(index, tmp_path / "run", {**ALONE, "use_gan": False}, family="taming")
+    assert trainer.config.init_from["sha256"] == checksum_of_weights(index)
 
 
 @pytest.mark.parametrize(

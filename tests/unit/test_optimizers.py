@@ -24,7 +24,7 @@ from vqdist.backends.local import LocalBackend
 from vqdist.backends.optimizer import check_optimizer, is_elementwise
 from vqdist.cli import main
 from vqdist.errors import UserError
-from vqdist.trainers.optimizers import MuonWithAdamW, OptimizerOptions, make_optimizer
+from vqdist.trainers.optimizers import MuonWithAdamW, OptimizerOptions, adamw_8bit, make_optimizer, muon
 
 CPU = torch.device("cpu")
 
@@ -330,6 +330,20 @@ def test_a_checkpoint_from_before_the_choice_holds_adams_state(tmp_path):
     other = build_ar_trainer(tmp_path / "other", optimizer="sgd")
     with pytest.raises(UserError, match=r"holds the state of optimizer torch.optim.adam.Adam and this run has"):
         other.engine.load(tmp_path / "saved" / "model")
+
+
+@pytest.mark.parametrize("earlier", [True, False], ids=["a record of before", "an older version goes on"])
+def test_a_run_is_resumed_by_a_version_that_has_its_optimizer_elsewhere(earlier, tmp_path, monkeypatch):
+    for times in (earlier, not earlier):
+        with monkeypatch.context() as patch:
+            for moved in (MuonWithAdamW, muon) if times else ():
+                patch.setattr(moved, "__module__", "vqdist.trainers.optimizers")
+            trainer = build_ar_trainer(tmp_path, optimizer=muon)
+            trainer.train_step()
+            trainer.save(tmp_path / "checkpoints" / f"step_0000000{trainer.step}")
+    assert trainer.step == 2
+    with pytest.raises(UserError, match="another configuration"):
+        build_ar_trainer(tmp_path, optimizer=adamw_8bit)
 
 
 class Keeping(Lion):

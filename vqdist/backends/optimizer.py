@@ -15,6 +15,7 @@ from vqdist.backends import state
 from vqdist.backends.base import Backend
 from vqdist.errors import UserError, an
 from vqdist.files import read_json, write_json
+from vqdist.parts import is_same
 
 ELEMENTWISE = frozenset([Adadelta, Adagrad, Adam, Adamax, AdamW, ASGD, NAdam, RAdam, RMSprop, Rprop, SGD])
 """Optimizers of torch that treat every number of a weight by itself."""
@@ -88,7 +89,7 @@ def path_of(optimizer: Optimizer) -> str:
 
 def kept_alike(saved: str, now: str) -> bool:
     """Return whether the optimizer of one import path goes on with the state of another's."""
-    return saved == now or {saved, now} <= ADAMS
+    return is_same(saved, now) or {saved, now} <= ADAMS
 
 
 class OptimizerRecord:

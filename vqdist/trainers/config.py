@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from vqdist.data.config import DataConfig
 from vqdist.errors import UserError
 from vqdist.options import check_options, check_types, default_options, in_one_form, option
-from vqdist.parts import Spec, arguments_of, recorded, unknown
+from vqdist.parts import Spec, arguments_of, is_same, recorded, unknown
 from vqdist.schedules import SCHEDULES, factor_of
 
 PRECISIONS = ("fp32", "bf16")
@@ -351,6 +351,6 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], free: frozenset[str
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differing_keys(before, after, free, f"{prefix}{key}.")
-        elif before != after:
+        elif not is_same(before, after):
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines

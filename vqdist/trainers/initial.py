@@ -16,7 +16,7 @@ from vqdist import seeding
 from vqdist.checkpoint import complete_steps
 from vqdist.errors import UserError, an
 from vqdist.export import RECORD, check_weights
-from vqdist.files import read_json, sha256_of
+from vqdist.files import read_json
 from vqdist.locations import FILES, check_location, find_export
 from vqdist.models.networks.maskgit import MaskGITDecoder
 from vqdist.models.networks.vit import TiTokProxyDecoder
@@ -25,6 +25,7 @@ from vqdist.models.pretrained import FIRST_TYPE, class_of_type, is_of_another_pr
 from vqdist.models.published import file_of_weights, read_to_train
 from vqdist.models.published.base import differences
 from vqdist.models.published.critics import Critic, part_of_file
+from vqdist.models.published.files import checksum_of_weights
 from vqdist.models.published.maskgit import decoder_arguments
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.models.vqgan import VQGanVAE
@@ -126,7 +127,7 @@ def _path_in(config: VQGanTrainerConfig, name: str) -> str | None:
 
 
 def _record(source: _Source) -> dict[str, Any]:
-    return {"path": source.path, "sha256": sha256_of(source.file)}
+    return {"path": source.path, "sha256": checksum_of_weights(source.file)}
 
 
 def _again(given: Given, paths: Mapping[str, str | None], folder: Path, trust_code: bool) -> Begun:
@@ -164,7 +165,7 @@ def _same(name: str, path: str | None, trainer: Mapping[str, Any], folder: Path)
 def _checksum(path: str) -> str | None:
     """Return the SHA-256 of the weights at a path; None where there are none now."""
     try:
-        return sha256_of(_file_of(path))
+        return checksum_of_weights(_file_of(path))
     except (OSError, UserError):
         return None
 

@@ -39,26 +39,31 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def take_optimizers(
-    checkpoint: Path, engines: Mapping[str, Engine], shapes: Mapping[str, Shapes], backend: Backend, run: Path
+    checkpoint: Path | None, engines: Mapping[str, Engine], shapes: Mapping[str, Shapes], backend: Backend, run: Path
 ) -> list[str]:
     """Give each engine's optimizer the state that another run's checkpoint has of its weights; every rank calls it.
+
+    Rank 0 alone reads the checkpoint: other hosts may lack it, or see a newer one.
 
     A weight takes the state of the weight of its name and shape; others begin without. Where a runtime keeps one count
     of steps for many weights, all of them take theirs or none does.
 
     Args:
-        checkpoint: of the other run.
+        checkpoint: of the other run, or None; that of rank 0 counts.
         engines: of this run, by name.
         shapes: of their weights.
         backend: of this run.
         run: folder of this run.
 
     Returns:
-        One line for each engine, to say what was taken.
+        One line for each engine, for rank 0 to say what was taken; none where there is no checkpoint.
 
     Raises:
-        UserError: on every rank, if one could not read the states, or rank 0 not write.
+        UserError: on every rank, if rank 0 could not read or write the states, or one not read what it wrote.
     """
+    if not backend.any(backend.is_main and checkpoint is not None):
+        return []
+    checkpoint = checkpoint or Path()  # of another rank, which does not read it
     return [_take(checkpoint, name, engine, shapes[name], backend, run / SCRATCH) for name, engine in engines.items()]
 
 
@@ -67,14 +72,15 @@ def _take(checkpoint: Path, name: str, engine: Engine, shapes: Shapes, backend: 
     record: dict[str, Any] = {}
     taken: set[str] = set()
     trained = {weight for weight, tensor in engine.module.named_parameters() if tensor.requires_grad}
-    with everywhere(backend, f"{checkpoint} cannot be read"):
+    with everywhere(backend, f"the state of the {name}'s optimizer cannot be read"):
         try:
-            record = _record_of(checkpoint / name, engine)
-            taken = _same_weights(checkpoint / name, engine.module, {key: shapes[key] for key in trained})
-            _check_enough(taken, trained, engine)
+            if backend.is_main:
+                record = _record_of(checkpoint / name, engine)
+                taken = _same_weights(checkpoint / name, engine.module, {key: shapes[key] for key in trained})
+                _check_enough(taken, trained, engine)
         except NotTaken as reason:
             problem = str(reason)
-    if problem is not None:
+    if backend.any(problem is not None):
         return f"the optimizer of the {name} begins anew: {problem}"
     weights = {key: tensor.cpu() for key, tensor in engine.named_tensors() if backend.is_main}
     on_main(

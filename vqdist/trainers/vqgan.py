@@ -47,7 +47,7 @@ class VQGanVAETrainer(TokenizerTrainer):
 
     def __init__(self, vae: VQGanVAE | Mapping[str, Any] | None = None, **options):
         self._note: str | None = None  # on the weights that the run begins with
-        self._checkpoint: Path | None = None  # of the run that it begins from
+        self._checkpoint: Path | None = None  # of the run that it begins from, as this rank sees it
         super().__init__(cast(VQGanVAE, vae), **options)
 
     def check_model(self) -> None:
@@ -93,7 +93,7 @@ class VQGanVAETrainer(TokenizerTrainer):
         super()._go_on()
         if self._note is not None:
             self.report.print(self._note)
-        if self._checkpoint is not None and self.resume.saved < 0:
+        if self.config.init_from is not None and self.config.init_optimizer and self.resume.saved < 0:
             lines = take_optimizers(self._checkpoint, self.engines, self._shapes, self.backend, self.run.folder)
             for line in lines:
                 self.report.print(line)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from vqdist.errors import UserError
@@ -22,7 +22,7 @@ from vqdist.models.presets import PRESETS
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.models.published.base import Family, NetworkFamily, network_tensors
 from vqdist.models.published.critics import Critic, critic_in
-from vqdist.models.published.files import CONFIG, INDEX, read_config, read_content
+from vqdist.models.published.files import CONFIG, INDEX, read_config, read_content, shards_of
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.names import unknown
 from vqdist.registries import FAMILIES
@@ -174,20 +174,41 @@ def fetched(download: Callable[[str], str], name: str) -> Path:
         download: gives the path of a file of the repository.
         name: of the repository, for messages.
 
+    Of several files those are fetched that hold something of the tokenizer.
+
     Raises:
-        UserError: there are no weights by any of the names in `WEIGHTS`.
+        UserError: there are no weights by any of the names in `WEIGHTS`, or a file cannot be fetched.
     """
-    folder = Path(download("config.json")).parent
+    folder = _download(download, "config.json", name).parent
     for weights in WEIGHTS:
         try:
-            path = Path(download(weights))
-        except (OSError, ValueError, HfHubHTTPError):  # there is no such file
+            path = _download(download, weights, name)
+        except EntryNotFoundError:
             continue
-        shards = set(read_json(path).get("weight_map", {}).values()) if weights.endswith(INDEX) else set()
-        for shard in sorted(map(str, shards)):
-            download(shard)
+        for shard in shards_of(path) if weights.endswith(INDEX) else ():
+            try:
+                _download(download, shard.name, name)
+            except EntryNotFoundError as error:
+                raise UserError(f"{name} lacks {shard.name}, which its {weights} names; give a whole one") from error
         return folder
     raise UserError(f"{name} has none of {', '.join(WHOLE)}; give a repository with a tokenizer's weights")
+
+
+def _download(download: Callable[[str], str], file: str, name: str) -> Path:
+    """Return the path of a file of a repository; raise `UserError` if it cannot be fetched, though it may be there.
+
+    Raises:
+        EntryNotFoundError: there is no such file, or offline none on this machine.
+    """
+    try:
+        return Path(download(file))
+    except Exception as error:  # of whatever library fetches
+        offline = error.__cause__ is None or isinstance(error.__cause__, OfflineModeIsEnabled)
+        if isinstance(error, EntryNotFoundError) and (offline or not isinstance(error, LocalEntryNotFoundError)):
+            raise
+        raise UserError(
+            f"{file} of {name} cannot be fetched ({' '.join(str(error.__cause__ or error).split())[:200]}); try again"
+        ) from error
 
 
 def _said_project(config: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ Lightning's callbacks do, an empty class of this module takes its place: nothing
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vqdist.errors import UserError
-from vqdist.files import LARGEST_YAML, read_json, read_small
+from vqdist.files import LARGEST_YAML, read_json, read_small, sha256_of
 
 HARMLESS = re.compile(
     r"(argparse|lightning|lightning_fabric|numpy|omegaconf|pathlib|pytorch_lightning|typing)\.[\w.]+"
@@ -76,17 +77,34 @@ def read_content(path: Path) -> Any:
 
 def _read_shards(index: Path) -> dict[str, Any]:
     """Return the tensors of several files together; of a larger model those of its tokenizer alone."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, Mapping) or not all(_is_file_name(name) for name in places.values()):
-        raise UserError(f"{index} says no weight_map of tensors and files beside it; give the file with the weights")
-    wanted = {name for name in places if WITHIN.search(name)} or set(places)
+    places = places_in(index)
     found: dict[str, Any] = {}
-    for file in sorted({places[name] for name in wanted}):
-        shard = read_content(index.with_name(file))
+    for file in shards_of(index):
+        shard = read_content(file)
         if not isinstance(shard, Mapping):
-            raise UserError(f"{index.with_name(file)} holds no tensors by name, as {index.name} says that it does")
-        found |= {name: one for name, one in shard.items() if name in wanted}
+            raise UserError(f"{file} holds no tensors by name, as {index.name} says that it does")
+        found |= {name: one for name, one in shard.items() if name in places}
     return found
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Return the files that are read of a list of shards, in order; raise `UserError` for a list that names none."""
+    return [index.with_name(file) for file in sorted(set(places_in(index).values()))]
+
+
+def places_in(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that is read of a list of shards; raise `UserError` if it says none."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, Mapping) or not places or not all(_is_file_name(name) for name in places.values()):
+        raise UserError(f"{index} says no weight_map of tensors and files beside it; give the file with the weights")
+    return {name: file for name, file in places.items() if WITHIN.search(name)} or dict(places)
+
+
+def checksum_of_weights(file: Path) -> str:
+    """Return the SHA-256 (hex) of a file of weights; of a list of shards that of its own and theirs, in order."""
+    if not file.name.endswith(INDEX):
+        return sha256_of(file)
+    return hashlib.sha256("".join(map(sha256_of, (file, *shards_of(file)))).encode()).hexdigest()
 
 
 def _is_file_name(name: Any) -> bool:
