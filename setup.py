@@ -89,6 +89,7 @@ EXTRAS["dev"] = [
     # the notebook of docs/ is run by a kernel
     "ipykernel>=6.29",
     "nbclient>=0.10",
+    "jupyter-client>=8.0",
     "nbformat>=5.10",
     "pytest>=8.0",
     "pytest-timeout>=2.3",

@@ -85,6 +85,8 @@ class SmallFeatures(nn.Module):
         return torch.nn.functional.conv2d(x, self.second, stride=2)
 
 
+QUALITY = ("l1", "psnr", "psnr_per_image", "ssim", "ssim_luma")
+"""Keys of the quality of reconstructions."""
 OF_THE_GAN = ("discr_layers", "use_hinge_loss")
 
 
@@ -299,8 +301,10 @@ def unfollowed_buffers(trainer: Trainer) -> list[str]:
     whole = weights_of(trainer)
     (main, engine), *_ = trainer.engines.items()
     module = getattr(engine, "empty", engine.module)
-    quantizer = module.quantizer
-    averaged = {f"quantizer.{name}" for name, one in quantizer.named_buffers() if quantizer.is_averaged(name, one)}
+    quantizer, averaged = getattr(module, "quantizer", None), set()
+    if quantizer is not None:
+        buffers = quantizer.named_buffers()
+        averaged = {f"quantizer.{name}" for name, one in buffers if quantizer.is_averaged(name, one)}
     names = [name for name, _ in module.named_buffers() if name not in averaged]
     return [name for name in names if f"ema.{name}" in whole and not _equal(whole, f"ema.{name}", f"{main}.{name}")]
 

@@ -8,7 +8,7 @@ A protocol is a flat dictionary that is written beside the numbers; it says:
 - `features`, `features_hash`: the extractor, and a hash of its weights.
 - `reference`, `reference_hash`: the file of statistics in place of the images' own.
 - `samples`, and options of drawing, of a generator.
-- `lpips`: the network of LPIPS.
+- `lpips`, `lpips_hash`: the network of LPIPS, and a hash of its weights.
 - `vqdist`: the version; it makes no two protocols different.
 
 `vqdist evaluate RUN` adds a line to `evaluations.jsonl` of the run; `vqdist report` reads it.
@@ -54,7 +54,7 @@ def of_features(extractor: Any, reference: Any) -> dict[str, Any]:
     """
     said: dict[str, Any] = {}
     if extractor is not None:
-        said |= {"features": extractor.name, "features_hash": extractor.digest()}
+        said |= {"features": extractor.name, "features_hash": extractor.digest}
     if reference is not None:
         said |= {"reference": str(reference.path), "reference_hash": reference.digest()}
     return said

@@ -179,6 +179,12 @@ def test_a_thousand_samples_unless_said(runs, evaluate):
     assert evaluate("vq_ar", *features(runs))["samples"] == 1000
 
 
+@pytest.mark.parametrize("given", [("--lpips", "vgg"), ("--round_pixels", "true")])
+def test_a_model_that_reconstructs_nothing_takes_no_options_of_it(given, runs, capsys):
+    assert main(["evaluate", str(runs / "prior"), "--data", DATA, *given]) == 2
+    assert f"{given[0]} is given but a Prior reconstructs no images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("count", [10, 100, 250])
 def test_samples_have_the_classes_of_the_data_in_any_order(count):
     """Also of a source that is sorted by class, whose first images are all of one."""

@@ -94,7 +94,11 @@ MISTAKES = [
     (["fidelity", "nowhere", "--reference", DATA], "nowhere"),
     (["fidelity", "{ref}", "--reference", DATA, "--image_size", "16"], "holds statistics but no images"),
     (["statistics", "--data", DATA, "--out", "ref.pt"], "give one that ends in .npz"),
-    (["statistics", "--data", DATA, "--out", "ref.npz", "--keep", "-1"], "--keep -1 is not possible"),
+    (["statistics", "--data", DATA, "--out", "ref.npz", "--keep", "2"], "there are 2 images in --keep (0 keeps none)"),
+    (["statistics", "--data", "synthetic:2", "--out", "ref.npz"], "there are 2 images in --data"),
+    (["fidelity", "{ref}", "--reference", "{ref}"], "holds statistics but no images"),
+    (["fidelity", "{samples}", "--reference", DATA, "--image_size", "8"], "holds images of [16, 16] pixels"),
+    (["fidelity", "{samples}", "--reference", DATA, "--image_size", "0"], "image_size 0"),
     (["fidelity", "{samples}", "--reference", DATA, "--num_workers", "-1"], "num_workers -1 are not possible"),
 ]
 

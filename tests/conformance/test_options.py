@@ -423,7 +423,7 @@ def assert_written(run: Path, *, logged_at, validated_at, drawn_at, saved_at, ro
 def what_a_run_writes(tmp_path):
     """Two whole runs: one writes all it can at its end, the other each thing every so many steps of its own."""
     build_trainer(tmp_path / "at the end", num_train_steps=3).train()
-    written = {"checkpoints", "config.json", "export", "metrics.jsonl", "results"}
+    written = {"best.json", "checkpoints", "config.json", "export", "metrics.jsonl", "results"}
     assert {path.name for path in (tmp_path / "at the end").iterdir()} == written
     assert [path.name for path in tmp_path.iterdir()] == ["at the end"]
     end = {"validated_at": [3], "drawn_at": [3], "saved_at": [3]}
@@ -1012,7 +1012,7 @@ WRONG_OPTIONS = [
     ({"num_train_steps": 2.5}, r"^num_train_steps 2.5 is not possible; give a whole number or null$"),
     ({"num_train_steps": None, "epochs": "2"}, r"^epochs '2' is not possible; give a number or null$"),
     ({"use_ema": 1}, r"^use_ema 1 is not possible; give true or false$"),
-    ({"folder": 64}, r"^folder 64 is not possible; give a string or a dictionary or null$"),
+    ({"folder": 64}, r"^folder 64 is not possible; give a string, a dictionary or null$"),
     ({"trackers": 3}, r"^trackers 3 is not possible; give a list, each item a name, an import"),
     (
         {"adaptive_weight": False, "max_adaptive_weight": 10.0},

@@ -109,7 +109,8 @@ def test_two_ranks_are_one_process(tmp_path, reference):
     for family in SIDES:
         if family not in DRAWS:
             difference, tensor = largest_difference(reference[family], found[family])
-            assert difference <= 1e-6, f"{family}: {tensor} differs by {difference}"
+            # rounding: the mean of two ranks' halves is summed in another order, and Adam divides small by small
+            assert difference <= 1e-5, f"{family}: {tensor} differs by {difference}"
         tuned = Tokenizer.from_pretrained(tmp_path / family)
         assert tuned.keeps_codes_of_source() is True
 

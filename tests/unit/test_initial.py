@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from vqdist import Tokenizer, VQGanVAE, VQGanVAETrainer
 from vqdist.backends import create_backend
 from vqdist.backends.state import optimizer_state
 from vqdist.cli import main
+from vqdist.cli.models import MODELS
+from vqdist.cli.train import make_trainer, train_options
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.encoding import CodeWriter
@@ -289,6 +292,32 @@ def test_another_network_is_named_tensor_by_tensor(run, tmp_path):
 def test_options_of_another_network_are_refused(given, found, run, tmp_path):
     message = refusal(lambda: begun(run, tmp_path / "new", {**ALONE, **given}))
     assert found in message and "leave it out" in message and str(run) in message
+
+
+@pytest.mark.parametrize("option", ["codebook_size", "layers"])
+def test_an_option_that_says_the_default_is_said_all_the_same(option, run, tmp_path):
+    default = inspect.signature(VQGanVAE).parameters[option].default
+    assert f"{option} {default} is given, and " in refusal(lambda: begun(run, tmp_path / "new", {option: default}))
+    assert f"{option} {default} is given, and " in refusal(
+        lambda: make_trainer(MODELS["vqgan"], *given_options(run, tmp_path, f"--model.{option}", str(default)))
+    )
+
+
+def given_options(run: Path, folder: Path, *arguments: str) -> tuple[Any, set[str]]:
+    """Return the options of a command that begins from a run, and the names of those that it says."""
+    names: set[str] = set()
+    start = ["--init_from", str(run), "--data", "synthetic:8", "--out", str(folder / "new"), "--image_size", "16"]
+    return train_options("vqgan", [*start, *arguments], names), names
+
+
+def test_a_discriminator_that_is_asked_for_joins_a_run_without_one(run, tmp_path):
+    alone = begun(run, tmp_path / "alone", {**ALONE, "use_gan": False})
+    alone.train()
+    alone.close()
+    for given, discriminates in (({}, False), ({"use_gan": True}, True)):
+        trainer = begun(tmp_path / "alone", tmp_path / str(discriminates), given)
+        assert (trainer.model.discriminator is not None) == discriminates
+        trainer.close()
 
 
 def test_options_that_say_the_same_pass(run, tmp_path):

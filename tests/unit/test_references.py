@@ -194,3 +194,37 @@ def assert_refused(path: Path, pattern: str) -> None:
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="is no file"):
         ReferenceFile(tmp_path / "none.npz")
+
+
+def test_statistics_of_another_extractor_or_size_are_refused(tmp_path):
+    looks = extractor()
+    said = {"features": "a", "features_hash": "00", "image_size": [8, 8]}
+    Reference.of(features(30), said).write(tmp_path / "other.npz", 10)
+    assert "was made with a (hash 00), and --features is means" in message_of(
+        ReferenceFile(tmp_path / "other.npz").check_made_by, looks, 8
+    )
+    said = {"features": "means", "features_hash": looks.digest, "image_size": [8, 8]}
+    Reference.of(features(30), said).write(tmp_path / "own.npz", 10)
+    ReferenceFile(tmp_path / "own.npz").check_made_by(looks, 8)
+    assert "of images of [8, 8] pixels, and [16, 16] is the size" in message_of(
+        ReferenceFile(tmp_path / "own.npz").check_made_by, looks, 16
+    )
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_too_few_features_for_neighbours_are_refused(tmp_path, keep):
+    reference = written(tmp_path, features(30), keep=keep).reference(6, 4)
+    assert f"there are {keep} images" in message_of(fidelity, features(20, seed=1), reference)
+
+
+def test_a_torn_archive_is_one_line(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(600), sigma=np.eye(600))
+    content = (tmp_path / "a.npz").read_bytes()
+    for place in range(60, len(content) - 4, max(1, len(content) // 40)):
+        torn = bytearray(content)
+        torn[place : place + 3] = b"\xff\x00\xff"
+        (tmp_path / "torn.npz").write_bytes(bytes(torn))
+        try:
+            ReferenceFile(tmp_path / "torn.npz").reference(600)
+        except UserError as error:
+            assert "\n" not in str(error)

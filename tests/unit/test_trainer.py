@@ -19,6 +19,7 @@ from scenarios import (
     DVAE_EVERYTHING,
     EVERYTHING,
     IMAGE_SIZE,
+    QUALITY,
     build_ar_trainer,
     build_dvae_trainer,
     build_trainer,
@@ -62,7 +63,7 @@ def test_train_tells_log_fn_numbers_and_returns_the_validation(tmp_path):
     assert lines[0].keys() == first | of_the_run
     assert lines[1].keys() == first | of_the_run | joined | {"discriminator_grad_norm"}
     assert lines[2].keys() == lines[1].keys() | {"gradient_penalty"}
-    assert numbers.keys() == {"l1", "psnr", "ssim", "codebook_usage", "codebook_perplexity", "images"}
+    assert numbers.keys() == {*QUALITY, "codebook_usage", "codebook_perplexity", "images"}
     assert numbers["images"] == 16
     in_file = logged(trainer)
     assert [line for line in in_file if "recon_loss" in line] == lines

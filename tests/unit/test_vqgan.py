@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqdist import Tokenizer, UserError, VQGanVAE
 from vqdist.models.networks.conv import ConvDecoder
+from vqdist.models.networks.patch import PatchDiscriminator
 
 QUANTIZERS = {
     "lfq": {"codebook_size": 32},
@@ -484,3 +485,15 @@ def test_a_network_given_as_vgg_is_recorded_and_asked_for_when_training_goes_on(
     assert loaded(pixels()).shape == pixels().shape
     with pytest.raises(UserError, match="vgg was given as an object of scenarios.SmallFeatures"):
         loaded(pixels(), return_loss=True)
+
+
+def test_first_weights_are_drawn_in_the_order_of_the_layers():
+    """Then a seed gives the weights of versions before, wherever in the code a layer is made."""
+    torch.manual_seed(3)
+    critic = PatchDiscriminator(16, layers=2)
+    again = copy.deepcopy(critic)
+    torch.manual_seed(3)
+    for layer in again.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    assert all(torch.equal(one, other) for one, other in zip(critic.parameters(), again.parameters(), strict=True))

@@ -394,10 +394,11 @@ def main() -> None:
         EVERYTHING["apply_grad_penalty_every"] = 0
     results: dict = {}
     alone = {"ends": lambda: ends(backend, folder, results)}
-    alone["codebooks"] = lambda: every_codebook_stays_equal(backend, folder)
+    plain = {**backend, "apply_grad_penalty_every": 0} if name in SHARDED else backend  # no shard can have it
+    alone["codebooks"] = lambda: every_codebook_stays_equal(plain, folder)
     if sys.argv[3:]:
         alone[sys.argv[3]]()
-        finish(build_trainer(folder / "last", **backend), folder, results)
+        finish(build_trainer(folder / "last", **plain), folder, results)
         return
     refusals(backend, folder, results)
     parity(backend, folder, results)

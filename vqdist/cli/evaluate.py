@@ -56,9 +56,8 @@ def evaluate(arguments: list[str]) -> int:
         from vqdist.backends import create_backend
         from vqdist.backends.peers import naming_lost_peers
         from vqdist.models.autoregressive import AutoregressiveModel
-        from vqdist.models.pretrained import load_model_of_any_type
 
-        model = load_model_of_any_type(export, trust_code=options.trust_code)
+        model, step = _load(export, options)
     of_codes: dict[str, bool] = {}
     if isinstance(model, AutoregressiveModel):
         measured: MeasuredRun = _open_generator(model, options)
@@ -71,7 +70,8 @@ def evaluate(arguments: list[str]) -> int:
     if backend.is_main:
         found = {**numbers, protocol.KEY: measured.protocol()}
         print(json.dumps({**found, **of_codes}))
-        _keep(run, export, found)
+        if step >= 0:
+            _keep(run, step, found)
     backend.close()
     return 0
 
@@ -91,13 +91,31 @@ def _said_of_codes(model: TokenizerModel, image_size: ImageSize) -> dict[str, bo
     return {"codes_unchanged": unchanged}
 
 
-def _keep(run: Path, export: Path, found: dict[str, Any]) -> None:
+def _load(export: Path, options) -> tuple[Any, int]:
+    """Return a model and the step that it is of. A run that trains exchanges its export for a newer one."""
+    from vqdist.models.pretrained import load_model_of_any_type
+
+    while True:
+        step, model = _step_of(export), load_model_of_any_type(export, trust_code=options.trust_code)
+        if step == _step_of(export):
+            return model, step
+
+
+def _step_of(export: Path) -> int:
+    """Return the step that an export is of; -1 where it does not say."""
+    try:
+        step = read_json(export / RECORD).get("step") if (export / RECORD).is_file() else None
+    except UserError:
+        step = None
+    return step if isinstance(step, int) else -1
+
+
+def _keep(run: Path, step: int, found: dict[str, Any]) -> None:
     """Add an evaluation to those of a run, where it is the folder of one; a run of others may not be written to."""
-    record = export / RECORD
-    if (run / METRICS).is_file() and record.is_file():
+    if (run / METRICS).is_file():
         try:
-            protocol.keep(run, read_json(record)["step"], found)
-        except (UserError, KeyError) as error:
+            protocol.keep(run, step, found)
+        except UserError as error:
             print(f"vqdist: the numbers are not kept for `vqdist report`: {error}", file=sys.stderr)
 
 
@@ -297,12 +315,15 @@ def _open_extractor(options, model: Tokenizer | AutoregressiveModel, images: int
     return load_extractor(options.features, trust_code=options.trust_features, **shape)
 
 
-def _open_reference(options, extractor: FeatureExtractor | None) -> ReferenceFile | None:
+def _open_reference(
+    options, extractor: FeatureExtractor | None, model: Tokenizer | AutoregressiveModel
+) -> ReferenceFile | None:
     from vqdist.evaluation.references import ReferenceFile
 
     if options.reference is None or extractor is None:
         return None
     file = ReferenceFile(options.reference)
+    file.check_made_by(extractor, model.image_size)
     if file.has_moments:
         file.reference(extractor.width)  # of another extractor: said before anything is computed
     return file
@@ -326,11 +347,23 @@ def _open_tokenizer(model: TokenizerModel, run: Path, export: Path, options) -> 
     tokenizer = Tokenizer(model, _image_size(run, export, options))
     dataset = _open_images(options, tokenizer)
     extractor = _open_extractor(options, tokenizer, len(dataset))
-    reference, lpips = _open_reference(options, extractor), _open_lpips(options, tokenizer)
+    reference, lpips = _open_reference(options, extractor, tokenizer), _open_lpips(options, tokenizer)
     return TokenizerRun(options, tokenizer.network, dataset, extractor, reference, lpips)
 
 
+def _refuse_reconstructing(options, model: AutoregressiveModel) -> None:
+    """Raise `UserError` for what is about reconstructions, of a model that makes none."""
+    for name in ("lpips", "round_pixels"):
+        if getattr(options, name):
+            raise UserError(
+                f"--{name} is given but {an(type(model).__name__)} reconstructs no images; leave it out, or evaluate "
+                "its tokenizer"
+            )
+
+
 def _open_generator(model: AutoregressiveModel, options) -> GeneratorRun:
+    from vqdist.models.tokenizer import TokenizerNetwork
+
     size = options.data.image_size
     if size is not None and image_size_of(size) != model.image_size:
         raise UserError(f"image_size {size} is given but the model is for {model.image_size}; leave it out")
@@ -343,7 +376,11 @@ def _open_generator(model: AutoregressiveModel, options) -> GeneratorRun:
         if absent is not None and rank_of_launcher() == 0:
             print(f"vqdist: {printable(absent)}", file=sys.stderr)
     extractor = _open_extractor(options, model, len(dataset))
-    reference, lpips = _open_reference(options, extractor), _open_lpips(options, model)
+    reference, lpips = _open_reference(options, extractor, model), None
+    if isinstance(model, TokenizerNetwork):
+        lpips = _open_lpips(options, model)
+    else:
+        _refuse_reconstructing(options, model)
     run = GeneratorRun(options, model, dataset, extractor, reference, lpips)
     run.check()
     return run

@@ -56,8 +56,12 @@ class MeasuredRun:
     def protocol(self) -> dict[str, Any]:
         """Return what the numbers were measured on, see `vqdist.evaluation.protocol`."""
         images = protocol.of_images(self.dataset, self.options.data.folder)
+        from vqdist.evaluation.extractors import digest_of_weights
+
         pixels = {"pixels": "8 bits" if self.options.round_pixels else "float"}
-        lpips = {} if self.lpips is None else {"lpips": self.lpips.net}
+        lpips: dict[str, str] = {}
+        if self.lpips is not None:
+            lpips = {"lpips": self.lpips.net, "lpips_hash": digest_of_weights(self.lpips.network)}
         return {**images, **pixels, **lpips, **protocol.of_features(self.extractor, self.reference)}
 
     def feature_set(self, count: int, **options: Any) -> FeatureSet:

@@ -113,7 +113,8 @@ class Mistakes:
         on_line, in_file = said.get(option), self.files.value(option)
         fits = kind is not None and on_line is not None and is_of(value_of(on_line), kind)
         if on_line is not None and not (fits and in_file is not None):
-            return f"--{self.short(option)} {on_line!r} is not possible; give {self.wanted(option)}"
+            found = "is empty" if on_line == "" else f"{on_line!r} is not possible"
+            return f"--{self.short(option)} {found}; give {self.wanted(option)}"
         if in_file is None:
             return None
         return self._placed(option, f"{option} {in_file} is not possible; give {self.wanted(option)}", always=True)

@@ -44,6 +44,7 @@ def parse(
     aliases: Mapping[str, Alias] | None = None,
     parts: Parts | None = None,
     choices: Mapping[str, Choice] | None = None,
+    names: set[str] | None = None,
 ):
     """Parse; whatever is wrong becomes one line that says what was found and what is expected.
 
@@ -53,6 +54,7 @@ def parse(
         aliases: names of options beside the short ones, where the parser has these options.
         parts: the kind of part that an option takes.
         choices: options that are chosen by others where nobody says them.
+        names: where given, the options that somebody says are added to it.
     """
     from jsonargparse import ArgumentError
 
@@ -71,6 +73,8 @@ def parse(
     mistakes.refuse_unread()
     said = files.values() | {name: value_of(value) for name, value in given if name and value is not None}
     mistakes.refuse_null(said)
+    if names is not None:
+        names |= {name for name, value in said.items() if value is not None}
     given += [(option, str(value)) for option, value in chosen(choices or {}, said).items()]
     try:
         return parser.parse_args(_as_arguments(given, parts))

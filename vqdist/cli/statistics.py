@@ -11,7 +11,7 @@ from vqdist.cli.loading import loading
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.data.specs import check_spec
 from vqdist.errors import UserError
-from vqdist.sizes import image_size_of
+from vqdist.sizes import ImageSize, image_size_of, sides_of
 
 if TYPE_CHECKING:
     from vqdist.backends import Backend
@@ -39,13 +39,15 @@ def statistics(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     if options.out.suffix != ".npz":
         raise UserError(f"--out {options.out} is no name of statistics; give one that ends in .npz")
-    if options.keep < 0:
-        raise UserError(f"--keep {options.keep} is not possible; give 0 or more")
     with loading("torch"):
+        from vqdist.evaluation.fidelity import check_count
         from vqdist.evaluation.references import Reference
 
+        if options.keep != 0:
+            check_count(options.keep, "images in --keep (0 keeps none)")
         looking = _Looking(options, [options.data.folder])
     looked, protocol = looking.at(options.data.folder)
+    check_count(len(looked), "images in --data")
     if looking.backend.is_main:
         Reference.of(looked, protocol).write(options.out, options.keep)
         print(options.out)
@@ -110,7 +112,7 @@ class _Looking:
         for spec in specs:
             if not _is_file(spec):
                 check_spec(spec)
-        self.image_size = image_size_of(options.image_size or next(filter(None, map(_size_of_first, specs))))
+        self.image_size = _image_size(options.image_size, specs)
         self.extractor: FeatureExtractor = load_extractor(
             options.features,
             channels=options.channels,
@@ -134,6 +136,7 @@ class _Looking:
         if not _is_file(spec):
             return self.at(spec)
         file = ReferenceFile(spec)
+        file.check_made_by(self.extractor, self.image_size)
         reference = reference_in(file, self.extractor, self.backend, self.options.batch_size)
         return reference, {"data_hash": file.digest()}
 
@@ -164,11 +167,24 @@ def _is_file(spec: Any) -> bool:
     return isinstance(spec, str) and Path(spec).suffix in (".npz", ".pt")
 
 
-def _size_of_first(spec: Any) -> Any:
-    from vqdist.data.sources import open_source
+def _image_size(given: Any, specs: list[Any]) -> ImageSize:
+    """Return the size that is given, or else that of the first image; one that a file holds is never another."""
     from vqdist.evaluation.references import ReferenceFile
 
-    if _is_file(spec):
-        return ReferenceFile(spec).image_size
-    width, height = open_source(spec).image(0).size
+    sizes = [ReferenceFile(spec).image_size for spec in specs if _is_file(spec)]
+    held = [one for one in sizes if one is not None]
+    if given is None and not held and all(map(_is_file, specs)):
+        raise UserError(f"{specs[0]} holds statistics but no images; give images in its place")
+    chosen = image_size_of(given if given is not None else held[0] if held else _size_of_first(specs))
+    for one in held:
+        if list(sides_of(chosen)) != one:
+            raise UserError(f"--image_size {given} is given, and an .npz holds images of {one} pixels; leave it out")
+    return chosen
+
+
+def _size_of_first(specs: list[Any]) -> list[int]:
+    """Return height and width of the first image of the first set."""
+    from vqdist.data.sources import open_source
+
+    width, height = open_source(next(spec for spec in specs if not _is_file(spec))).image(0).size
     return [height, width]

@@ -9,6 +9,7 @@ import inspect
 import re
 import shutil
 import textwrap
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ def train(arguments: list[str]) -> int:
     name = arguments[0]
     with UntilTheEnd():
         with LeaveAtOnce():
-            options = train_options(name, arguments[1:])
+            names: set[str] = set()
+            options = train_options(name, arguments[1:], names)
             refuse_mistakes(model_entry(name), options, parts_of(name))
-            trainer = make_trainer(model_entry(name), options)
+            trainer = make_trainer(model_entry(name), options, names)
         return _train(trainer)
 
 
@@ -66,13 +68,19 @@ def _overview() -> str:
     )
 
 
-def train_options(name: str, arguments: list[str]):
-    """Return the configuration that `vqdist train NAME ARGUMENTS` trains with, yet unchecked by model and trainer."""
+def train_options(name: str, arguments: list[str], names: set[str] | None = None):
+    """Return the configuration that `vqdist train NAME ARGUMENTS` trains with, yet unchecked by model and trainer.
+
+    Args:
+        name: of the model.
+        arguments: of the command line.
+        names: where given, the options that somebody says are added to it.
+    """
     entry = model_entry(name)
     for argument in arguments if entry.over_tokenizer else ():
         if (given := argument.partition("=")[0]).removeprefix("--") in OF_TOKENIZER:
             raise UserError(f"{given} is the tokenizer's own; leave it out")
-    return parse(train_parser(name), arguments, entry.aliases, parts_of(name), _choices(entry))
+    return parse(train_parser(name), arguments, entry.aliases, parts_of(name), _choices(entry), names)
 
 
 def _choices(entry: TrainedModel) -> dict[str, Choice]:
@@ -256,8 +264,14 @@ def _trainer_options(entry: TrainedModel, options) -> dict[str, Any]:
     return {**options.data.as_dict(), **options.trainer.as_dict(), **top}
 
 
-def make_trainer(entry: TrainedModel, options):
-    """Return the trainer of these options; a run that is in their folder is resumed."""
+def make_trainer(entry: TrainedModel, options, names: Collection[str] = ()):
+    """Return the trainer of these options; a run that is in their folder is resumed.
+
+    Args:
+        entry: of the model.
+        options: as `train_options` gives them.
+        names: of the options that somebody says, as against defaults.
+    """
     with loading(f"torch and {entry.trainer.partition(':')[2]}"):
         from vqdist.seeding import seed_everything
 
@@ -268,7 +282,7 @@ def make_trainer(entry: TrainedModel, options):
             raise UserError(
                 f"--init_from gives the class of the model, too, and {model_class.__name__} is another; give vqgan"
             )
-        given: Any = _set_options(model_class, model_options)
+        given: Any = _set_options(model_class, model_options, names)
         return trainer_class(given, **_trainer_options(entry, options))
     if "image_size" in inspect.signature(model_class).parameters:
         model_options["image_size"] = options.data.image_size
@@ -279,10 +293,11 @@ def make_trainer(entry: TrainedModel, options):
     return trainer_class(model, **_trainer_options(entry, options))
 
 
-def _set_options(model_class: type, options: dict[str, Any]) -> dict[str, Any]:
+def _set_options(model_class: type, options: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return the options of the model that were given; those of its network are to agree with `--init_from`."""
     defaults = {name: one.default for name, one in inspect.signature(model_class).parameters.items()}
-    return {name: value for name, value in options.items() if value != defaults.get(name)}
+    said = {name.split(".")[1] for name in names if name.startswith("model.")}
+    return {name: value for name, value in options.items() if name in said or value != defaults.get(name)}
 
 
 def _train(trainer) -> int:

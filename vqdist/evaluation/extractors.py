@@ -10,6 +10,7 @@ Shapes: b batch, c channel, h w image, f features, s spatial features, k classes
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import urllib.error
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqdist.errors import UserError, an
+from vqdist.files import sha256_of
 from vqdist.objectives.frozen import IMAGENET_MEAN, IMAGENET_STD, download_weights
 from vqdist.sizes import ImageSize, sides_of
 
@@ -44,6 +46,7 @@ class FeatureExtractor(nn.Module):
         network: does just that.
         name: of the network, for messages.
         channels, image_size: of the images; two black ones are put through to see that the network takes them.
+        digest: 16 digits that tell networks apart; by default of the weights.
 
     Attributes:
         width: number of features, f.
@@ -53,9 +56,12 @@ class FeatureExtractor(nn.Module):
         UserError: the network does not take such images, or does not give (b, f) with f of at least 2.
     """
 
-    def __init__(self, network: nn.Module, name: str, *, channels: int, image_size: ImageSize):
+    def __init__(
+        self, network: nn.Module, name: str, *, channels: int, image_size: ImageSize, digest: str | None = None
+    ):
         super().__init__()
         self.network, self.name = network.eval(), name
+        self.digest = digest or digest_of_weights(network)
         height, width = sides_of(image_size)
         images = torch.zeros(2, channels, height, width)
         try:
@@ -85,13 +91,14 @@ class FeatureExtractor(nn.Module):
         _check_features(features, len(images), self.name)
         return {"features": features}
 
-    def digest(self) -> str:
-        """Return 16 digits that tell networks apart: of the SHA-256 of the weights, and of a program's code."""
-        sums = hashlib.sha256(str(getattr(self.network, "code", "")).encode())
-        for name, tensor in sorted(self.network.state_dict().items()):
-            sums.update(name.encode())
-            sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return sums.hexdigest()[:16]
+
+def digest_of_weights(network: nn.Module) -> str:
+    """Return the first 16 digits of the SHA-256 of a network's weights, with their names."""
+    sums = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        sums.update(name.encode())
+        sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sums.hexdigest()[:16]
 
 
 def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_code: bool = False) -> FeatureExtractor:
@@ -113,7 +120,8 @@ def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_cod
         raise UserError(f"--features {spec} is neither {' nor '.join(f'`{name}`' for name in KNOWN)} nor a file")
     if spec not in KNOWN and _is_program(path):
         network = _load_torchscript(path, trust_code)
-        return FeatureExtractor(network, spec, channels=channels, image_size=image_size)
+        digest = sha256_of(path)[:16]  # of a program, as frozen weights are part of its code
+        return FeatureExtractor(network, spec, channels=channels, image_size=image_size, digest=digest)
     if channels not in (1, 3):
         raise UserError(f"the images have {channels} channels; {spec} sees 1 (repeated) or 3")
     return FeatureExtractor(_known_network(spec, path), spec, channels=channels, image_size=image_size)
@@ -121,7 +129,9 @@ def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_cod
 
 def _known_network(spec: str, path: Path) -> nn.Module:
     if spec == INCEPTION:
-        return _Inception(_inception_weights())
+        found = _inception_weights()
+        problem = f"{found} does not hold the weights of FID's Inception"
+        return _Inception(found, problem, "remove it, so that it is downloaded again")
     if spec == VGG16:
         from torchvision.models import VGG16_Weights
 
@@ -130,7 +140,12 @@ def _known_network(spec: str, path: Path) -> nn.Module:
     if KNOWN[VGG16] in weights:
         return _VGG16(spec, weights)
     if KNOWN[INCEPTION] in weights:
-        return _Inception(path)
+        with tempfile.TemporaryDirectory() as folder:  # torch-fidelity reads its own form of file only
+            own = Path(folder) / "inception.pth"
+            torch.save(weights, own)
+            return _Inception(
+                own, f"{path} does not hold the weights of FID's Inception", "give torch-fidelity's file"
+            )
     raise UserError(
         f"{path} holds weights of no network that is known here ({', '.join(KNOWN)}); give theirs, or a TorchScript "
         "file with --trust_features true"
@@ -197,7 +212,7 @@ class _Inception(KnownNetwork):
     knows as mixed_6/conv: (b, 2023). Logits (b, 1008) lack the bias, as in torch-fidelity and the ADM evaluator.
     """
 
-    def __init__(self, weights: Path):
+    def __init__(self, weights: Path, problem: str, remedy: str):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -209,10 +224,7 @@ class _Inception(KnownNetwork):
             self.network = FeatureExtractorInceptionV3(INCEPTION, wanted, feature_extractor_weights_path=path)
         except Exception as error:  # a damaged file raises almost anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"{weights} does not hold the weights of FID's Inception ({reason}); remove it, so that it is "
-                "downloaded again"
-            ) from error
+            raise UserError(f"{problem} ({reason}); {remedy}") from error
 
     def forward(self, images: Tensor) -> Tensor:
         return self.outputs(images)["features"]

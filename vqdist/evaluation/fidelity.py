@@ -37,8 +37,9 @@ def fidelity(generated: Features, real: Features | Reference, *, coverage: bool 
         ones within the generated (arXiv 1904.06991).
     """
     check_count(len(generated), "samples")
-    if isinstance(real, Features):
-        check_count(len(real), "images")
+    compared = real if isinstance(real, Features) else real.features
+    if compared is not None:
+        check_count(len(compared), "images")
     reference = real if isinstance(real, Reference) else Reference.of(real)
     numbers = {"fid": frechet_distance(Moments.of(_finite(generated.features)), reference.moments)}
     spatial = generated.spatial_moments()

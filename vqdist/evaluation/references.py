@@ -23,6 +23,7 @@ from vqdist.backends.base import Backend
 from vqdist.errors import UserError
 from vqdist.evaluation.extractors import FeatureExtractor
 from vqdist.evaluation.features import Features, FeatureSet, Moments
+from vqdist.sizes import ImageSize, sides_of
 
 IMAGES = "arr_0"  # as np.savez calls what has no name
 LARGEST = 64 << 30  # bytes that an array of a file may take, unpacked
@@ -96,8 +97,8 @@ class ReferenceFile:
             raise UserError(f"{self.path} is no file; give the .npz that `vqdist statistics` wrote, or one of ADM's")
         self._arrays = _npz_shapes(self.path) if zipfile.is_zipfile(self.path) and not _is_torch(self.path) else None
         self._tensors = {} if self._arrays is not None else _torch_statistics(self.path)
-        names = self._arrays or self._tensors
-        self.has_images = IMAGES in names
+        names = self._tensors if self._arrays is None else self._arrays
+        self.has_images = IMAGES in (self._arrays or ())
         self.has_moments = {"mu", "sigma"} <= set(names)
         if not (self.has_images or self.has_moments):
             raise UserError(
@@ -139,6 +140,25 @@ class ReferenceFile:
         images = protocol.get("images")
         return Reference(moments, spatial, features, images if isinstance(images, int) else 0, protocol)
 
+    def check_made_by(self, extractor: FeatureExtractor, image_size: ImageSize) -> None:
+        """Raise `UserError` where the file says that another extractor made it, or of images of another size.
+
+        Args:
+            extractor: of the images that are compared with it.
+            image_size: of those images.
+        """
+        said, sides = self.protocol(), list(sides_of(image_size))
+        if said.get("features_hash", extractor.digest) != extractor.digest:
+            raise UserError(
+                f"{self.path} was made with {said.get('features')} (hash {said['features_hash']}), and --features is "
+                f"{extractor.name} (hash {extractor.digest}); give the same extractor, or make the statistics anew"
+            )
+        if said.get("image_size", sides) != sides:
+            raise UserError(
+                f"{self.path} is of images of {said['image_size']} pixels, and {sides} is the size here; make the "
+                "statistics at this size"
+            )
+
     def protocol(self) -> dict[str, Any]:
         """Return what the file says of its making; empty where it says nothing."""
         if "protocol" not in (self._arrays or ()):
@@ -172,8 +192,9 @@ class ReferenceFile:
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 return file[name]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, MemoryError) as error:
-            raise UserError(f"{name} in {self.path} cannot be read ({error}); the file is damaged") from error
+        except Exception as error:  # a damaged file raises almost anything
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise UserError(f"{name} in {self.path} cannot be read ({reason}); the file is damaged") from error
 
     def _numbers(self, name: str) -> Tensor:
         array = self._array(name)
@@ -232,8 +253,11 @@ def reference_in(file: ReferenceFile, extractor: FeatureExtractor, backend: Back
 
 
 def _is_torch(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/data.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return True  # whatever it is, torch says that it cannot read it
 
 
 def _npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -248,8 +272,9 @@ def _npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                     read = head.read_array_header_1_0 if version == (1, 0) else head.read_array_header_2_0
                     shape, _, dtype = read(file)
                     found[name.removesuffix(".npy")] = (shape, dtype)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{path} is no whole .npz ({error}); make it anew") from error
+    except Exception as error:  # a damaged file raises almost anything, numpy's parser of heads too
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{path} is no whole .npz ({reason}); make it anew") from error
     return found
 
 

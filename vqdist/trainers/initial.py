@@ -271,11 +271,14 @@ def _built(source: _Source, given: dict[str, Any]) -> VQGanVAE:
 
 
 def _said(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that differ from the defaults, with the parts that a preset stands for."""
-    defaults = {name: one.default for name, one in inspect.signature(VQGanVAE.__init__).parameters.items()}
-    said = {name: value for name, value in given.items() if value != defaults.get(name)}
+    """Return the arguments that are given, with the parts that a preset stands for; None says nothing."""
+    said = {name: value for name, value in given.items() if value is not None}
     preset = said.pop("preset", None)
-    return said if preset is None else preset_named(preset).completed(said, with_gan="use_gan" not in said)
+    return (
+        said
+        if preset is None
+        else preset_named(preset).completed(said, with_gan=all(said.get(switch, True) for switch in SWITCHES))
+    )
 
 
 def _refuse_others(said: Mapping[str, Any], model: VQGanVAE, own: Mapping[str, Any], path: str) -> None:

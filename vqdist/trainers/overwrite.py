@@ -13,9 +13,8 @@ from vqdist.protocol import EVALUATIONS
 # config.json goes last: until then the folder is known as a run's
 WRITTEN = (
     "checkpoints",
-    "export",
-    "export_best",
-    "best.json",
+    *(name + end for name in ("export", "export_best") for end in ("", ".old", ".partial")),
+    *("best.json", "init_optimizer.partial"),
     "results",
     "tensorboard",
     "wandb",

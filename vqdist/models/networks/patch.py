@@ -53,8 +53,9 @@ class PatchDiscriminator(nn.Module):
             ]
         self.body = nn.Sequential(*blocks)
         width = widths[-1]
-        last = nn.Conv2d(width, 1, 4, padding=head_padding)
-        self.head = nn.Sequential(nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), last)
+        self.head = nn.Sequential(
+            nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 1, 4, padding=head_padding)
+        )
 
     @property
     def min_image_size(self) -> int:
