@@ -102,6 +102,12 @@ METRICS = "metrics.jsonl"
 """Name of the file of a run folder that holds its log lines."""
 
 
+def holds_steps(run: Path) -> bool:
+    """Return whether a run folder holds anything of a run; one without a finished step leaves its configuration."""
+    lines = run / METRICS
+    return any(run.glob("checkpoints/step_*")) or (lines.is_file() and lines.stat().st_size > 0)
+
+
 LONGEST_METRICS = 2**20
 """Bytes of a line there; a longer one is passed over."""
 

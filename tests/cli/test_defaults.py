@@ -11,11 +11,15 @@ import yaml
 from launching import ROOT
 
 from vqdist.cli import main
+from vqdist.cli.chosen import EPOCHS
 from vqdist.cli.defaults import OF_PLAYERS, VQ_OPTIONS, VQGAN_DEFAULTS, default_in_python
-from vqdist.cli.models import MODELS
+from vqdist.cli.models import MODELS, model_entry
+from vqdist.cli.parts import joined
 from vqdist.cli.train import refuse_mistakes, train_options
+from vqdist.errors import UserError
 from vqdist.models.presets import PRESETS
 from vqdist.models.quantizers.vq import VQ_DEFAULTS
+from vqdist.registries import ENCODERS
 from vqdist.trainers.vqgan_config import VQGanTrainerConfig
 
 PAGE = (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8")
@@ -73,7 +77,8 @@ def test_help_says_which_defaults_differ_and_why(capsys):
 def test_what_nothing_may_read_without_a_discriminator_is_not_chosen(said):
     options = options_of(*said)
     assert {name: options[name] for name in OF_PLAYERS} == {name: IN_PYTHON[name] for name in OF_PLAYERS}
-    assert options.trainer.lr == VQGAN_DEFAULTS["trainer.lr"]
+    rates = IN_PYTHON if "--init_from" in said else VQGAN_DEFAULTS
+    assert options.trainer.lr == rates["trainer.lr"]
 
 
 def test_what_is_said_of_a_discriminator_that_is_not_there_is_a_mistake(tmp_path, capsys):
@@ -115,6 +120,7 @@ def begun(folder, **trainer) -> None:
     before = {name.removeprefix("trainer."): value for name, value in IN_PYTHON.items()}
     configuration = {"trainer": {**before, **trainer}, "model": {"quantizer": "vq", "vq_kwargs": {"decay": 0.8}}}
     (folder / "config.json").write_text(json.dumps(configuration))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
 
 
 def test_a_run_from_before_goes_on_as_it_was(tmp_path):
@@ -122,6 +128,92 @@ def test_a_run_from_before_goes_on_as_it_was(tmp_path):
     options = options_of("--model.quantizer", "vq", "--model.vq_kwargs.decay", "0.8", out=tmp_path)
     assert {name: options[name] for name in VQGAN_DEFAULTS} == IN_PYTHON
     assert options.model.vq_kwargs == {"decay": 0.8}
+
+
+def test_a_run_that_begins_has_nothing_of_another_in_its_folder(tmp_path):
+    begun(tmp_path)
+    options = options_of("--overwrite", out=tmp_path)
+    assert {name: options[name] for name in VQGAN_DEFAULTS} == VQGAN_DEFAULTS
+    (tmp_path / "metrics.jsonl").write_text("")  # it ended before its first step
+    options = options_of(out=tmp_path)
+    assert {name: options[name] for name in VQGAN_DEFAULTS} == VQGAN_DEFAULTS
+
+
+def test_a_run_from_learnt_weights_has_the_rate_of_the_class_unless_it_began_otherwise(tmp_path):
+    started = ["--init_from", "runs/a"]
+    assert options_of(*started, out=tmp_path).trainer.lr == IN_PYTHON["trainer.lr"]
+    begun(tmp_path, lr=VQGAN_DEFAULTS["trainer.lr"])
+    assert options_of(*started, out=tmp_path).trainer.lr == VQGAN_DEFAULTS["trainer.lr"]
+
+
+@pytest.mark.parametrize(
+    ("length", "said", "expected"),
+    [
+        ({"num_train_steps": 700, "epochs": None}, [], (700, None)),
+        ({"num_train_steps": None, "epochs": 3.5}, [], (None, 3.5)),
+        ({"num_train_steps": 700, "epochs": None}, ["--epochs", "4"], (None, 4.0)),
+        ({"num_train_steps": None, "epochs": 3.5}, ["--steps", "9"], (9, None)),
+        ({"num_train_steps": 700, "epochs": None}, ["--overwrite"], (None, EPOCHS)),
+    ],
+)
+def test_a_run_that_is_resumed_keeps_its_length(length, said, expected, tmp_path):
+    begun(tmp_path, **length)
+    options = train_options("vqgan", ["--data", "digits", "--image_size", "32", *said, "--out", str(tmp_path)])
+    assert (options.trainer.num_train_steps, options.trainer.epochs) == expected
+
+
+@pytest.mark.parametrize("model", ["my_tokenizers.Plain", "vqdist.models.vqgan.VQGanVAE"])
+def test_a_class_of_ones_own_has_its_own_defaults(model, tmp_path, monkeypatch):
+    (tmp_path / "my_tokenizers.py").write_text(
+        "from vqdist import VQGanVAE\n\n\nclass Plain(VQGanVAE):\n"
+        "    def __init__(self, *, dim: int = 16, quantizer: str = 'vq'):\n"
+        "        super().__init__(dim=dim, quantizer=quantizer, use_gan=False, perceptual='none')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = train_options(model, [*GIVEN, "--model.quantizer", "vq", "--out", "nowhere"])
+    expected = IN_PYTHON if "Plain" in model else VQGAN_DEFAULTS
+    assert {name: options[name] for name in VQGAN_DEFAULTS} == expected
+    refuse_mistakes(model_entry(model), options, {})
+
+
+def test_merged_options_of_a_file_are_said(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "data: {folder: digits, image_size: 32}\n"
+        "model: {quantizer: vq, vq_kwargs: {decay: 0.7}}\n"
+        "trainer: {<<: [{lr: 1.0e-4}, {max_grad_norm: &n 5.0}], batch_size: 2, discr_max_grad_norm: *n}\n"
+    )
+    options = train_options("vqgan", ["--config", str(tmp_path / "a.yaml"), "--out", "nowhere"])
+    assert options.trainer.lr == 1e-4 and options.trainer.max_grad_norm == options.trainer.discr_max_grad_norm == 5.0
+    assert options.model.vq_kwargs == {**VQ_OPTIONS, "decay": 0.7}
+    (tmp_path / "a.yaml").write_text("trainer:\n  <<: 3\n")
+    with pytest.raises(UserError, match="a.yaml, line 2: no YAML: expected a mapping"):
+        train_options("vqgan", ["--config", str(tmp_path / "a.yaml")])
+
+
+def test_halvings_are_those_of_the_widths_that_are_said():
+    arguments = ["--data", "digits", "--image_size", "256", "--out", "nowhere"]
+    arguments += ["--model.encdec_layer_mults", "[1, 2, 4]"]
+    assert train_options("vqgan", arguments).model.layers == 3
+    assert train_options("vqgan", [*arguments, "--model.dim", "16"]).model.layers == 3
+    assert train_options("vqgan", [*arguments, "--model.layers", "2"]).model.layers == 2  # the model refuses it
+
+
+def test_a_file_of_weights_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "vgg.pth").write_bytes(b"weights")
+    assert options_of("--model.perceptual", "lpips:~/vgg.pth").model.perceptual == "lpips:~/vgg.pth"
+    with pytest.raises(UserError, match="no such file: ~/other.pth"):
+        options_of("--model.perceptual", "lpips:~/other.pth")
+
+
+def test_a_date_is_a_word(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {encoder: {class_path: my.Encoder, init_args: {tag: 2026-11-29}}}\n")
+    expected = {"class_path": "my.Encoder", "init_args": {"tag": "2026-11-29", "width": 3}}
+    of_width = ("model.encoder.width", "3")
+    pieces = [("model.encoder.class_path", "my.Encoder"), ("model.encoder.tag", "2026-11-29"), of_width]
+    for given in (pieces, [("config", str(tmp_path / "a.yaml")), of_width]):
+        *_, (_, specification) = joined(given, {"model.encoder": ENCODERS})
+        assert json.loads(str(specification)) == expected
 
 
 def test_what_is_said_of_a_run_from_before_is_compared(tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from vqdist.errors import UserError
+from vqdist.files import holds_steps, read_json
 
 EPOCHS = 20
 OF_NETWORK = ("model.dim", "model.encoder", "model.preset", "init_from")
@@ -42,7 +47,10 @@ def choices(model_class: type, config_class: Any, defaults: Mapping[str, Any]) -
     needed = {
         f.name for f in dataclasses.fields(config_class) if f.default is f.default_factory is dataclasses.MISSING
     }
-    found = {"trainer.epochs": Choice(f"{EPOCHS}, where num_train_steps is not given either", _epochs)}
+    found = {
+        "trainer.num_train_steps": Choice("null, or as so far of a run that is resumed", _steps),
+        "trainer.epochs": Choice(f"{EPOCHS} of a new run where num_train_steps is not given, else as so far", _epochs),
+    }
     if "batch_size" in needed:
         found["trainer.batch_size"] = Choice("2048 / image_size, from 1 to 64", lambda said: _batch_size(_side(said)))
     if {"dim", "layers", "discr_layers", "encoder"} <= set(taken):
@@ -60,8 +68,32 @@ def chosen(options: Mapping[str, Choice], said: Said) -> dict[str, Any]:
     return {option: value for option, value in values.items() if value is not None}
 
 
-def _epochs(said: Said) -> int | None:
-    return EPOCHS if said.get("trainer.num_train_steps") is None else None
+def run_before(said: Said) -> dict[str, Any]:
+    """Return the configuration of the run that is gone on with; an empty one of a run that begins."""
+    if said.get("out") is None or said.get("trainer.overwrite") is True:
+        return {}
+    with contextlib.suppress(UserError, OSError):  # whoever opens the run says what is wrong with it
+        folder = Path(str(said["out"])).expanduser()
+        path = folder / "config.json"
+        found: Any = read_json(path) if path.is_file() and holds_steps(folder) else {}
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _length_before(said: Said, option: str) -> Any:
+    trainer = run_before(said).get("trainer")
+    length = trainer.get(option) if isinstance(trainer, dict) else None
+    return length if isinstance(length, (int, float)) else None
+
+
+def _steps(said: Said) -> int | None:
+    return _length_before(said, "num_train_steps") if said.get("trainer.epochs") is None else None
+
+
+def _epochs(said: Said) -> float | None:
+    if said.get("trainer.num_train_steps") is not None or _steps(said) is not None:
+        return None
+    return _length_before(said, "epochs") or EPOCHS
 
 
 def _side(said: Said) -> int | None:
@@ -88,6 +120,15 @@ def _width(side: int) -> int:
     return 32 if side <= 64 else 64 if side <= 128 else 128
 
 
+def _halvings(said: Said) -> int | None:
+    """Return as many halvings as widths are said, or else by the images."""
+    mults = said.get("model.encdec_layer_mults")
+    if not isinstance(mults, list) or not mults:
+        return _of_network(_layers)(said)
+    others = [option for option in OF_NETWORK if option != "model.dim"]
+    return None if any(said.get(option) is not None for option in others) else len(mults)
+
+
 def _layers(side: int) -> int:
     """Return the halvings to a map of about 8 x 8 codes, or of 16 x 16 from 128 pixels on, as far as they divide."""
     most = max(1, round(math.log2(side / (16 if side >= 128 else 8)))) if side > 8 else 1
@@ -109,7 +150,7 @@ def _patch_size(said: Said) -> int | None:
 OF_VQGAN = {
     "model.dim": Choice("32, 64 from 65 pixels on, 128 from 129 on", _of_network(_width)),
     "model.layers": Choice(
-        "4, or as many as make 8 x 8 to 16 x 16 codes where dim is not given", _of_network(_layers)
+        "4, or as many as make 8 x 8 to 16 x 16 codes where dim is not given, or as encdec_layer_mults are", _halvings
     ),
     "model.discr_layers": Choice("4, or as many as fit the images where dim is not given", _of_network(_discr_layers)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class ConfigFiles:
         try:
             text = read_small(Path(name), LARGEST_YAML).decode("utf-8")
             root = yaml.compose(text, Loader=yaml.SafeLoader)
+            if isinstance(root, yaml.MappingNode):
+                self._note(name, text, root, yaml.SafeLoader("").flatten_mapping)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             where = f"{name}, line {mark.line + 1}" if mark else name
@@ -61,16 +63,15 @@ class ConfigFiles:
             return  # the parser says it
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise UserError(f"{name}, line {root.start_mark.line + 1}: options by name are expected, as `data:`")
-        if root is not None:
-            self._note(name, text, root, "")
 
-    def _note(self, name: str, text: str, node: Any, prefix: str) -> None:
+    def _note(self, name: str, text: str, node: Any, flatten: Callable[[Any], None], prefix: str = "") -> None:
+        flatten(node)  # `<<` stands for the options of another mapping
         for key, value in node.value:
             option = f"{prefix}{key.value}" if isinstance(key.value, str) else prefix
             self._lines[option] = (name, key.start_mark.line + 1)
             self._values[option] = " ".join(text[value.start_mark.index : value.end_mark.index].split())
             if value.id == "mapping" and option.count(".") < 16:
-                self._note(name, text, value, f"{option}.")
+                self._note(name, text, value, flatten, f"{option}.")
 
     def placed(self, message: str) -> str:
         """Return a message of the parser with the file and the line of the option that it names, if a file says it."""

@@ -5,16 +5,12 @@ Those of the classes are the ancestors'. Those of the command came of a search, 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from vqdist.cli.chosen import Choice, Said
-from vqdist.errors import UserError
-from vqdist.files import read_json
+from vqdist.cli.chosen import Choice, Said, run_before
 from vqdist.models.presets import PRESETS
 
 # of the discriminator, which nothing reads where there is none
@@ -25,7 +21,8 @@ OF_PLAYERS = {
     "trainer.discr_max_grad_norm": 1.0,
 }
 OF_SCHEDULE = ("trainer.discriminator_warmup_steps", "trainer.adversarial_ramp_steps")
-VQGAN_DEFAULTS = {"trainer.lr": 1e-3, "trainer.max_grad_norm": 1.0, **OF_PLAYERS}
+OF_BEGINNING = "trainer.lr"  # of weights at random
+VQGAN_DEFAULTS = {OF_BEGINNING: 1e-3, "trainer.max_grad_norm": 1.0, **OF_PLAYERS}
 # of quantizer vq
 VQ_OPTIONS = {"codebook_dim": 32, "decay": 0.9, "threshold_ema_dead_code": 2}
 # of a codebook that does not follow the encoder by itself they were not measured
@@ -67,17 +64,19 @@ def _of_trainer(option: str, value: Any, in_python: Any, said: Said) -> Any:
         return None
     if option in OF_SCHEDULE and said.get("trainer.adversarial_weight") == 0:
         return None
-    trainer = _run_before(said).get("trainer")
+    trainer = run_before(said).get("trainer")
     name = option.removeprefix("trainer.")
-    begun_in_python = isinstance(trainer, dict) and trainer.get(name, in_python) == in_python
-    return None if begun_in_python else value
+    before = trainer.get(name, in_python) if isinstance(trainer, dict) else None
+    if option == OF_BEGINNING and said.get("init_from") is not None:  # weights that are learnt already
+        return value if before == value else None
+    return None if isinstance(trainer, dict) and before == in_python else value
 
 
 def _of_codebook(name: str, value: Any, said: Said) -> Any:
     given = _codebook_of(said)
     if not _is_vq(said) or name in given or any(other in given for other in OTHER_CODEBOOKS):
         return None
-    model = _run_before(said).get("model")
+    model = run_before(said).get("model")
     begun_without = isinstance(model, dict) and name not in (model.get("vq_kwargs") or {})
     return None if begun_without else value
 
@@ -105,14 +104,3 @@ def _is_vq(said: Said) -> bool:
     if quantizer is None and said.get("model.preset") is None:
         return said.get("model.lookup_free_quantization") is False
     return quantizer == "vq"
-
-
-def _run_before(said: Said) -> dict[str, Any]:
-    """Return the configuration of the run that is in the folder; an empty one where there is none."""
-    if said.get("out") is None:
-        return {}
-    with contextlib.suppress(UserError, OSError):  # whoever opens the run says what is wrong with it
-        path = Path(str(said["out"])).expanduser() / "config.json"
-        found: Any = read_json(path) if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
-    return {}

@@ -173,7 +173,9 @@ def model_entry(name: str) -> TrainedModel:
     found = import_path(name, "model")
     for entry in MODELS.values():
         if inspect.isclass(found) and issubclass(found, load_class(entry.model)):
-            return replace(entry, title=f"{entry.title} ({name})", model=_place_of(found))
+            place = _place_of(found)
+            own = place == entry.model  # of another class nobody knows what it has, and nothing was measured
+            return replace(entry, title=f"{entry.title} ({name})", model=place, is_measured=entry.is_measured and own)
     if not inspect.isclass(found) or not issubclass(found, AutoregressiveModel):
         bases = "VQGanVAE, DiscreteVAE or SecondStage"
         raise UserError(f"model {name} is none that vqdist trains; derive it from {bases}")

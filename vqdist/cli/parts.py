@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -140,7 +141,7 @@ def _of_files(given: list[Given], option: str) -> Any:
         if name != "config" or value is None or not Path(value).is_file():
             continue
         try:
-            held = yaml.safe_load(read_small(Path(value), LARGEST_YAML).decode("utf-8"))
+            held = yaml.load(read_small(Path(value), LARGEST_YAML).decode("utf-8"), Loader=_loader())
         except (OSError, UserError, UnicodeDecodeError, yaml.YAMLError):
             continue  # the parser says so
         for key in option.split("."):
@@ -149,12 +150,24 @@ def _of_files(given: list[Given], option: str) -> Any:
     return found
 
 
+@functools.cache
+def _loader() -> Any:
+    """Return a safe loader of YAML that leaves dates as words, for which JSON has no other form."""
+    import yaml
+
+    class WithoutDates(yaml.SafeLoader):
+        pass
+
+    WithoutDates.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+    return WithoutDates
+
+
 def value_of(text: str) -> Any:
-    """Return a value as YAML reads it, with numbers as 1e-3, too; words as `nan` and `infinity` stay words."""
+    """Return a value as YAML reads it, with numbers as 1e-3, too; dates and words as `nan` stay words."""
     import yaml
 
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_loader())
     except yaml.YAMLError:
         return text
     if isinstance(value, str) and re.search(r"\d", value):

@@ -235,7 +235,7 @@ def _check_perceptual(options) -> None:
     if not isinstance(given, str):  # an object that an export recorded, or a model that has none
         return
     kind, _, file = given.rpartition(":")
-    if (kind or file.endswith((".pth", ".pt", ".safetensors"))) and not Path(file).is_file():
+    if (kind or file.endswith((".pth", ".pt", ".safetensors"))) and not Path(file).expanduser().is_file():
         raise UserError(
             f"no such file: {file}, which --model.perceptual {given} names for its weights; check the path, or train "
             "without: --model.perceptual none"

@@ -115,7 +115,7 @@ class VQGanVAE(
             `{class_path: ..., init_args: {weight: 0.1}}`, or objects; by default what `l2_recon_loss` and `perceptual`
             say.
         preset: a published configuration, see `vqdist models`: encoder, quantizer, decoder and discriminator where
-            they are not given.
+            they are not given. TiTok's first stage has no discriminator; there `use_gan` needs one in `discriminator`.
         **kwargs: `vq_NAME=value` is the same as `vq_kwargs={NAME: value}`.
     """
 

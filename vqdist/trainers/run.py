@@ -19,7 +19,7 @@ from vqdist.checkpoint import checkpoint_path, complete_steps
 from vqdist.classes import checked_names
 from vqdist.data.sources import folder_of
 from vqdist.errors import UserError
-from vqdist.files import LEASE_SECONDS, FolderLock, lock_folder, read_json, write_json
+from vqdist.files import LEASE_SECONDS, FolderLock, holds_steps, lock_folder, read_json, write_json
 from vqdist.manifest import read_manifest
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.options import default_options, names_with
@@ -143,10 +143,7 @@ class Run:
 
     def has_begun(self) -> bool:
         """Return whether there is anything of a run; one without a finished step leaves its configuration only."""
-        if self.is_anew:
-            return False
-        lines = self.folder / "metrics.jsonl"
-        return any(self.folder.glob("checkpoints/step_*")) or (lines.is_file() and lines.stat().st_size > 0)
+        return not self.is_anew and holds_steps(self.folder)
 
     def _refuse_other_configuration(self) -> None:
         path = self.folder / "config.json"
