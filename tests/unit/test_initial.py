@@ -314,7 +314,7 @@ def test_a_discriminator_that_is_asked_for_joins_a_run_without_one(run, tmp_path
     alone = begun(run, tmp_path / "alone", {**ALONE, "use_gan": False})
     alone.train()
     alone.close()
-    for given, discriminates in (({}, False), ({"use_gan": True}, True)):
+    for given, discriminates in (({}, False), ({"use_gan": True, "discr_layers": 2}, True)):
         trainer = begun(tmp_path / "alone", tmp_path / str(discriminates), given)
         assert (trainer.model.discriminator is not None) == discriminates
         trainer.close()
