@@ -140,6 +140,10 @@ class CheckpointStore:
             wait_for_completion(self.folder, PATIENCE)
             raise
 
+    def remove_old(self) -> None:
+        """Remove those beyond the ones to keep, which a process left that was killed after it had saved the newest."""
+        on_main(self.backend, lambda: self._remove_old(self.folder), f"old checkpoints in {self.folder} stay")
+
     def _remove_old(self, folder: Path) -> None:
         if self.keep is None:
             return

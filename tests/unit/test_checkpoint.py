@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -345,3 +346,14 @@ def test_checkpoint_without_average_says_so(tmp_path):
     trainer.save(tmp_path / "plain")
     with pytest.raises(UserError, match="use_ema false"):
         build_trainer(tmp_path / "other").load(tmp_path / "plain")
+
+
+def test_a_kill_before_old_checkpoints_are_removed_is_made_good(tmp_path):
+    """Also of a run that was at its end: then no save follows that would remove them."""
+    options = {**EVERYTHING, "num_train_steps": 3, "save_model_every": 1, "keep_checkpoints": 2}
+    build_trainer(tmp_path / "run", **options).train()
+    folder = tmp_path / "run" / "checkpoints"
+    assert complete_steps(folder) == [2, 3]
+    shutil.copytree(folder / "step_00000002", folder / "step_00000001")
+    resumed = build_trainer(tmp_path / "run", **options)
+    assert resumed.step == 3 and complete_steps(folder) == [2, 3]

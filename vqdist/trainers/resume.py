@@ -273,6 +273,8 @@ class Resume:
                 damaged.append(str(error))
                 self.report.print(f"warning: {error}")
                 continue
+            if not damaged:
+                self.checkpoints.remove_old()
             return True
         if damaged:
             raise UserError(f"no checkpoint of {self.run.folder} can be loaded; {damaged[0]}")
