@@ -8,18 +8,19 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import torchrun
+from launching import start_ranks, torchrun
 from scenarios import build_dvae, build_prior, build_var, build_vq_ar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from varied_codes import vary_codes
 
-from vqdist import ImageDataset, Tokenizer
+from vqdist import DiscreteVAE, ImageDataset, Tokenizer
 from vqdist.backends.local import LocalBackend
 from vqdist.cli import main
 from vqdist.cli.measuring import GeneratorRun
@@ -222,18 +223,46 @@ def test_fid_of_a_tokenizers_reconstructions(runs, evaluate):
     assert evaluate("dvae").keys() == {*RECONSTRUCTION, "images"}
 
 
-def test_broken_images_are_said_once_however_often_they_are_read(runs, tmp_path, capsys):
-    folder = tmp_path / "images"
+def test_images_are_reconstructed_once_for_all_numbers(runs, evaluate, monkeypatch):
+    calls = []
+    reconstruct = DiscreteVAE.reconstruct
+
+    def counted(network, image):
+        calls.append(len(image))
+        return reconstruct(network, image)
+
+    monkeypatch.setattr(DiscreteVAE, "reconstruct", counted)
+    assert "rfid" in evaluate("dvae", *features(runs), "--batch_size", "16")
+    assert sum(calls) == IMAGES
+
+
+def broken_among(folder: Path, broken: Sequence[int]) -> str:
     folder.mkdir()
     dataset = ImageDataset("synthetic:8", 32, augment=False)
     for index in range(8):
         dataset.source.image(index).save(folder / f"{index}.png")
-    (folder / "4.png").write_bytes(b"broken")
-    arguments = ["evaluate", str(runs / "dvae"), "--data", str(folder), *features(runs)]
+    for index in broken:
+        (folder / f"{index}.png").write_bytes(b"broken")
+    return str(folder)
+
+
+def test_broken_images_are_said_once_however_often_they_are_read(runs, tmp_path, capsys):
+    folder = broken_among(tmp_path / "images", [4])
+    arguments = ["evaluate", str(runs / "vq_ar"), "--data", folder, *features(runs), "--num_samples", "8"]
     assert main([*arguments, "--on_bad_image", "skip"]) == 0
     out, err = capsys.readouterr()
     assert err.count("skipped an image that cannot be decoded") == 1 and "4.png" in err
     assert json.loads(out)["images"] == 8
+
+
+@pytest.mark.distributed
+def test_broken_images_of_two_ranks_count_together(runs, tmp_path):
+    """One of eight may be broken, and each of two ranks meets one of its own."""
+    folder = broken_among(tmp_path / "images", [0, 5])
+    arguments = ["evaluate", str(runs / "dvae"), "--data", folder, "--on_bad_image", "skip", "--batch_size", "1"]
+    jobs = start_ranks(["-m", "vqdist", *arguments], tmp_path / "logs")
+    assert [job.wait(120) for job in jobs] == [2, 2]
+    assert "2 of 8 images" in jobs[0].printed and "Traceback" not in jobs[0].printed + jobs[1].printed
 
 
 # --------------------------------------------------------------------------------------------- ranks

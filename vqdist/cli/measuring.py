@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from vqdist import protocol
@@ -39,11 +39,15 @@ class MeasuredRun:
     extractor: FeatureExtractor | None
     reference: ReferenceFile | None = None  # in place of the images themselves
     lpips: LPIPS | None = None
-    skipped: set[str] = field(default_factory=set)
+    _real: Features | Reference | None = None
 
     def on(self, backend: Backend) -> MeasuredRun:
         """Return this run, with its networks on the backend's device."""
+        from vqdist.trainers.bad_images import BadImages
+
         self.backend = backend
+        # of stored codes none is bad
+        self.bad_images = BadImages(backend, len(self.dataset), getattr(self.dataset, "max_bad_frac", 0.0))
         self.network.to(backend.device)
         if self.extractor is not None:
             self.extractor.to(backend.device)
@@ -54,10 +58,10 @@ class MeasuredRun:
         raise NotImplementedError
 
     def protocol(self) -> dict[str, Any]:
-        """Return what the numbers were measured on, see `vqdist.evaluation.protocol`."""
-        images = protocol.of_images(self.dataset, self.options.data.folder)
+        """Return what the numbers were measured on, see `vqdist.protocol`."""
         from vqdist.evaluation.extractors import digest_of_weights
 
+        images = protocol.of_images(self.dataset, self.options.data.folder)
         pixels = {"pixels": "8 bits" if self.options.round_pixels else "float"}
         lpips: dict[str, str] = {}
         if self.lpips is not None:
@@ -89,6 +93,8 @@ class MeasuredRun:
             self.report_skipped(batch.bad)
             device = self.backend.device
             yield batch._replace(item=batch.item.to(device), label=batch.label.to(device))
+        self.bad_images.count_over_ranks()
+        self.bad_images.check()
 
     def progress(self, batches: Iterator, title: str, items: int) -> Iterator:
         """Return these batches of so many items, with a bar on a terminal."""
@@ -99,45 +105,49 @@ class MeasuredRun:
 
     def report_skipped(self, names: list[str]) -> None:
         """Say it once of an image, however often the data is gone through."""
-        from vqdist.data.dataset import most_bad, too_many_bad
-
-        for name in names:
-            if name not in self.skipped:
-                print(f"skipped an image that cannot be decoded: {printable(name)}", file=sys.stderr)
-                self.skipped.add(name)
-        share, total = getattr(self.dataset, "max_bad_frac", 0.0), len(self.dataset)  # of codes none is bad
-        if len(self.skipped) > most_bad(total, share):
-            raise too_many_bad(len(self.skipped), total, share, sorted(self.skipped))
+        for name in self.bad_images.add(names):
+            print(f"skipped an image that cannot be decoded: {printable(name)}", file=sys.stderr)
+        self.bad_images.check()
 
     def reconstruction_numbers(self, network: TokenizerNetwork, image_size: ImageSize) -> dict[str, float]:
-        """Measure the reconstructions of the images."""
+        """Measure the reconstructions of the images, and with an extractor their distance from the images."""
         from vqdist.evaluation import evaluate_reconstruction
 
         images = (batch.item for batch in self.batches("reconstruct"))
         distances = {} if self.lpips is None else {"lpips": self.lpips.to(self.backend.device).distances}
         options: dict[str, Any] = {"distances": distances, "rounded": self.options.round_pixels}
-        return evaluate_reconstruction(network, images, self.backend, image_size=image_size, **options)
+        if self.extractor is None:
+            return evaluate_reconstruction(network, images, self.backend, image_size=image_size, **options)
+        real = None if self.reference is not None else self.feature_set(len(self.dataset))
+        again = self.feature_set(len(self.dataset))
 
-    def features_of_images(self, *, and_reconstructions: bool) -> tuple[Features, Features | None]:
-        """Return the features of the images, and those of their reconstructions."""
-        from vqdist.evaluation import reconstruct
+        def look(image: Tensor, recon: Tensor) -> None:
+            if real is not None:
+                real.add(image)
+            again.add(recon)
 
+        numbers = evaluate_reconstruction(network, images, self.backend, image_size=image_size, look=look, **options)
+        if real is not None:
+            self._real = real.over_ranks()
+        return {**numbers, **_distances(self.compared_with(), again.over_ranks())}
+
+    def features_of_images(self) -> Features:
+        """Return the features of the images."""
         real = self.feature_set(len(self.dataset))
-        again = self.feature_set(len(self.dataset)) if and_reconstructions else None
         for batch in self.batches("features"):
             real.add(batch.item)
-            if again is not None:
-                again.add(reconstruct(cast("TokenizerNetwork", self.network), batch.item))
-        return real.over_ranks(), None if again is None else again.over_ranks()
+        return real.over_ranks()
 
-    def compared_with(self, images: Features) -> Features | Reference:
+    def compared_with(self) -> Features | Reference:
         """Return what samples and reconstructions are compared with: the images, or the reference in their place."""
         from vqdist.evaluation.references import reference_in
 
-        if self.reference is None:
-            return images
-        extractor = cast("FeatureExtractor", self.extractor)
-        return reference_in(self.reference, extractor, self.backend, self.options.batch_size)
+        if self._real is None and self.reference is None:
+            self._real = self.features_of_images()
+        elif self._real is None:
+            extractor, reference = cast("FeatureExtractor", self.extractor), cast("ReferenceFile", self.reference)
+            self._real = reference_in(reference, extractor, self.backend, self.options.batch_size)
+        return self._real
 
 
 class TokenizerRun(MeasuredRun):
@@ -148,11 +158,7 @@ class TokenizerRun(MeasuredRun):
 
     def numbers(self) -> dict[str, float]:
         """Of its reconstructions."""
-        numbers = self.reconstruction_numbers(self.network, self.dataset.image_size)
-        if self.extractor is not None:
-            real, again = self.features_of_images(and_reconstructions=True)
-            numbers |= _distances(self.compared_with(real), cast("Features", again))
-        return numbers
+        return self.reconstruction_numbers(self.network, self.dataset.image_size)
 
 
 class GeneratorRun(MeasuredRun):
@@ -178,12 +184,11 @@ class GeneratorRun(MeasuredRun):
         from vqdist.models.tokenizer import TokenizerNetwork
 
         numbers = evaluate_prediction(self.network, self.items_and_labels(), self.backend)
-        is_tokenizer = isinstance(self.network, TokenizerNetwork)
-        if is_tokenizer:
+        if isinstance(self.network, TokenizerNetwork):
             network = cast(TokenizerNetwork, self.network)
             numbers |= self.reconstruction_numbers(network, self.network.image_size)
         if self.extractor is not None:
-            numbers |= self.fidelity_numbers(is_tokenizer)
+            numbers |= self.fidelity_numbers()
         return numbers
 
     def items_and_labels(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -194,14 +199,11 @@ class GeneratorRun(MeasuredRun):
                 self.network.check_label(label)
             yield batch.item, batch.label if known else batch.label.new_zeros(len(batch.label))
 
-    def fidelity_numbers(self, is_tokenizer: bool) -> dict[str, float]:
-        """Of the samples against the images; and of the reconstructions."""
+    def fidelity_numbers(self) -> dict[str, float]:
+        """Of the samples against the images."""
         from vqdist.evaluation.fidelity import fidelity
 
-        images, again = self.features_of_images(and_reconstructions=is_tokenizer)
-        real = self.compared_with(images)
-        numbers = {**fidelity(self.features_of_samples(), real), "samples": self.num_samples}
-        return numbers if again is None else {**numbers, **_distances(real, again)}
+        return {**fidelity(self.features_of_samples(), self.compared_with()), "samples": self.num_samples}
 
     def protocol(self) -> dict[str, Any]:
         """Return also how the samples were drawn."""

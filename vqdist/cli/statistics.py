@@ -149,8 +149,7 @@ class _Looking:
 
         dataset = ImageDataset(spec, self.image_size, channels=self.options.channels, augment=False)
         run = MeasuredRun(self.options, nn.Identity(), dataset, self.extractor).on(self.backend)
-        features, _ = run.features_of_images(and_reconstructions=False)
-        return features, protocol.of_images(dataset, spec)
+        return run.features_of_images(), protocol.of_images(dataset, spec)
 
     def _at_file(self, spec: str) -> tuple[Features, dict[str, Any]]:
         from vqdist.evaluation.references import ReferenceFile, features_in

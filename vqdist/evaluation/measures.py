@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,13 @@ from vqdist.sizes import ImageSize
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    network: TokenizerNetwork, batches: Iterable[Tensor], backend: Backend, *, image_size: ImageSize, **options: Any
+    network: TokenizerNetwork,
+    batches: Iterable[Tensor],
+    backend: Backend,
+    *,
+    image_size: ImageSize,
+    look: Callable[[Tensor, Tensor], None] | None = None,
+    **options: Any,
 ) -> dict[str, float]:
     """L1, PSNR, SSIM, codebook usage and perplexity, and the number of images. Every rank calls this.
 
@@ -28,12 +34,16 @@ def evaluate_reconstruction(
         batches: this rank's images, (b, c, h, w) in [0, 1] on the backend's device.
         backend: adds the ranks' numbers.
         image_size: of the images.
+        look: called with the images and reconstructions of each batch, (b, c, h, w) in [0, 1].
         options: of `ReconstructionMetrics`: further distances, and rounding.
     """
     metrics = ReconstructionMetrics(network, backend, image_size, **options)
     with in_eval_mode(network):
         for image in batches:
-            metrics.update(image, *network.reconstruct(image))
+            recon, indices = network.reconstruct(image)
+            metrics.update(image, recon, indices)
+            if look is not None:
+                look(image, recon.clamp(0, 1))
     return metrics.compute()
 
 
