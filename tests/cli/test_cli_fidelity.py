@@ -90,7 +90,7 @@ def test_two_ranks_see_what_one_sees(folder, vqdist):
 
 
 MISTAKES = [
-    (["fidelity", "{samples}", "--reference", "nowhere.npz"], "nowhere.npz is no file"),
+    (["fidelity", "{samples}", "--reference", "nowhere.npz"], "there is no file nowhere.npz"),
     (["fidelity", "nowhere", "--reference", DATA], "nowhere"),
     (["fidelity", "{ref}", "--reference", DATA, "--image_size", "16"], "holds statistics but no images"),
     (["statistics", "--data", DATA, "--out", "ref.pt"], "give one that ends in .npz"),

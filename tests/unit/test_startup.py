@@ -144,6 +144,8 @@ LINES = [
     ("encode /nowhere --data digits --out codes", "no such run folder: /nowhere"),
     ("evaluate /nowhere --data digits", "no such run folder: /nowhere"),
     ("reconstruct /nowhere --data digits", "no such run folder: /nowhere"),
+    ("statistics --data /nowhere --features inception --out a.npz", "no such folder: /nowhere"),
+    ("fidelity digits --reference /nowhere.npz --features inception", "there is no file /nowhere.npz"),
 ]
 
 

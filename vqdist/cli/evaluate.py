@@ -235,16 +235,21 @@ def add_feature_options(parser, *, required: bool = False) -> None:
     )
 
 
-def _check_options(options) -> None:
+def check_loading(options) -> None:
+    """Raise `UserError` for a backend, batch size or number of processes that cannot be; torch is not imported."""
     from vqdist.backends import resolve_backend
 
     resolve_backend(options.backend)
-    DrawOptions(**given_draw_options(options))
     if options.batch_size < 1 or options.num_workers < 0:
         raise UserError(
             f"batch_size {options.batch_size} and num_workers {options.num_workers} are not possible; they must be at "
             "least 1 and 0"
         )
+
+
+def _check_options(options) -> None:
+    check_loading(options)
+    DrawOptions(**given_draw_options(options))
     if options.features is None:
         if options.trust_features:
             raise UserError("--trust_features true is given but --features is not; give a file or leave it out")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqdist.cli.evaluate import BATCH_SIZE, add_feature_options
+from vqdist.cli.evaluate import BATCH_SIZE, add_feature_options, check_loading
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import make_parser, parse
 from vqdist.data.specs import check_spec
@@ -39,6 +39,7 @@ def statistics(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     if options.out.suffix != ".npz":
         raise UserError(f"--out {options.out} is no name of statistics; give one that ends in .npz")
+    _check_options(options, [options.data.folder])
     with loading("torch"):
         from vqdist.evaluation.fidelity import check_count
         from vqdist.evaluation.references import Reference
@@ -61,6 +62,7 @@ def fidelity(arguments: list[str]) -> int:
     parser.add_argument("samples", type=str, help="Images: a folder or another source, or an .npz of images (arr_0).")
     parser.add_argument("--reference", type=str, required=True, help="Images, or statistics, to compare with.")
     options = parse(parser, arguments)
+    _check_options(options, [options.samples, options.reference])
     with loading("torch"):
         from vqdist.evaluation.fidelity import fidelity as compare
 
@@ -91,6 +93,16 @@ def _parser(program: str, description: str, epilog: str | None = None):
     return parser
 
 
+def _check_options(options: Any, specs: list[Any]) -> None:
+    """Find the mistakes that can be seen before torch is imported."""
+    check_loading(options)
+    for spec in specs:
+        if not _is_file(spec):
+            check_spec(spec)
+        elif not Path(spec).expanduser().is_file():
+            raise UserError(f"there is no file {spec}; check the path")
+
+
 class _Looking:
     """Looks at sets of images with one extractor, over ranks. Every rank calls every method.
 
@@ -103,15 +115,7 @@ class _Looking:
         from vqdist.backends import create_backend
         from vqdist.evaluation.extractors import load_extractor
 
-        if options.batch_size < 1 or options.num_workers < 0:
-            raise UserError(
-                f"batch_size {options.batch_size} and num_workers {options.num_workers} are not possible; they must "
-                "be at least 1 and 0"
-            )
         self.options = options
-        for spec in specs:
-            if not _is_file(spec):
-                check_spec(spec)
         self.image_size = _image_size(options.image_size, specs)
         self.extractor: FeatureExtractor = load_extractor(
             options.features,
