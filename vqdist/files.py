@@ -101,6 +101,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 METRICS = "metrics.jsonl"
 """Name of the file of a run folder that holds its log lines."""
 
+EVENTS = "events.jsonl"
+"""Name of the file beside it that holds the history of the run by the clock."""
+
+CHART_NUMBERS = "vqdist:counts"
+"""Name of the text within a bar chart's PNG file that holds the counts themselves, as JSON."""
+
 
 def holds_steps(run: Path) -> bool:
     """Return whether a run folder holds anything of a run; one without a finished step leaves its configuration."""

@@ -46,7 +46,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_train_writes_a_run_folder(trained):
     assert {path.name for path in trained.iterdir()} == {
-        *("best.json", "checkpoints", "config.json", "export", "metrics.jsonl", "results")
+        *("best.json", "checkpoints", "config.json", "events.jsonl", "export", "metrics.jsonl", "results")
     }
     assert (trained / "results" / "step_00000005.png").stat().st_size > 1000
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])

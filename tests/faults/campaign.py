@@ -74,8 +74,9 @@ def side_by_side(function: Callable[[Any], Any], items: Iterable[Any]) -> list[A
 
 
 def content_of(out: Path) -> dict[str, Any]:
-    """Return all that a finished run holds, by file, without what depends on the clock."""
-    paths = sorted(path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    """Return all that a finished run holds, by file, without what depends on the clock, as its history does."""
+    but = (".lock", "events.jsonl")
+    paths = sorted(path for path in out.rglob("*") if path.is_file() and path.name not in but)
     return {path.relative_to(out).as_posix(): _content_of_file(path, out) for path in paths}
 
 

@@ -11,26 +11,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from vqdist.errors import UserError
 from vqdist.parts import PartSpec, Spec, called
 from vqdist.registries import SINKS
 from vqdist.tracking.base import Sink, one_line, warn
+from vqdist.tracking.events import EventLog, environment
 from vqdist.tracking.jsonl import JsonlSink
 from vqdist.tracking.memory import memory_gb
-from vqdist.tracking.pictures import group_bars, make_sheet, save_bars, save_sheet
+from vqdist.tracking.pictures import chart_numbers, make_sheet, save_bars, save_sheet
 from vqdist.tracking.tensorboard import TensorBoardSink
 from vqdist.tracking.wandb import WandbSink
 
 __all__ = [
     "SINKS",
+    "EventLog",
     "JsonlSink",
     "Sink",
     "TensorBoardSink",
     "Tracker",
     "WandbSink",
     "check_trackers",
+    "environment",
     "make_sheet",
     "memory_gb",
     "save_bars",
@@ -100,8 +104,12 @@ class Tracker:
         self._tell(lambda sink: sink.picture(step, name, rows, path, columns))
 
     def histogram(self, step: int, name: str, counts: Tensor, path: Path) -> None:
-        """Save a bar chart of how often each code occurred: `counts` (v,), several codes a bar if many."""
-        save_bars(group_bars(counts)[0], path)
+        """Save a bar chart of how often each code occurred: `counts` (v,), several codes a bar if many.
+
+        The file holds the numbers, too, for `vqdist report`.
+        """
+        numbers = chart_numbers(counts)
+        save_bars(np.array(numbers["bars"]), path, numbers=numbers)
         self._tell(lambda sink: sink.histogram(step, name, counts, path))
 
     def artifact(self, folder: Path) -> None:

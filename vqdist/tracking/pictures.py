@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vqdist.files import writing
+from vqdist.files import CHART_NUMBERS, writing
 
 BORDER = 2  # pixels around each image of a sheet
 
@@ -55,15 +58,37 @@ def save_image(image: Tensor, path: Path) -> None:
         partial.replace(path)
 
 
-def save_bars(bars: np.ndarray, path: Path, height: int = 128) -> None:
-    """Write counts (n,) as a bar chart, two pixels a bar, that appears whole or not at all."""
+def save_bars(bars: np.ndarray, path: Path, height: int = 128, numbers: dict[str, Any] | None = None) -> None:
+    """Write counts (n,) as a bar chart, two pixels a bar, that appears whole or not at all.
+
+    Args:
+        bars: (n,) whole numbers.
+        path: of the PNG file.
+        height: of the chart, in pixels.
+        numbers: what else the file holds, as a text by the name `CHART_NUMBERS`.
+    """
     heights = np.ceil(height * bars / max(1, bars.max())).astype(int)
     picture = np.where(np.arange(height)[::-1, None] < heights[None, :], 40, 235).astype(np.uint8)
     partial = path.with_name(path.name + ".partial")
+    texts = PngInfo()
+    if numbers is not None:
+        texts.add_text(CHART_NUMBERS, json.dumps(numbers))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.repeat(2, axis=1)).save(partial, format="png")
+        Image.fromarray(picture.repeat(2, axis=1)).save(partial, format="png", pnginfo=texts)
         partial.replace(path)
+
+
+def chart_numbers(counts: Tensor) -> dict[str, Any]:
+    """Return what a chart of counts of codes (v,) says in numbers.
+
+    `codes` is v, `total` the sum, `used` the number of codes that occurred. `bars` are those of `group_bars`, and
+    `ranked` of the same counts in descending order.
+    """
+    counts = counts.cpu()
+    ranked = group_bars(counts.sort(descending=True).values)[0]
+    sums = {"codes": len(counts), "total": int(counts.sum()), "used": int((counts > 0).sum())}
+    return {**sums, "bars": group_bars(counts)[0].tolist(), "ranked": ranked.tolist()}
 
 
 def group_bars(counts: Tensor, most: int = 512) -> tuple[np.ndarray, np.ndarray]:

@@ -353,6 +353,7 @@ class Trainer(RunOwner):
         self.report.print_bad_images()
         if self.tracker is not None:
             self.tracker.artifact(self.run.folder / "export")
+        self.report.note_end()
         self.report.close()
         return numbers
 
@@ -414,7 +415,7 @@ class Trainer(RunOwner):
             newest = self.checkpoints.path(self.step)
             self.report.print(f"resumed {newest}: step {self.step} of {self.num_train_steps}")
             if (passed := self.end_passed()) is not None:
-                self.report.print(f"warning: this run is past {passed}; nothing is trained")
+                self.report.alert(f"this run is past {passed}; nothing is trained")
         self.run.write_configuration()
         self.report.open(cast(list[Any], self.config.trackers), self.run.configuration())
 

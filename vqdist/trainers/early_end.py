@@ -94,4 +94,5 @@ class EarlyEnd:
         record_stop(number, step=self.progress.step, run=str(self.run.folder))
         stopped = Stopped(number, self.progress.step, str(self.run.folder))
         self.report.print(stopped.message)
+        self.report.note("stop", stopped.message)
         raise stopped

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from vqdist.errors import UserError
-from vqdist.files import METRICS, read_json, writing
+from vqdist.files import EVENTS, METRICS, read_json, writing
 from vqdist.protocol import EVALUATIONS
 
 # config.json goes last: until then the folder is known as a run's
@@ -21,6 +21,7 @@ WRITTEN = (
     "wandb.json",
     METRICS,
     EVALUATIONS,
+    EVENTS,
     "config.json",
 )
 # launchers start the same command again after a failure or a preemption, which must not cost the run its steps

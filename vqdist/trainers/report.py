@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from vqdist.backends import Backend
 from vqdist.errors import printable
 from vqdist.metrics import RunningMeans
 from vqdist.stopping import BrokenOff
-from vqdist.tracking import Tracker, memory_gb
+from vqdist.tracking import EventLog, Tracker, environment, memory_gb
 from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.stop_request import FAULT, StopRequest
@@ -55,6 +56,8 @@ class Report:
         self.bad_images = bad_images
         self.tracker: Tracker | None = None
         self._closed = False
+        self._events: EventLog | None = None
+        self._events_to_come: list[dict[str, Any]] = []  # those before `open`
         self.means = RunningMeans()
         self.log_fn: LogFunction | None = None
         self.bar: tqdm | None = None
@@ -80,6 +83,11 @@ class Report:
         self._sinks, self._closed = (trackers, configuration), False
         if self.backend.is_main:
             self.tracker = Tracker(self.folder, trackers, configuration, self.progress.step)
+            self._events = EventLog(self.folder)
+            self._note_start(configuration.get("trainer", {}))
+            early, self._events_to_come = self._events_to_come, []
+            for said in early:
+                self.note(**said)
 
     def close(self) -> None:
         """Close the sinks."""
@@ -92,6 +100,42 @@ class Report:
         if self._closed:
             self.open(*self._sinks)
 
+    def _note_start(self, options: Mapping[str, Any]) -> None:
+        """Keep where the run starts or goes on from, and on what."""
+        backend, names = self.backend, ("batch_size", "grad_accum_every")
+        images = math.prod(options[name] for name in names) if all(map(options.get, names)) else None
+        self.note(
+            "resume" if self.progress.step else "start",
+            backend=backend.title,
+            processes=backend.world_size,
+            images_per_step=None if images is None else images * backend.world_size,
+            images=self.progress.position,
+            environment=environment(backend.device),
+        )
+
+    def note(self, event: str, message: str | None = None, **said: Any) -> None:
+        """Keep an event in events.jsonl, on rank 0; those before `open` wait for it.
+
+        Args:
+            event: its kind, see `EventLog.note`.
+            message: a sentence.
+            **said: what else there is to say of it.
+        """
+        if self._events is not None:
+            self._events.note(self.progress.step, event, message=message, **said)
+        elif self.backend.is_main:
+            self._events_to_come.append({"event": event, "message": message, **said})
+
+    def note_end(self) -> None:
+        """Keep that the run has come to its end, unless the sinks are closed and it was known."""
+        if not self._closed:
+            self.note("end")
+
+    def alert(self, message: str) -> None:
+        """Say once that something went wrong, and keep it as an event."""
+        self.print(f"warning: {message}")
+        self.note("warning", message)
+
     def warn(self, about: str, message: str) -> None:
         """Say that the run goes wrong: once, until it is withdrawn; what was not stands in the summary, too.
 
@@ -100,7 +144,7 @@ class Report:
             message: a sentence.
         """
         if about not in self.warnings:
-            self.print(f"warning: {message}")
+            self.alert(message)
         self.warnings[about] = message
 
     def watch_codebook(self, few: str | None) -> None:
@@ -209,6 +253,7 @@ class Report:
         for name in (self.bad_images.of_valid if of_valid else self.bad_images).add(names):
             said = f"rank {self.backend.rank}: skipped an image that cannot be decoded: {printable(name)}"
             tqdm.write(said, file=sys.stderr)
+            self.note("skipped image", name)
 
     def print_bad_images(self, most: int = 5) -> None:
         """Say how many images could not be decoded."""

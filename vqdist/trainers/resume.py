@@ -184,7 +184,9 @@ class Resume:
         at_step = "" if " at step " in problem else f" at step {self.progress.step}"
         newest = self.checkpoints.latest()
         resumed = newest == self.checkpoints.path(self._resumed_at)
-        raise UserError(f"{problem}{at_step}; {how_to_go_on(newest, resumed=resumed)}")
+        message = f"{problem}{at_step}; {how_to_go_on(newest, resumed=resumed)}"
+        self.report.note("error", message)
+        raise UserError(message)
 
     def state_info(self) -> dict[str, Any]:
         """Return the entries of the manifest."""
@@ -271,7 +273,7 @@ class Resume:
                 self.load(self.checkpoints.path(step))
             except UserError as error:
                 damaged.append(str(error))
-                self.report.print(f"warning: {error}")
+                self.report.alert(str(error))
                 continue
             if not damaged:
                 self.checkpoints.remove_old()
@@ -279,9 +281,7 @@ class Resume:
         if damaged:
             raise UserError(f"no checkpoint of {self.run.folder} can be loaded; {damaged[0]}")
         if (self.run.folder / "metrics.jsonl").exists():
-            self.report.print(
-                f"warning: {self.run.folder} holds a run without a complete checkpoint; it starts at step 0"
-            )
+            self.report.alert(f"{self.run.folder} holds a run without a complete checkpoint; it starts at step 0")
         return False
 
     def _verified(self, path: Path) -> dict[str, Any]:
