@@ -273,13 +273,13 @@ def test_what_no_tensor_says_is_asked_for_or_said(case, tmp_path, caplog):
 
 def test_a_published_size_is_read_without_a_word(tmp_path, caplog):
     """Options are those that were published with it; nothing is assumed of anybody's own training."""
-    from vqdist.models.published import _is_published_size, family_named
+    from vqdist.models.published import presets_like
 
     with torch.device("meta"):
         model = VQGanVAE.preset("llamagen_vq16", use_vgg_and_gan=False)
         other = VQGanVAE.preset("llamagen_vq16", use_vgg_and_gan=False, quantizer=part("gradient_vq", codebook_size=9))
-    assert _is_published_size(model, family_named("llamagen"))
-    assert not _is_published_size(other, family_named("llamagen"))
+    assert presets_like(model) == presets_like(model, "llamagen_vq") == ["llamagen_vq16"]
+    assert presets_like(other) == presets_like(model, "ibq") == []
 
 
 @pytest.mark.parametrize(

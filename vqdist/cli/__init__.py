@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from vqdist.cli import convert, encode, evaluate, recipes, report, sample, statistics, train
+from vqdist.cli import convert, encode, evaluate, inspect, recipes, report, sample, statistics, train
 from vqdist.cli.loading import rank_of_command
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
 from vqdist.errors import PeerLost, RanksDiverged, UserError
@@ -140,6 +140,7 @@ COMMANDS = {
     "sample": sample.sample,
     "convert": convert.convert,
     "models": convert.models,
+    "inspect": inspect.inspect,
     "report": report.report,
     "recipes": recipes.recipes,
     "doctor": doctor,

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -33,6 +33,8 @@ __all__ = [
     "family_named",
     "file_of_weights",
     "is_published",
+    "presets_like",
+    "read_file",
     "read_published",
     "read_to_train",
     "write_published",
@@ -72,10 +74,31 @@ def read_to_train(
     family: str | None = None,
     peer_config: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[PretrainedModel, Critic | str | None]:
-    """Return the tokenizer of another project's file, and the discriminator that it holds; see `read_published`.
+    """Return the tokenizer of another project's file, and the discriminator that it holds; see `read_file`."""
+    found = read_file(path, family, peer_config)
+    return found.model, found.critic
 
-    The discriminator is None where there is none, and a line on it where vqdist has no such network.
+
+class Read(NamedTuple):
+    """All that a file of another project holds.
+
+    Attributes:
+        model: the tokenizer, in eval mode.
+        critic: the discriminator; None where there is none, and a line on it where vqdist has no such network.
+        family: of the file, by name.
     """
+
+    model: PretrainedModel
+    critic: Critic | str | None
+    family: str
+
+
+def read_file(
+    path: str | Path,
+    family: str | None = None,
+    peer_config: str | Path | Mapping[str, Any] | None = None,
+) -> Read:
+    """Return what a file of another project holds; arguments and errors are those of `read_published`."""
     file, config = _located(Path(path).expanduser())
     if isinstance(peer_config, Mapping):
         config = dict(peer_config)
@@ -84,11 +107,12 @@ def read_to_train(
     content = read_content(file)
     chosen = _recognised(content, config, file) if family is None else family_named(family)
     model = chosen.read(content, config, file)
+    name = next(name for name in FAMILIES.names() if FAMILIES[name] is type(chosen))
     taken = chosen.assumed(config) | (chosen.doubt(config) if family is None else {})
-    if taken and os.environ.get("RANK", "0") == "0" and not _is_published_size(model, chosen):
+    if taken and os.environ.get("RANK", "0") == "0" and not presets_like(model, name):
         said = ", ".join(f"{name} {value}" for name, value in taken.items())
         LOG.warning(f"{file}: no tensor and no configuration says {said}, which is assumed; else give --peer_config")
-    return model, critic_in(content, file, chosen.blur)
+    return Read(model, critic_in(content, file, chosen.blur), name)
 
 
 def file_of_weights(path: str | Path) -> Path:
@@ -96,18 +120,28 @@ def file_of_weights(path: str | Path) -> Path:
     return _located(Path(path).expanduser())[0]
 
 
-def _is_published_size(model: PretrainedModel, family: Family) -> bool:
-    """Return whether a model has the shapes of a published configuration, whose options are known."""
-    shapes = {name: one.shape for name, one in model.state_dict().items()} if isinstance(model, VQGanVAE) else {}
-    for preset in PRESETS.values():
-        sizes = preset.quantizer["init_args"].get("codebook_size"), getattr(model, "codebook_size", None)
-        if type(family) is FAMILIES[preset.family] and sizes[0] == sizes[1]:
-            parts: dict[str, Any] = {name: getattr(preset, name) for name in ("encoder", "decoder", "quantizer")}
+def presets_like(model: PretrainedModel, family: str | None = None) -> list[str]:
+    """Return the published configurations whose tensors have the names and shapes of a model's.
+
+    Args:
+        model: of any type; without a discriminator where it is a `VQGanVAE`.
+        family: of the files with their weights, by name; by default any.
+    """
+    shapes = _shapes_of(model) if isinstance(model, VQGanVAE) else {}
+    found = []
+    for name, preset in PRESETS.items():
+        codes = preset.quantizer["init_args"].get("codebook_size"), getattr(model, "codebook_size", None)
+        if family in (None, preset.family) and codes[0] == codes[1] and shapes:
+            parts: dict[str, Any] = {part: getattr(preset, part) for part in ("encoder", "decoder", "quantizer")}
             with torch.device("meta"):
                 twin = VQGanVAE(**parts, use_vgg_and_gan=False)
-            if {name: one.shape for name, one in twin.state_dict().items()} == shapes:
-                return True
-    return False
+            if _shapes_of(twin) == shapes:
+                found.append(name)
+    return found
+
+
+def _shapes_of(model: VQGanVAE) -> dict[str, torch.Size]:
+    return {name: one.shape for name, one in model.network.state_dict().items()}
 
 
 def write_published(model: PretrainedModel, family: str, path: str | Path) -> None:
