@@ -14,6 +14,8 @@ from vqdist.files import read_json, sha256_of, write_json
 
 RECORD = "export.json"
 MODEL_CARD = "README.md"  # people edit it, so it is not compared
+NUMBERS_BEGIN, NUMBERS_END = "<!-- numbers of vqdist -->", "<!-- end of the numbers of vqdist -->"
+"""Comments in a card between which `vqdist.model_card` writes; the rest is the owner's."""
 NEEDED = ("config.json", "model.safetensors")
 
 AT_FDCWD = -100  # of Linux: a path is relative to the current folder

@@ -71,6 +71,7 @@ PARTS["vqdist.drawing"] = {
     *(*LEAVES, "vqdist.backends", "vqdist.models", "vqdist.ranks", "vqdist.sampling", "vqdist.seeding"),
     "vqdist.tracking",
 }
+PARTS["vqdist.model_card"] = {*LEAVES, "vqdist.export", "vqdist.protocol"}
 PARTS["vqdist.inspection"] = {*LEAVES, "vqdist.export", "vqdist.models", "vqdist.protocol"}
 
 PARTS["vqdist.trainers"] = PARTS.keys() - {"vqdist.version"}

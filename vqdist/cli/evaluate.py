@@ -71,7 +71,7 @@ def evaluate(arguments: list[str]) -> int:
         found = {**numbers, protocol.KEY: measured.protocol()}
         print(json.dumps({**found, **of_codes}))
         if step >= 0:
-            _keep(run, step, found)
+            _keep(run, export, step, found)
     backend.close()
     return 0
 
@@ -110,11 +110,17 @@ def _step_of(export: Path) -> int:
     return step if isinstance(step, int) else -1
 
 
-def _keep(run: Path, step: int, found: dict[str, Any]) -> None:
-    """Add an evaluation to those of a run, where it is the folder of one; a run of others may not be written to."""
+def _keep(run: Path, export: Path, step: int, found: dict[str, Any]) -> None:
+    """Add an evaluation to those of a run, and to the card of its export, where it is the folder of a run.
+
+    A run of others may not be written to.
+    """
     if (run / METRICS).is_file():
+        from vqdist.model_card import write_card
+
         try:
             protocol.keep(run, step, found)
+            write_card(run, export)
         except UserError as error:
             print(f"vqdist: the numbers are not kept for `vqdist report`: {error}", file=sys.stderr)
 

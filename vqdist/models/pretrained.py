@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vqdist.classes import checked_names
 from vqdist.errors import UserError
-from vqdist.export import RECORD, check_weights
+from vqdist.export import NUMBERS_BEGIN, NUMBERS_END, RECORD, check_weights
 from vqdist.files import follow_umask, read_json, reason_of
 from vqdist.locations import DISCRIMINATOR, FILES, check_location, config_of_folder, find_export, is_name_on_hub
 from vqdist.models.export_config import check_config
@@ -169,6 +169,9 @@ class PretrainedModel(PyTorchModelHubMixin):
                 "",
                 f'model = {name}.from_pretrained("THIS REPOSITORY OR FOLDER")',
                 "```",
+                "",
+                NUMBERS_BEGIN,
+                NUMBERS_END,
                 "",
                 "| argument | value |",
                 "| --- | --- |",

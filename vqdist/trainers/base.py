@@ -17,6 +17,8 @@ from vqdist import uncaught
 from vqdist.backends import Engine
 from vqdist.backends.peers import naming_lost_peers
 from vqdist.data.loader import Batch
+from vqdist.errors import UserError
+from vqdist.model_card import write_card
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.seeding import OwnGenerators
 from vqdist.stopping import BrokenOff
@@ -351,11 +353,21 @@ class Trainer(RunOwner):
         self.resume.settle()
         self.best.finish()
         self.report.print_bad_images()
+        self._write_cards()
         if self.tracker is not None:
             self.tracker.artifact(self.run.folder / "export")
         self.report.note_end()
         self.report.close()
         return numbers
+
+    def _write_cards(self) -> None:
+        """Write the numbers of the run into the cards of its exports, on rank 0; a card is no reason to fail."""
+        if self.is_main:
+            for export in (self.run.folder / "export", self.best.folder):
+                try:
+                    write_card(self.run.folder, export)
+                except UserError as error:
+                    self.report.alert(f"the card of {export} has no numbers: {error}")
 
     # ------------------------------------------------------------------------------------- set-up, in this order
 

@@ -21,6 +21,7 @@ from vqdist.errors import UserError
 from vqdist.export import mend_export, write_export
 from vqdist.files import CannotWrite
 from vqdist.manifest import read_manifest
+from vqdist.model_card import carry_card
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.ranks import everywhere, on_main
 from vqdist.trainers.finite import FiniteGuard, how_to_go_on
@@ -170,7 +171,12 @@ class Resume:
 
     def _export(self, model: PretrainedModel, folder: Path) -> None:
         model.image_size, model.buffers_are_live = self.run.config.image_size, True
-        write_export(folder, model.save_pretrained, self.progress.step)
+
+        def save(new: Path) -> None:
+            model.save_pretrained(new)
+            carry_card(folder, new)
+
+        write_export(folder, save, self.progress.step)
 
     def check_finite(self) -> None:
         """Raise `UserError` if a number since the start or any tensor that is to be saved is not finite."""

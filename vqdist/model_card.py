@@ -1,0 +1,245 @@
+"""The model card of an export, README.md: its metric index, protocol, training cost and picture.
+
+A card is written with the export and belongs to its owner from then on. Only the part between two comments and the
+metric index of the head are written anew: at the end of a run, and by `vqdist evaluate`. A card without the comments
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from vqdist import protocol
+from vqdist.errors import UserError
+from vqdist.export import MODEL_CARD, NUMBERS_BEGIN, NUMBERS_END, RECORD
+from vqdist.files import EVENTS, METRICS, lines_of_metrics, read_json, read_small, writing
+
+LARGEST = 2**20  # bytes
+VALID = "valid/"
+COUNTS = ("step", "images", "samples")  # numbers beside the measures
+PICTURE = "pictures.png"
+TITLES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "fid": "FID", "is": "Inception score"}
+TITLES |= {"kid": "KID", "rkid": "rKID", "sfid": "sFID", "rsfid": "rsFID", "ris": "rIS", "l1": "L1", "nll": "NLL"}
+RECONSTRUCTION = ("image-to-image", "Image reconstruction")
+GENERATION = ("unconditional-image-generation", "Image generation")
+
+
+class Cost(NamedTuple):
+    """What a training has taken.
+
+    Attributes:
+        images: that were seen.
+        hours: of training steps, by device in words, over all processes.
+    """
+
+    images: int
+    hours: dict[str, float]
+
+
+def write_card(run: Path, export: Path) -> None:
+    """Bring the numbers of an export's card up to date with its run.
+
+    Raises:
+        UserError: the card cannot be read or written.
+    """
+    path = export / MODEL_CARD
+    if not path.is_file() or not (export / RECORD).is_file():
+        return
+    step = read_json(export / RECORD).get("step")
+    text = _read(path)
+    if NUMBERS_BEGIN not in text or NUMBERS_END not in text or not isinstance(step, int):
+        return
+    validated, cost = _of_metrics(run, step)
+    evaluated = protocol.last_of(run) or {}
+    evaluated = evaluated if evaluated.get("step") == step else {}
+    picture = _picture(run, step)
+    with writing(export / PICTURE):
+        if picture is not None:
+            shutil.copyfile(picture, export / PICTURE)
+    words = [
+        f"Weights of step {step:,}.",
+        "",
+        *_numbers(validated, evaluated),
+        *_protocol(evaluated),
+        *_cost(cost, step),
+    ]
+    words += (
+        ["## Pictures", "", f"![originals and what the model makes]({PICTURE})", ""] if picture is not None else []
+    )
+    index = [*_results(evaluated), *_results(validated)]
+    _write(path, with_numbers(text, "\n".join(words), index))
+
+
+def carry_card(before: Path, new: Path) -> None:
+    """Let an export have the words that its owner gave the one before; numbers of other weights are left out.
+
+    Args:
+        before: folder of the export in place, if any.
+        new: that takes its place.
+    """
+    path = before / MODEL_CARD
+    if path.is_file():
+        try:
+            _write(new / MODEL_CARD, with_numbers(_read(path), "", []))
+        except UserError:  # nobody can say what in it is of other weights
+            shutil.copyfile(path, new / MODEL_CARD)
+
+
+def with_numbers(text: str, words: str, index: list[EvalResult]) -> str:
+    """Return a card with these words between its two comments, and this metric index; without them as it is."""
+    before, begin, rest = text.partition(NUMBERS_BEGIN)
+    _, end, after = rest.partition(NUMBERS_END)
+    if not begin or not end:
+        return text
+    try:
+        card = ModelCard(f"{before}{begin}\n{words}{end}{after}", ignore_metadata_errors=True)
+        head = cast(ModelCardData, card.data)
+        head.eval_results = index or None
+        head.model_name = (head.model_name or _title(before)) if index else None
+        return str(card)
+    except Exception as error:  # of the library that reads the head, which a person may have edited
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"the head of the model card cannot be read as YAML ({said}); mend it") from error
+
+
+def _title(text: str) -> str:
+    return next((line[2:].strip() for line in text.splitlines() if line.startswith("# ")), "model")
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_small(path, LARGEST).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}); mend it, or remove it") from error
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+# ------------------------------------------------------------------------------------------- what is known of a run
+
+
+def _of_metrics(run: Path, step: int) -> tuple[dict[str, Any], Cost]:
+    """Return the validation of a step, and what the training up to it has taken."""
+    validated: dict[str, Any] = {}
+    hours: dict[str, float] = {}
+    starts, before = list(_starts(run)), 0
+    for line in _lines(run / METRICS):
+        if line["step"] > step:
+            break
+        if line["step"] == step and any(name.startswith(VALID) for name in line):
+            validated = {name.removeprefix(VALID): value for name, value in line.items()}
+        speed, start = line.get("images_per_second"), _last_start(starts, line["step"])
+        if speed and start is not None:
+            taken = (line["step"] - before) * start["images_per_step"] * start["processes"] / speed / 3600
+            hours[_device(start)] = hours.get(_device(start), 0.0) + taken
+        before = line["step"] if speed else before
+    last = _last_start(starts, step)
+    images = 0 if last is None else last["images"] + (step - last["step"]) * last["images_per_step"]
+    return validated, Cost(images, hours)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        with path.open("rb") as file:
+            for _, line in lines_of_metrics(file):
+                yield line
+
+
+def _starts(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the starts and resumptions of a run that say how many images a step takes."""
+    for line in _lines(run / EVENTS):
+        counts = [line.get(name) for name in ("images", "images_per_step", "processes")]
+        if line.get("event") in ("start", "resume") and all(type(count) is int for count in counts):
+            yield line
+
+
+def _last_start(starts: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
+    """Return the start that made a step: the last one before it."""
+    return next((start for start in reversed(starts) if start["step"] < max(step, 1)), None)
+
+
+def _device(start: Mapping[str, Any]) -> str:
+    environment = start.get("environment")
+    return str(environment.get("device", "?")) if isinstance(environment, Mapping) else "?"
+
+
+def _picture(run: Path, step: int) -> Path | None:
+    """Return the picture that a run drew at a step, or None."""
+    path = run / "results" / f"step_{step:08d}.png"
+    return path if path.is_file() else None
+
+
+# ------------------------------------------------------------------------------------------- words of the card
+
+
+def _measures(found: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if type(value) in (int, float) and name not in COUNTS}
+
+
+def _numbers(validated: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[str]:
+    columns = {"validation": _measures(validated), "evaluation": _measures(evaluated)}
+    columns = {title: numbers for title, numbers in columns.items() if numbers}
+    if not columns:
+        return []
+    names = list(dict.fromkeys(name for numbers in columns.values() for name in numbers))
+    rows = [
+        f"| {TITLES.get(name, name)} | "
+        + " | ".join(f"{numbers[name]:.4g}" if name in numbers else "" for numbers in columns.values())
+        + " |"
+        for name in names
+    ]
+    head = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    return ["## Numbers", "", *head, *rows, ""]
+
+
+def _protocol(evaluated: Mapping[str, Any]) -> list[str]:
+    """Return what the evaluation was measured on; the validation's images are a share of the run's own, or named."""
+    said = _said_of(evaluated)
+    rows = [f"| {name} | {value} |" for name, value in said.items()]
+    return ["## Protocol of the evaluation", "", "| | |", "| --- | --- |", *rows, ""] if rows else []
+
+
+def _said_of(evaluated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a protocol without paths of this machine: hashes say which files they were."""
+    said = dict(evaluated.get(protocol.KEY) or {})
+    return said | {name: Path(str(said[name])).name for name in ("data", "reference", "features") if name in said}
+
+
+def _cost(cost: Cost, step: int) -> list[str]:
+    if not cost.images:
+        return []
+    rows = [f"- {cost.images:,} images seen in {step:,} steps"]
+    for device, hours in cost.hours.items():
+        kind = "CPU" if device.startswith("cpu") else "GPU"
+        rows.append(f"- {hours:.3g} {kind} hours of training steps ({device}); saving and validation are not in them")
+    return ["## Training cost", "", *rows, ""]
+
+
+def _results(found: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """Yield the entries of the metric index: one a number, each with the protocol as the arguments of its data."""
+    said = _said_of(found)
+    name, split = (said["data"], None) if said else ("the run's own images", "validation")
+    kind, task = GENERATION if {"nll", "fid"} & found.keys() else RECONSTRUCTION
+    args = said or {"images": found.get("images")}
+    for metric, value in _measures(found).items():
+        yield EvalResult(
+            task_type=kind,
+            task_name=task,
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=split,
+            dataset_args=args,
+            metric_type=metric,
+            metric_name=TITLES.get(metric, metric),
+            metric_value=value,
+        )
