@@ -1,0 +1,62 @@
+"""Signals at random moments: the right code, all of it saved, and the end of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import time
+
+import pytest
+from campaign import PATIENCE, SEED, STEPS, differences, finish, listens, side_by_side, start, undisturbed, wait_until
+from warm import programs
+
+from vqdist.stopping import NOTED, exit_code
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(("ranks", "signals"), [(1, 24), (2, 12)])
+def test_signals_at_random_moments(tmp_path, tried, ranks, signals):
+    """From the moment on at which the command listens; of two ranks one gets the signal, or both."""
+    programs()  # whose start is no part of a run's time
+    began = time.monotonic()
+    whole = undisturbed(tmp_path, ranks=ranks)
+    seconds = time.monotonic() - began
+
+    def stopped(number: int) -> str:
+        out, chance = tmp_path / f"run_{number}", random.Random(f"{SEED} {ranks} {number}")
+        sent = NOTED[number % len(NOTED)]
+        jobs = start(out, "--dist_timeout", "1", ranks=ranks)
+        wait_until(lambda: all(map(listens, jobs)), jobs)
+        time.sleep(chance.uniform(0, seconds))
+        for rank in chance.choice([(0,), (ranks - 1,), range(ranks)]):
+            jobs[rank].send(sent)
+        codes = {job.wait(PATIENCE) for job in jobs}
+        printed = "".join(job.printed for job in jobs)
+        assert "Traceback" not in printed, printed[-4000:]
+        assert codes in ({exit_code(sent)}, {0}), (sent.name, codes, printed[-4000:])
+        seen = _check_what_was_said(printed, sent) if codes != {0} else "at the end"
+        finish(out, ranks=ranks)
+        assert differences(out, whole) == [], f"{sent.name}, {seen}"
+        return seen
+
+    seen = side_by_side(stopped, range(signals))
+    counts = ", ".join(f"{seen.count(kind)} {kind}" for kind in ("before training", "while it trained", "at the end"))
+    processes = "one process" if ranks == 1 else "two ranks"
+    names = ", ".join(number.name.removeprefix("SIG") for number in NOTED)
+    tried(
+        f"signals ({names}) to {processes} at random moments",
+        signals,
+        f"{counts}: 75, or 130 after INT; every step saved; resumed, all end as an undisturbed run, to the bit",
+    )
+
+
+def _check_what_was_said(printed: str, sent: signal.Signals) -> str:
+    """Return when the signal came, by what the run said; it must say that all is saved."""
+    if f"stopped by {sent.name}" in printed and "before training began" in printed:
+        return "before training"
+    match = re.search(rf"stopped by {sent.name} after step (\d+), which is saved", printed)
+    assert match is not None and 0 <= int(match[1]) <= STEPS, printed[-4000:]
+    return "while it trained"
