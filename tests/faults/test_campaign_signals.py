@@ -6,14 +6,17 @@ import random
 import re
 import signal
 import time
+from collections.abc import Iterable
 
 import pytest
 from campaign import PATIENCE, SEED, STEPS, differences, finish, listens, side_by_side, start, undisturbed, wait_until
 from warm import programs
 
+from vqdist.checkpoint import complete_steps
 from vqdist.stopping import NOTED, exit_code
 
 pytestmark = pytest.mark.distributed
+USUAL, KEEP = range(2, STEPS + 1, 2), 3  # steps that are saved in any case, and checkpoints that stay
 
 
 @pytest.mark.timeout(3000)
@@ -35,11 +38,14 @@ def test_signals_at_random_moments(tmp_path, tried, ranks, signals):
             jobs[rank].send(sent)
         codes = {job.wait(PATIENCE) for job in jobs}
         printed = "".join(job.printed for job in jobs)
-        assert "Traceback" not in printed, printed[-4000:]
+        assert not re.search("Traceback|Exception ignored", printed), printed[-4000:]
         assert codes in ({exit_code(sent)}, {0}), (sent.name, codes, printed[-4000:])
-        seen = _check_what_was_said(printed, sent) if codes != {0} else "at the end"
+        seen, step = _when_it_came(printed, sent) if codes != {0} else ("at the end", STEPS)
         finish(out, ranks=ranks)
-        assert differences(out, whole) == [], f"{sent.name}, {seen}"
+        kept = _kept({*USUAL, step} if step else USUAL)
+        assert complete_steps(out / "checkpoints") == sorted(kept)
+        moved = [f"checkpoints/step_{step:08d}/" for step in kept ^ _kept(USUAL)]
+        assert differences(out, whole, but=moved) == [], f"{sent.name}, {seen}"
         return seen
 
     seen = side_by_side(stopped, range(signals))
@@ -53,10 +59,15 @@ def test_signals_at_random_moments(tmp_path, tried, ranks, signals):
     )
 
 
-def _check_what_was_said(printed: str, sent: signal.Signals) -> str:
-    """Return when the signal came, by what the run said; it must say that all is saved."""
+def _when_it_came(printed: str, sent: signal.Signals) -> tuple[str, int]:
+    """Return when the signal came, by what the run said, and the step that it saved; 0 where there was none."""
     if f"stopped by {sent.name}" in printed and "before training began" in printed:
-        return "before training"
+        return "before training", 0
     match = re.search(rf"stopped by {sent.name} after step (\d+), which is saved", printed)
     assert match is not None and 0 <= int(match[1]) <= STEPS, printed[-4000:]
-    return "while it trained"
+    return "while it trained", int(match[1])
+
+
+def _kept(steps: Iterable[int]) -> set[int]:
+    """Return the steps whose checkpoints are kept at the end of a run: the one of the signal is one of them."""
+    return {*sorted(steps)[-KEEP:]}
