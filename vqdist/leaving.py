@@ -13,7 +13,7 @@ import time
 from types import FrameType
 from typing import Any, cast
 
-from vqdist.stopping import NOTED, InNoFinalizer, StopSignals, exit_code, heeded, record_stop
+from vqdist.stopping import NOTED, InNoFinalizer, StopSignals, exit_code, heeded, rank_of_process, record_stop
 
 
 def _end_now(error: BaseException) -> None:
@@ -103,8 +103,7 @@ class LeaveAtOnce:
             return
         self._said = time.monotonic()
         record_stop(number)
-        ranks, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-        name = signal.Signals(number).name + ("" if ranks == "1" else f" (rank {rank})")
+        name = signal.Signals(number).name + (f" (rank {rank_of_process()})" if self._in_company else "")
         print(
             f"vqdist: stopped by {name} before training began; the same command starts again",
             file=sys.stderr,
@@ -117,7 +116,7 @@ SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS
 
 
 def _may_have_company() -> bool:
-    """Return whether a launcher seems to have started several processes; `environment.py` knows, and imports torch."""
+    """Return whether a launcher seems to have started several processes; `environment.py` knows it exactly."""
     return any(os.environ.get(name, "1") not in ("", "0", "1") for name in SIZES)
 
 

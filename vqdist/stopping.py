@@ -43,6 +43,15 @@ def heeded() -> tuple[signal.Signals, ...]:
     return tuple(number for number in NOTED if number != signal.SIGHUP or not ignored)
 
 
+# torch's own name first: a launcher within `mpirun` or `srun` sets it
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def rank_of_process() -> int:
+    """Return the rank that a launcher gave this process, and 0 without one."""
+    return next((int(rank) for name in RANKS if (rank := os.environ.get(name, "")).isdecimal()), 0)
+
+
 def record_stop(number: int, *, step: int | None = None, run: str | None = None) -> None:
     """Write the record of this rank's end, stopped_rank_00000.json, into the folder that VQDIST_STOP_DIR names.
 
@@ -65,7 +74,7 @@ def record_stop(number: int, *, step: int | None = None, run: str | None = None)
         "exit_code": exit_code(number),
         "saved": step is not None,
         "step": step,
-        "rank": (rank := int(os.environ.get("RANK") or 0)),
+        "rank": (rank := rank_of_process()),
         "run": run,
     }
     path = Path(folder) / f"stopped_rank_{rank:05d}.json"

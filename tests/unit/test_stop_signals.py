@@ -17,6 +17,7 @@ from workers.stopping_worker import SCENARIOS
 
 from vqdist.leaving import LeaveAtOnce
 from vqdist.stopping import (
+    RANKS,
     BrokenOff,
     Stopped,
     StopSignals,
@@ -63,6 +64,16 @@ def test_leaving_at_once(number, code, capfd, tmp_path, monkeypatch):
     (path,) = (tmp_path / "records").iterdir()
     stop = {"signal": number.name, "exit_code": code, "saved": False, "step": None, "rank": 12, "run": None}
     assert path.name == "stopped_rank_00012.json" and json.loads(path.read_text()) == stop
+
+
+@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"])
+def test_a_record_has_the_rank_of_any_launcher(tmp_path, monkeypatch, name):
+    for other in RANKS:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv("VQDIST_STOP_DIR", str(tmp_path))
+    monkeypatch.setenv(name, "3")
+    record_stop(signal.SIGTERM)
+    assert json.loads((tmp_path / "stopped_rank_00003.json").read_text())["rank"] == 3
 
 
 def test_a_record_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, capfd):

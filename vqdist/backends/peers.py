@@ -13,14 +13,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from vqdist.backends.environment import export_launch, origin_of_size, resolves, world_size_of_launcher
+from vqdist.backends.environment import (
+    export_launch,
+    local_rank_of_launcher,
+    origin_of_size,
+    resolves,
+    world_size_of_launcher,
+)
 from vqdist.backends.heartbeat import INTERVAL, LOOK, Peers, Progress, is_lost_peer, leave, one_line, within
 from vqdist.errors import PeerLost, RanksDiverged, UserError
 from vqdist.leaving import hold_if_leaving
@@ -42,7 +48,8 @@ __all__ = [
 
 FIRST_EXCHANGE = timedelta(seconds=60)
 AWAITED = 20.0  # seconds after which a process that waits for others says so
-FAREWELL = 12.0  # seconds in which a rank that leaves before it has met the others tells them
+# seconds in which a rank that leaves before it has met the others tells them: Slurm kills 30 seconds after its SIGTERM
+FAREWELL = 25.0
 _meetings = 0  # of this process until now: each has names of its own in the store
 _current: Peers | None = None
 _fresh_store: dist.Store | None = None  # of `_renew_meeting_place`: it lasts as long as somebody holds it
@@ -68,7 +75,7 @@ def meet(timeout: timedelta) -> Peers | None:
     hold_if_leaving()
     if _current is None and world_size_of_launcher() > 1:
         try:
-            with _saying_who_is_awaited():
+            with _saying_who_is_awaited(f"{world_size_of_launcher()} processes", by=os.environ["RANK"] == "0"):
                 store, rank, hosts = _gather_hosts(timeout)
         finally:
             _meetings += 1
@@ -79,13 +86,18 @@ def meet(timeout: timedelta) -> Peers | None:
 
 
 @contextmanager
-def _saying_who_is_awaited() -> Iterator[None]:
-    """Say on rank 0, after a while, that others are awaited, and who says that there are others."""
+def _saying_who_is_awaited(awaited: str, *, by: bool) -> Iterator[None]:
+    """Say after a while who is awaited, and who says that there are others.
+
+    Args:
+        awaited: for the line.
+        by: whether this rank is to say it.
+    """
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    words = f"vqdist: waiting for {world_size_of_launcher()} processes at {place} ({origin_of_size()})"
+    words = f"vqdist: rank {os.environ['RANK']} waits for {awaited} at {place} ({origin_of_size()})"
     timer = threading.Timer(AWAITED, print, (words,), {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    if os.environ["RANK"] == "0":
+    if by:
         timer.start()
     try:
         yield
@@ -111,7 +123,10 @@ def _gather_hosts(timeout: timedelta) -> tuple[dist.Store, int, list[str]]:
             "or add the name to /etc/hosts"
         )
     try:
-        store, *_ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=timeout))
+        says = rank == 1 or (rank > 0 and local_rank_of_launcher() == 0)  # one, and one of each other host
+        with _saying_who_is_awaited("rank 0", by=says):
+            store, *_ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=timeout))
+        hold_if_leaving()  # or the others would take this rank for one that has come
         store = _with_names(store)
         store.set(f"host/{rank}", host)
         keys = [f"host/{other}" for other in range(size)]
@@ -153,31 +168,59 @@ def _wait_for(keys: list[str], store: dist.Store, rank: int, timeout: timedelta)
 def say_leaving(reason: str, code: int) -> None:
     """Tell the others, also those that are yet to come, that this rank leaves, and the code that they leave with.
 
-    Rank 0, with which the store may end, waits a moment until they have heard it.
+    Rank 0, with which the store may end, waits until they have heard it, and every rank for a store that is yet to
+    come; at most `FAREWELL` seconds. One line says who was not told.
     """
     if _current is not None:
         _current.say_why(reason, code)
-    else:
-        within(FAREWELL, lambda: _say_before_meeting(reason, code))
+        return
+    untold: set[int] = set()
+    if within(FAREWELL, lambda: _say_before_meeting(reason, code, untold)) is None and untold:
+        print(f"vqdist: {_who_waits(untold)}", file=sys.stderr, flush=True)
 
 
-def _say_before_meeting(reason: str, code: int) -> None:
+def _who_waits(untold: set[int]) -> str:
+    one = len(untold) == 1
+    return (
+        f"{named(untold)} did not come within {FAREWELL:g} seconds and {'was' if one else 'were'} not told; stop "
+        f"{'it' if one else 'them'} too, or {'it waits' if one else 'they wait'} for this rank until dist_timeout"
+    )
+
+
+def _say_before_meeting(reason: str, code: int, untold: set[int]) -> bool:
+    """Say it where the ranks are to meet; keep in `untold` who has not heard it."""
     export_launch()
     rank, size, limit = int(os.environ["RANK"]), world_size_of_launcher(), timedelta(seconds=FAREWELL)
-    hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    of_ranks = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else it is torchrun's
+    hosts_store = of_ranks and rank == 0
     if hosts_store:  # the same server, if this process has one already
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         options = {"is_master": True, "wait_for_workers": False, "multi_tenant": True}
         place: dist.Store = dist.TCPStore(address, port, size, timeout=limit, **options)
+        untold |= {*range(size)} - {rank}
     else:
+        if of_ranks:
+            untold.add(0)
+            _wait_for_store(limit.total_seconds())
         place, *_ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=limit))
     store = _with_names(place)
     store.set("code", str(code))
     store.set(f"gone/{rank}", f"it ended with: {reason}")
     store.set(f"heard/{rank}", "yes")
     store.set("news", json.dumps({rank: f"it ended with: {reason}"}))
-    if hosts_store:
-        store.wait([f"heard/{other}" for other in range(size)], limit)
+    while hosts_store and untold:
+        time.sleep(0.1)
+        untold -= {other for other in untold if store.check([f"heard/{other}"])}
+    return True
+
+
+def _wait_for_store(seconds: float) -> None:
+    """Return once rank 0 can be connected to, or after some time; torch itself tries ever more rarely."""
+    place, deadline = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(place, timeout=1.0):
+            return
+        time.sleep(0.3)
 
 
 def _renew_meeting_place(store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
