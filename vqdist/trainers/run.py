@@ -27,7 +27,7 @@ from vqdist.parts import called
 from vqdist.ranks import on_main
 from vqdist.trainers.config import TrainerConfig, differing_keys
 from vqdist.trainers.global_batch import NEEDED_TO_RESUME, GlobalBatch, global_batch_of
-from vqdist.trainers.overwrite import is_restarted, remove_run
+from vqdist.trainers.overwrite import begun_by_this_launch, mark_begun, remove_run
 
 __all__ = ["NEEDED_TO_RESUME", "Run"]
 
@@ -56,8 +56,10 @@ class Run:
     def __init__(self, config: TrainerConfig, model: PretrainedModel):
         self.model = model
         self.folder = _folder_of(config)
-        self.is_anew = config.overwrite and not is_restarted()
-        if not (config.resume or self.is_anew or is_restarted()) and self.has_begun():
+        begins = (config.overwrite or not config.resume) and not begun_by_this_launch(self.folder)
+        self.is_anew = config.overwrite and begins
+        self._begins = begins
+        if begins and not self.is_anew and self.has_begun():
             raise UserError(
                 f"{self.folder} holds a run, and resume is false; give another run folder, or --overwrite to remove it"
             )
@@ -167,6 +169,7 @@ class Run:
             return
         # an option that did not exist when the run began has had its default's meaning
         before["trainer"] = {**default_options(type(self.config)), **before["trainer"]}
+        self.config.follow_before(before["trainer"])
         now = json.loads(json.dumps(self.configuration()))
         before["data"] = {**now["data"], **before["data"]}  # class names were not kept at first
         if complete_steps(self.folder / "checkpoints"):  # then `_with_global_batch` has compared these
@@ -254,6 +257,8 @@ class Run:
         self.lock = lock_folder(self.folder, patience=min(LEASE_SECONDS, 30 * self.config.dist_timeout))
         if self.is_anew:
             remove_run(self.folder)
+        if self._begins:  # last: until then a launcher's restart has all of it to do
+            mark_begun(self.folder)
         probe.touch()
 
 
