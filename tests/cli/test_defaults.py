@@ -176,6 +176,50 @@ def test_a_class_of_ones_own_has_its_own_defaults(model, tmp_path, monkeypatch):
     refuse_mistakes(model_entry(model), options, {})
 
 
+@pytest.mark.parametrize("missing", [[], ["trainer.lr"], ["model.vq_kwargs.decay"]], ids=str)
+def test_a_run_of_such_a_class_that_began_with_the_defaults_of_the_command_goes_on_with_them(
+    missing, tmp_path, monkeypatch
+):
+    """They held for each class once; one by one, and not for what the run began with otherwise or somebody says."""
+    (tmp_path / "my_models.py").write_text(
+        "from typing import Any\nfrom vqdist import VQGanVAE\n\n\nclass Wide(VQGanVAE):\n"
+        "    def __init__(self, *, dim: int = 16, vq_kwargs: dict[str, Any] | None = None):\n"
+        "        super().__init__(dim=dim, quantizer='vq', vq_kwargs=vq_kwargs, perceptual='none')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "run"
+    out.mkdir()
+    found = {**VQGAN_DEFAULTS, **{f"model.vq_kwargs.{name}": one for name, one in VQ_OPTIONS.items()}}
+    written = {name: value for name, value in found.items() if name not in missing}
+    begun(out, **{name.removeprefix("trainer."): one for name, one in written.items() if name.startswith("trainer.")})
+    config = json.loads((out / "config.json").read_text())
+    of_codebook = {name: one for name, one in VQ_OPTIONS.items() if f"model.vq_kwargs.{name}" not in missing}
+    config["model"] = {"vq_kwargs": of_codebook}
+    (out / "config.json").write_text(json.dumps(config))
+    again = train_options("my_models.Wide", [*GIVEN, "--out", str(out)])
+    assert {name: again[name] for name in VQGAN_DEFAULTS} == {
+        name: IN_PYTHON[name] if name in missing else value for name, value in VQGAN_DEFAULTS.items()
+    }
+    assert again.model.vq_kwargs == of_codebook
+    said = train_options("my_models.Wide", [*GIVEN, "--out", str(out), "--trainer.max_grad_norm", "null"])
+    assert said.trainer.max_grad_norm is None
+    new = train_options("my_models.Wide", [*GIVEN, "--out", str(tmp_path / "new")])
+    assert new.model.vq_kwargs is None and {name: new[name] for name in VQGAN_DEFAULTS} == IN_PYTHON
+
+
+def test_a_preset_without_a_discriminator_is_one_without_a_gan(capsys):
+    """Unless one is given; to ask for it without saying which is a mistake, in Python too."""
+    alone = ["--model.preset", "titok_l32_stage1"]
+    assert options_of(*alone).model.use_gan is False
+    assert options_of(*alone, "--model.discriminator", "patchgan").model.use_gan is True
+    assert options_of("--model.preset", "titok_l32_stage2").model.use_gan is True
+    asked = [*GIVEN, *alone, "--model.use_gan", "true", "--model.perceptual", "none", "--out", "nowhere/run"]
+    asked[asked.index("32")] = "256"
+    for arguments in (asked, [*asked[:4], *asked[6:]]):
+        assert main(["train", "vqgan", *arguments]) == 2
+        assert "preset titok_l32_stage1 has no discriminator" in capsys.readouterr().err
+
+
 def test_merged_options_of_a_file_are_said(tmp_path):
     (tmp_path / "a.yaml").write_text(
         "data: {folder: digits, image_size: 32}\n"

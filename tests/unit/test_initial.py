@@ -24,6 +24,7 @@ from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.encoding import CodeWriter
 from vqdist.errors import UserError
+from vqdist.files import sha256_of
 from vqdist.models.published.files import checksum_of_weights
 
 FIXTURES = Path(__file__).parent.parent / "data" / "parity"
@@ -348,17 +349,10 @@ def test_a_resumed_run_does_not_begin_from_another(run, tmp_path):
 
 
 def test_weights_in_several_files_are_recorded_by_all_of_them(tmp_path):
-    weights = weights_in(FIXTURES / "taming_vqgan" / "weights.safetensors")
-    tensors = {name: one.contiguous() for name, one in weights.items() if not name.startswith("loss.")}
-    halves = {"a.safetensors": sorted(tensors)[::2], "b.safetensors": sorted(tensors)[1::2]}
-    for file, names in halves.items():
-        save_file({name: tensors[name] for name in names}, tmp_path / file)
-    places = {name: file for file, names in halves.items() for name in names}
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
+    index = sharded(tmp_path / "files")
     checksums = {checksum_of_weights(index)}
-    for file in halves:
-        save_file({name: 2 * tensors[name] for name in halves[file]}, tmp_path / file)
+    for file in index.parent.glob("*.safetensors"):
+        save_file({name: 2 * one for name, one in load_file(file).items()}, file)
         checksums.add(checksum_of_weights(index))
     assert len(checksums) == 3
     trainer = begun(index, tmp_path / "run", {**ALONE, "use_gan": False}, family="taming")
@@ -508,3 +502,73 @@ def test_a_prior_decodes_with_a_new_decoder_and_with_no_other_codebook(run, tmp_
     )
     other = tuned(run, tmp_path / "other")
     assert "would mean other pictures" in refusal(lambda: prior.decode_with(other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_cosine_sim": True},
+        {"phi_ratio": 0.25},
+        {"use_cosine_sim": True, "v_patch_nums": [1, 2, 3, 4, 5]},  # the rule matters, too
+    ],
+    ids=["angle", "share", "angle and rule"],
+)
+def test_codes_of_a_multiscale_export_of_before_are_known_as_unchanged(tmp_path, change):
+    """Its fingerprint does not say the angle and the share of the convolutions; that of what is tuned does."""
+    options = {"v_patch_nums": [1, 2, 4], "num_phis": 3, "kmeans_init": False, **change}
+    model = build_vae(quantizer="multiscale_vq", quantizer_kwargs=options, codebook_size=16, use_vgg_and_gan=False)
+    model.image_size = side = 4 * options["v_patch_nums"][-1]
+    model.save_pretrained(tmp_path / "before")
+    config = json.loads((tmp_path / "before" / "config.json").read_text())
+    config["quantizer_kwargs"].pop("phi_rule", None)
+    (tmp_path / "before" / "config.json").write_text(json.dumps(config))
+    before = Tokenizer.from_pretrained(tmp_path / "before")
+    pixels = torch.rand(4, 3, side, side)
+    plain = {"model": {**ALONE, "use_gan": False}, "image_size": side}
+    after = tuned(tmp_path / "before", tmp_path / "new", **plain, freeze=["encoder", "quantizer"])
+    assert torch.equal(after.encode(pixels), before.encode(pixels))
+    assert not torch.equal(after.decode(after.encode(pixels)), before.decode(before.encode(pixels)))
+    assert after.keeps_codes_of_source() is True and after.makes_codes_of(before.codes_fingerprint())
+    other = tuned(tmp_path / "before", tmp_path / "other", **plain)
+    assert other.keeps_codes_of_source() is False and not other.makes_codes_of(before.codes_fingerprint())
+
+
+def sharded(folder: Path) -> Path:
+    """Write the weights of a fixture into two files, and return the list of them."""
+    weights = weights_in(FIXTURES / "taming_vqgan" / "weights.safetensors")
+    tensors = {name: one.contiguous() for name, one in weights.items() if not name.startswith("loss.")}
+    halves = {"a.safetensors": sorted(tensors)[::2], "b.safetensors": sorted(tensors)[1::2]}
+    folder.mkdir()
+    for file, names in halves.items():
+        save_file({name: tensors[name] for name in names}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, names in halves.items() for name in names}}))
+    return index
+
+
+@pytest.mark.parametrize("place", ["there", "moved", "gone"])
+def test_the_checksum_of_a_list_of_before_becomes_that_of_all_its_files(tmp_path, place):
+    """It was of the list alone; a run goes on from where its weights are now, and is recorded by all of them."""
+    index, out = sharded(tmp_path / "files"), tmp_path / "run"
+    options = {"model": {**ALONE, "use_gan": False}, "family": "taming", "save_model_every": 1}
+    begun(index, out, **options, num_train_steps=1).train()
+    config = json.loads((out / "config.json").read_text())
+    whole = config["trainer"]["init_from"]["sha256"]
+    config["trainer"]["init_from"]["sha256"] = sha256_of(index)
+    (out / "config.json").write_text(json.dumps(config))
+    path = index if place != "moved" else tmp_path / "elsewhere" / index.name
+    if place != "there":
+        index.parent.rename(tmp_path / "elsewhere")
+    again = begun(path, out, **options, num_train_steps=2)
+    assert again.step == 1
+    recorded = sha256_of(tmp_path / "elsewhere" / index.name) if place == "gone" else whole
+    assert again.config.init_from["sha256"] == recorded
+    assert json.loads((out / "config.json").read_text())["trainer"]["init_from"]["sha256"] == recorded
+    again.close()
+    assert begun(path, out, **options, num_train_steps=2).step == 1
+    if place == "moved":  # from then on its files are compared, too
+        part = path.with_name("a.safetensors")
+        save_file({name: 2 * one for name, one in load_file(part).items()}, part)
+        path.parent.rename(tmp_path / "changed")
+        message = refusal(lambda: begun(tmp_path / "changed" / index.name, out, **options, num_train_steps=2))
+        assert "began from" in message

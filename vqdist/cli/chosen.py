@@ -13,6 +13,7 @@ from typing import Any
 
 from vqdist.errors import UserError
 from vqdist.files import holds_steps, read_json
+from vqdist.models.presets import PRESETS
 
 EPOCHS = 20
 OF_NETWORK = ("model.dim", "model.encoder", "model.preset", "init_from")
@@ -27,7 +28,7 @@ class Choice:
     """The value of an option that nobody says.
 
     Attributes:
-        words: of `--help`.
+        words: of `--help`; none where only a run that is gone on with has another value than the default.
         value: by what was said; None leaves the option as it is.
     """
 
@@ -55,6 +56,8 @@ def choices(model_class: type, config_class: Any, defaults: Mapping[str, Any]) -
         found["trainer.batch_size"] = Choice("2048 / image_size, from 1 to 64", lambda said: _batch_size(_side(said)))
     if {"dim", "layers", "discr_layers", "encoder"} <= set(taken):
         found |= OF_VQGAN
+    if {"preset", "use_gan", "discriminator"} <= set(taken):
+        found["model.use_gan"] = Choice("true, but false of a preset that has no discriminator", _use_gan)
     for option, choice in OF_VQ_AR.items():
         name = option.removeprefix("model.")
         if name in taken and taken[name].default is inspect.Parameter.empty and "patch_size" in taken:
@@ -94,6 +97,12 @@ def _epochs(said: Said) -> float | None:
     if said.get("trainer.num_train_steps") is not None or _steps(said) is not None:
         return None
     return _length_before(said, "epochs") or EPOCHS
+
+
+def _use_gan(said: Said) -> bool | None:
+    preset = PRESETS.get(str(said.get("model.preset")))
+    alone = preset is not None and preset.discriminator is None
+    return False if alone and said.get("model.discriminator") is None else None
 
 
 def _side(said: Said) -> int | None:

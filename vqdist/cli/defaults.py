@@ -52,6 +52,21 @@ def measured(config_class: type) -> dict[str, Choice]:
     return found
 
 
+def as_begun() -> dict[str, Choice]:
+    """Return the same defaults as choices of a run that began with them, of a class that has its own since then."""
+    options = [*VQGAN_DEFAULTS.items(), *((f"{VQ}.{name}", value) for name, value in VQ_OPTIONS.items())]
+    return {option: Choice("", partial(_if_begun_with, option, value)) for option, value in options}
+
+
+def _if_begun_with(option: str, value: Any, said: Said) -> Any:
+    if option in said or option.removeprefix(f"{VQ}.") in _codebook_of(said):
+        return None
+    before: Any = run_before(said)
+    for name in option.split("."):
+        before = before.get(name) if isinstance(before, Mapping) else None
+    return value if before == value else None
+
+
 def default_in_python(config_class: type, option: str) -> Any:
     """Return the default of an option of the trainer by the signature of its configuration."""
     return inspect.signature(config_class).parameters[option.removeprefix("trainer.")].default

@@ -33,6 +33,7 @@ class TrainedModel:
         aliases_title: where these names come from.
         aliases_note: what else people who know these names should know.
         is_measured: whether the command has the defaults of `vqdist.cli.defaults`.
+        was_measured: whether runs may have begun with them, which go on with them.
         over_tokenizer: whether it is trained over the codes of a frozen tokenizer, which `--tokenizer` names.
     """
 
@@ -46,6 +47,7 @@ class TrainedModel:
     aliases_title: str = ""
     aliases_note: str = ""
     is_measured: bool = False
+    was_measured: bool = False
     over_tokenizer: bool = False
 
     def load(self) -> tuple[type, type[Trainer]]:
@@ -175,7 +177,9 @@ def model_entry(name: str) -> TrainedModel:
         if inspect.isclass(found) and issubclass(found, load_class(entry.model)):
             place = _place_of(found)
             own = place == entry.model  # of another class nobody knows what it has, and nothing was measured
-            return replace(entry, title=f"{entry.title} ({name})", model=place, is_measured=entry.is_measured and own)
+            is_measured, was_measured = entry.is_measured and own, entry.is_measured and not own
+            entry = replace(entry, title=f"{entry.title} ({name})", model=place)
+            return replace(entry, is_measured=is_measured, was_measured=was_measured)
     if not inspect.isclass(found) or not issubclass(found, AutoregressiveModel):
         bases = "VQGanVAE, DiscreteVAE or SecondStage"
         raise UserError(f"model {name} is none that vqdist trains; derive it from {bases}")

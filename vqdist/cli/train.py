@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vqdist.cli.chosen import Choice, choices
-from vqdist.cli.defaults import NOTE, measured
+from vqdist.cli.defaults import NOTE, as_begun, measured
 from vqdist.cli.loading import loading
 from vqdist.cli.mistakes import together
 from vqdist.cli.models import MODELS, TrainedModel, load_class, model_entry
@@ -86,6 +86,8 @@ def train_options(name: str, arguments: list[str], names: set[str] | None = None
 def _choices(entry: TrainedModel) -> dict[str, Choice]:
     """Return the options that are chosen where nobody says them: by others, or as they were found by measuring."""
     found = choices(*entry.options(), entry.defaults)
+    if entry.was_measured:
+        return found | as_begun()
     return found | measured(load_class(entry.config)) if entry.is_measured else found
 
 
@@ -124,7 +126,7 @@ def train_parser(name: str):
     _name_the_parts(parser, parts_of(name))
     of_others = _choices(entry)
     for action in parser._actions:
-        if action.dest in of_others:
+        if action.dest in of_others and of_others[action.dest].words:
             action.chosen = of_others[action.dest].words  # --help says it
     return parser
 

@@ -197,7 +197,7 @@ class CodeDataset(Dataset):
 
         They are, too, where only its decoder is another than that of the tokenizer that made them.
         """
-        if self._manifest.get("codes_fingerprint") != tokenizer.codes_fingerprint():  # folders from before have none
+        if not tokenizer.makes_codes_of(self._manifest.get("codes_fingerprint")):  # folders from before have none
             self.check_tokenizer(tokenizer.fingerprint())
         for name, value in facts_of(tokenizer).items():
             if name != "model_type" and self._manifest[name] != value:

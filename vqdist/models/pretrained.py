@@ -66,6 +66,7 @@ class PretrainedModel(PyTorchModelHubMixin):
         begun_from: source of the weights that training began from, or None: `path` (its name alone), `sha256`, and
             `codes`, the fingerprint of its codes of images of `image_size`; written too.
         buffers_are_live: whether the codebook is the one of training and no average of it; written too.
+        said: names of the arguments that were given to the constructor, as against those that have their defaults.
         discriminator_file: weights of the discriminator beside the model in the folder that it was loaded from; a copy
             goes where the model is saved.
     """
@@ -76,6 +77,7 @@ class PretrainedModel(PyTorchModelHubMixin):
     buffers_are_live: bool = True
     class_names: list[str] | None = None
     begun_from: dict[str, Any] | None = None
+    said: frozenset[str] = frozenset()
     discriminator_file: Path | None = None
 
     if TYPE_CHECKING:  # an attribute or a property of each model
@@ -97,7 +99,9 @@ class PretrainedModel(PyTorchModelHubMixin):
         return next((vars(base)["model_type"] for base in own if "model_type" in vars(base)), cls.model_type)
 
     def __new__(cls, *args: Any, **kwargs: Any):
-        return super().__new__(cls, *plain(args), **plain(kwargs))  # records them, and leaves out what JSON has not
+        model = super().__new__(cls, *plain(args), **plain(kwargs))  # records them, and leaves out what JSON has not
+        model.said = frozenset(kwargs)
+        return model
 
     def in_brief(self, *facts: str) -> str:
         """Return one line for a prompt: the class, facts, image size and number of parameters."""

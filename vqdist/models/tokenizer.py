@@ -230,14 +230,31 @@ class Tokenizer(nn.Module):
         if not isinstance(begun.get("codes"), str):
             return None
         size = image_size_of(begun.get("image_size", self.image_size))
-        return Tokenizer(self._model[0], size).codes_fingerprint() == begun["codes"]
+        return begun["codes"] in Tokenizer(self._model[0], size)._codes_fingerprints()
 
-    def _digest(self, parts: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+    def makes_codes_of(self, fingerprint: Any) -> bool:
+        """Return whether this tokenizer makes the codes of the one whose `codes_fingerprint` this is.
+
+        It does as well where it kept the codes of the one that its training began from.
+        """
+        if fingerprint == self.codes_fingerprint():
+            return True
+        begun = self._model[0].begun_from or {}
+        size = image_size_of(begun.get("image_size", self.image_size))
+        return fingerprint == begun.get("codes") and size == self.image_size and self.keeps_codes_of_source() is True
+
+    def _codes_fingerprints(self) -> set[str]:
+        """Return the fingerprint of codes as it is now, and as it was while it did not say all of the quantizer."""
+        coders = {name: one for name, one in self.network.state_dict().items() if self.network.makes_codes(name)}
+        return {self._digest(("quantizer", "encoder"), coders, said=said) for said in ("traits", "traits_of_before")}
+
+    def _digest(self, parts: Sequence[str], tensors: Mapping[str, Tensor], *, said: str = "traits") -> str:
         digest = hashlib.sha256(str(self.image_size).encode())
         if self.network.scales is not None:
             digest.update(str(self.network.scales).encode())
         for part in parts:
-            digest.update(str(getattr(getattr(self.network, part, None), "traits", "")).encode())
+            module = getattr(self.network, part, None)
+            digest.update(str(getattr(module, said, getattr(module, "traits", ""))).encode())
         named = {self.network.first_name(name): tensor for name, tensor in tensors.items()}
         for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -176,6 +176,11 @@ class VQGanVAE(
         given |= {"discriminator": discriminator, "terms": terms}
         published = None if preset is None else preset_named(preset)
         alone = published is not None and published.discriminator is None and discriminator is None
+        if alone and with_gan and "use_gan" in self.said:
+            raise UserError(
+                f"use_gan is true, and preset {preset} has no discriminator: it was trained without; give one "
+                "(discriminator patchgan), or leave use_gan out"
+            )
         with_gan = with_gan and not alone
         if published is not None:
             given = published.completed(given, with_gan=with_gan and dim is None)

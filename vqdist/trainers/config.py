@@ -108,7 +108,8 @@ class TrainerConfig(DataConfig):
     resume: bool = option(True, free=True)
     """Go on with the run that is in the run folder; false refuses a folder with a run."""
     overwrite: bool = option(False, free=True)
-    """Remove the run that is in the run folder and begin anew. A launcher's restart of the command resumes."""
+    """Remove the run that is in the run folder and begin anew. A launcher's restart of the command goes on with the
+    run that it began."""
     trackers: list[Any] | str = option(default_factory=list, free=True, part="vqdist.registries.SINKS")
     """Also log to `tensorboard`, `wandb` or own sinks (class_path, init_args); metrics.jsonl is always written."""
     backend: str = option("auto", free=True)
@@ -176,6 +177,9 @@ class TrainerConfig(DataConfig):
     def may_change(self, *names: str) -> bool:
         """Return whether one of these options may differ from that of the run so far."""
         return self.allow_config_change is True or not self.changes_allowed.isdisjoint(names)
+
+    def follow_before(self, before: dict[str, Any]) -> None:
+        """Bring what a run so far recorded of its options into the form of now, where it means the same."""
 
     def check_optimizers(self) -> None:
         """Raise `UserError` for an optimizer that cannot be made of what is said of it; imports torch."""

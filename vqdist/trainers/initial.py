@@ -16,7 +16,7 @@ from vqdist import seeding
 from vqdist.checkpoint import complete_steps
 from vqdist.errors import UserError, an
 from vqdist.export import RECORD, check_weights
-from vqdist.files import read_json
+from vqdist.files import read_json, sha256_of
 from vqdist.locations import FILES, check_location, find_export
 from vqdist.models.networks.maskgit import MaskGITDecoder
 from vqdist.models.networks.vit import TiTokProxyDecoder
@@ -25,19 +25,18 @@ from vqdist.models.pretrained import FIRST_TYPE, class_of_type, is_of_another_pr
 from vqdist.models.published import file_of_weights, read_to_train
 from vqdist.models.published.base import differences
 from vqdist.models.published.critics import Critic, part_of_file
-from vqdist.models.published.files import checksum_of_weights
+from vqdist.models.published.files import INDEX, checksum_of_weights
 from vqdist.models.published.maskgit import decoder_arguments
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.parts import Spec, arguments_of, recorded, trusting
 from vqdist.trainers.initial_optimizer import newest_checkpoint
-from vqdist.trainers.vqgan_config import VQGanTrainerConfig
+from vqdist.trainers.vqgan_config import OF_LIST, STARTS, VQGanTrainerConfig
 
 OF_PLAYERS = ("discriminator", "discr_layers", "discr_loss", "gen_loss", "use_hinge_loss", "use_gan")
 OF_TRAINING = frozenset([*OF_PLAYERS, "l2_recon_loss", "perceptual", "terms", "use_vgg_and_gan", "vgg"])
 """Arguments of the model that say how it is trained: they need not be those of the weights."""
 SWITCHES = ("use_gan", "use_vgg_and_gan")
-STARTS = ("init_from", "init_pixel_from")
 PATCHGAN = {"class_path": "patchgan", "init_args": {}}
 """The discriminator of most published configurations, for networks that name none."""
 
@@ -154,20 +153,30 @@ def _same(name: str, path: str | None, trainer: Mapping[str, Any], folder: Path)
         raise UserError(
             f"{folder} holds a run that did not begin from {path}; leave {name} out, or give another --out"
         )
-    if path is None or (path != record["path"] and _checksum(path) != record["sha256"]):
+    found = None if path is None else _record_of(path, record)
+    if found is None:
         raise UserError(
             f"{folder} holds a run that began from {record['path']} (SHA-256 {record['sha256'][:12]}), and {name} "
             f"is {'not given' if path is None else path}; give that, or another run folder"
         )
-    return record
+    return found
 
 
-def _checksum(path: str) -> str | None:
-    """Return the SHA-256 of the weights at a path; None where there are none now."""
+def _record_of(path: str, record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of the weights at a path if they are those of `record`, else None.
+
+    The path of the record is believed, where nothing has to be there any more. Of weights in several files the list of
+    them alone was recorded once: then the checksum of all takes its place, see `VQGanTrainerConfig.follow_before`.
+    """
+    is_same_path = path == record["path"]
     try:
-        return checksum_of_weights(_file_of(path))
+        file = _file_of(path)
+        if file.name.endswith(INDEX) and sha256_of(file) == record["sha256"]:
+            return {**record, "sha256": checksum_of_weights(file), OF_LIST: record["sha256"]}
+        is_same = is_same_path or checksum_of_weights(file) == record["sha256"]
     except (OSError, UserError):
-        return None
+        is_same = is_same_path
+    return record if is_same else None
 
 
 def _file_of(path: str) -> Path:
@@ -267,6 +276,7 @@ def _built(source: _Source, given: dict[str, Any]) -> VQGanVAE:
     unread |= {"l2_recon_loss", "perceptual"} if "terms" in said else set()
     model = type(source.model)(**{name: own[name] for name in own.keys() - (unread - said.keys())})
     model.image_size = source.model.image_size
+    model.follow_before(own)  # which may say less than a configuration does now
     return model
 
 

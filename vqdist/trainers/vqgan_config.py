@@ -162,6 +162,12 @@ class VQGanTrainerConfig(TrainerConfig):
         if not self.discriminator_start:
             self.refuse_set("discriminator_before_start", because="discriminator_start is 0")
 
+    def follow_before(self, before: dict[str, Any]) -> None:
+        for name in STARTS:
+            now, record = getattr(self, name), before.get(name)
+            if isinstance(now, dict) and isinstance(record, dict) and now.get(OF_LIST) == record.get("sha256"):
+                before[name] = {**record, "sha256": now["sha256"], OF_LIST: now[OF_LIST]}
+
     @property
     def discr_schedule(self) -> Any:
         """The discriminator's own schedule for `learning_rate`, which takes a bare name for one without arguments."""
@@ -187,6 +193,8 @@ class VQGanTrainerConfig(TrainerConfig):
         return replace(generator, **said, **own, given=optimizer, lr=lr, said=frozenset(said), prefix="discr_")
 
 
+STARTS = ("init_from", "init_pixel_from")
+OF_LIST = "sha256_of_list"  # in the record of weights in several files, of which it was the only checksum once
 # options that are a number or a schedule of the step
 WEIGHTS = ("grad_penalty_weight", "lecam_weight", "discr_loss_weight", "adversarial_weight", "quantizer_weight")
 # all that the configuration adds to every trainer's is about the discriminator, but for this

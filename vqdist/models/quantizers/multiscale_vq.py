@@ -155,12 +155,17 @@ class MultiScaleQuantizer(LibraryQuantizer):
     @property
     def traits(self) -> str:  # type: ignore[override]  # it changes where an export of before is loaded
         """See `Quantizer`: empty where nothing differs from what was the only choice once."""
-        said = [f"phi_of {self.inner.phi_of}"] if self.rule_matters else []
         if self.is_of_before:
-            return ", ".join(said)
+            return self.traits_of_before
+        said = [self.traits_of_before] if self.rule_matters else []
         said += ["nearest by angle"] if self.inner.codebook.use_cosine_sim else []
         said += [f"phi_ratio {self.inner.phi_ratio:g}"] if self.inner.phis and self.inner.phi_ratio != 0.5 else []
         return ", ".join(said)
+
+    @property
+    def traits_of_before(self) -> str:
+        """Return what fingerprints said once, without the angle and the share of the convolutions."""
+        return f"phi_of {self.inner.phi_of}" if self.rule_matters else ""
 
     @property
     def rule_matters(self) -> bool:
