@@ -257,6 +257,20 @@ def valid(tmp_path):
 
 
 @case
+def valid_images(tmp_path):
+    """Fewer images are validated on, the same on every rank and start; none more is trained on."""
+    limited, whole = (build_trainer(tmp_path / str(given), valid_images=given) for given in (5, None))
+    assert [len(trainer.split.valid) for trainer in (limited, whole)] == [5, 16]
+    assert set(limited.split.valid.tolist()) < set(whole.split.valid.tolist())
+    assert torch.equal(limited.split.train, whole.split.train)
+    own = [build_trainer(tmp_path / f"own{seed}", **OWN_VALID, random_split_seed=seed).split.valid for seed in (7, 8)]
+    assert [len(indices) for indices in own] == [6, 6] and not torch.equal(*own)
+
+
+OWN_VALID = {"valid": "synthetic:40", "valid_frac": 0.05, "valid_images": 6}
+
+
+@case
 def folder(tmp_path):
     names = [f"{number}.png" for number in range(6)]
     trainer = build_trainer(tmp_path / "run", folder=write_images(tmp_path / "images", names), batch_size=2)
@@ -1033,6 +1047,8 @@ WRONG_OPTIONS = [
         )
     ),
     ({"valid_frac": 0, "random_split_seed": 1}, r"^random_split_seed 1 does nothing, because valid_frac is 0; leave"),
+    ({"valid_frac": 0, "valid_images": 5}, r"^valid_images 5 does nothing, because valid_frac is 0; leave it out$"),
+    ({"valid_images": 0}, r"^valid_images 0 is not possible; it must be at least 1$"),
     ({"num_workers": 0, "prefetch_factor": 3}, r"^prefetch_factor 3 does nothing, because num_workers is 0; leave it"),
     ({"model": {"use_gan": False, "discr_layers": 3}}, r"^discr_layers 3 does nothing, because the model has no disc"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,63 @@ def test_images_to_validate_on_are_taken_whole_and_as_they_are(folders):
     assert {float(image[0, 0, 0]) for _ in range(6) for image in next(batches).item} == {0.0, 1.0}
 
 
+OWN = {"valid": "synthetic:40", "valid_frac": 0.05}
+
+
+def test_a_limit_draws_the_same_images_every_time_and_for_any_number_of_ranks(folders):
+    own = {"folder": str(folders[0]), **OWN, "valid_images": 9}
+    first, again = data_of(**own), data_of(**own, seed=5)
+    chosen = first.split.valid.tolist()
+    assert torch.equal(first.split.valid, again.split.valid) and len(first.split.train) == 12
+    assert chosen == sorted(set(chosen)) and len(chosen) == 9 and chosen != list(range(9))
+    backend, shares = LocalBackend(), []
+    backend.world_size = 2
+    for backend.rank in (0, 1):
+        shares += [batch.item for batch in first.valid_batches(backend, labels=False)]
+    whole = torch.cat([batch.item for batch in first.valid_batches(LocalBackend(), labels=False)])
+    found = {tuple(image.flatten()[:64].tolist()) for image in torch.cat(shares)}
+    assert len(found) == 9 and found == {tuple(image.flatten()[:64].tolist()) for image in whole}
+    assert len(data_of(**{**own, "valid_images": 41}).split.valid) == 40  # a limit, and no demand
+
+
+@pytest.mark.parametrize("build", [build_trainer, build_dvae_trainer, build_ar_trainer])
+def test_a_resumed_run_validates_on_the_same_images(tmp_path, build):
+    def again(**changed):
+        return build(tmp_path / "run", **{**OWN, "valid_images": 5, "num_train_steps": 1, **changed})
+
+    again().train()
+    again().close()
+    for changed, said in (
+        ({"valid": "synthetic:41"}, "data.valid: "),
+        ({"valid": None, "valid_frac": 0.05}, "data.valid: .* -> None"),
+        ({"valid_images": 6}, "trainer.valid_images: 5 -> 6"),
+        ({"random_split_seed": 1}, "trainer.random_split_seed: 42 -> 1"),
+    ):
+        with pytest.raises(UserError, match=f"holds a run with another configuration .*{said}"):
+            again(**changed)
+    allowed = again(valid="synthetic:41", allow_config_change="data.valid")
+    allowed.close()
+    assert allowed.step == 1 and len(allowed.valid_dataset) == 41
+
+
+def test_a_run_from_before_the_images_to_validate_on_were_kept_is_resumed(tmp_path):
+    path = tmp_path / "config.json"
+    build_trainer(tmp_path, num_train_steps=1).train()
+    config = json.loads(path.read_text())
+    del config["data"]["valid"], config["trainer"]["valid_images"]
+    path.write_text(json.dumps(config))
+    assert build_trainer(tmp_path, num_train_steps=1).step == 1
+
+
+def test_a_valid_folder_within_that_of_training_is_said(folders, tmp_path, capsys):
+    train, valid = folders
+    both = {"folder": str(train.parent), "valid": str(valid), "valid_frac": 0.05}
+    build_trainer(train.parent.parent / "run", **both)
+    assert f"warning: {valid} lies in {train.parent}, so images to validate on" in capsys.readouterr().err
+    with pytest.raises(UserError, match="its pictures would be validated on; give another one"):
+        build_trainer(valid / "run", folder=str(train), valid=str(valid), valid_frac=0.05)
+
+
 def test_of_the_same_source_too_nothing_random_touches_what_is_validated_on(folders):
     data = data_of(folder=str(folders[0]), valid_frac=0.5, augment=True)
     images = torch.cat([batch.item for batch in data.valid_batches(LocalBackend(), labels=False)])
@@ -136,8 +194,10 @@ def test_the_command_validates_on_a_folder(folders, tmp_path):
     [
         ({"valid": "synthetic:8", "valid_frac": 0.2}, "^valid_frac 0.2 does nothing, because images to validate on"),
         ({"valid": "synthetic:8", "random_split_seed": 1, "valid_frac": 0.05}, "^random_split_seed 1 does nothing"),
+        ({"valid": "synthetic:8", "valid_frac": 0}, "^valid_frac 0 does nothing, because images to validate on"),
+        ({"valid": "synthetic:8", "valid_frac": 0.05, "valid_images": 0}, "^valid_images 0 is not possible"),
         (
-            {"valid": "synthetic:8", "valid_dataset": TensorDataset(torch.rand(6, 3, 16, 16))},
+            {"valid": "synthetic:8", "valid_frac": 0.05, "valid_dataset": TensorDataset(torch.rand(6, 3, 16, 16))},
             "^valid synthetic:8 does",
         ),
         ({"valid": "no/such/folder", "valid_frac": 0.05}, "no/such/folder"),

@@ -79,7 +79,7 @@ def test_a_run_locks_its_folder_and_writes_its_configuration(tmp_path):
     run.open(LocalBackend())
     run.write_configuration()
     written = json.loads((run.folder / "config.json").read_text())
-    assert written["model_type"] == "vqgan" and written["data"] == {"images": "ab" * 32}
+    assert written["model_type"] == "vqgan" and written["data"] == {"images": "ab" * 32, "valid": None}
     assert written["trainer"]["batch_size"] == 4 and written["model"]["dim"] == 16
     assert run.lock is not None
     run.close()

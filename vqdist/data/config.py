@@ -82,11 +82,13 @@ class DataConfig:
     max_pixels: int = option(MAX_PIXELS, at_least=1, at_most=MAX_PIXELS, free=True)
     """Pixels of the largest image that is decoded; a larger one counts as broken."""
     valid: str | dict[str, Any] | None = option(None, free=True, own=True, part="vqdist.registries.SOURCES")
-    """Images to validate on, given as `folder` is; by default a share of the training images."""
+    """Images to validate on, as an official validation set, given as `folder` is; in place of valid_frac."""
+    valid_images: int | None = option(None, at_least=1)
+    """Validate on so many of these images at most, drawn by random_split_seed; by default on all."""
     valid_frac: float = 0.05
-    """Share of the images that is held out for validation; 0 turns validation off."""
+    """Share of the images that is held out for validation, where valid gives none; 0 turns validation off."""
     random_split_seed: int = 42
-    """Seed of the split into training and validation images."""
+    """Seed of the split into training and validation images, and of the draw of valid_images."""
     num_workers: int | None = option(None, at_least=0, free=True, own=True)
     """Loader processes of each rank; by default up to 4, as the cores allow. 0 loads in the training process."""
     prefetch_factor: int = option(2, at_least=1, free=True, own=True)

@@ -74,6 +74,14 @@ def split_indices(length: int, *, valid_frac: float, seed: int) -> Split:
     return Split(train=order[num_valid:].sort().values, valid=order[:num_valid].sort().values)
 
 
+def drawn(indices: Tensor, count: int | None, *, seed: int) -> Tensor:
+    """Return so many of these indices at most, drawn at random and sorted; equal on every rank for equal arguments."""
+    if count is None or count >= len(indices):
+        return indices
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(derive_seed("valid", seed)))
+    return indices[order[:count]].sort().values
+
+
 class PositionSampler(Sampler[list[tuple[int, int]]]):
     """This rank's micro-batches of the endless stream, as lists of (epoch, index).
 

@@ -380,7 +380,8 @@ class Trainer(RunOwner):
         train, valid = self._open_data(dataset, valid_dataset)
         own_valid = valid_dataset is not None or self.config.valid is not None
         self.data = RunData(self.config, train, valid, own_valid=own_valid)
-        self.run.identify(self.data.fingerprint(), self.data.fingerprint_of_all())
+        data = self.data
+        self.run.identify(data.fingerprint(), data.fingerprint_of_all(), data.fingerprint_of_valid())
         if not self.run.has_begun():  # one from before goes on as it was
             self.model.check_all_read()
         check_trackers(self.config.trackers)
@@ -410,7 +411,7 @@ class Trainer(RunOwner):
         self.stop = StopRequest(self.backend)
         bad_images = BadImages(self.backend, len(self.dataset), self.config.max_bad_frac)
         if self.data.own_valid:
-            bad_images.of_valid = BadImages(self.backend, len(self.data.valid), self.config.max_bad_frac)
+            bad_images.of_valid = BadImages(self.backend, len(self.split.valid), self.config.max_bad_frac)
         self.report = Report(self.backend, self.progress, self.stop, self.run.folder, bad_images)
         trainer = weakref.proxy(self)  # who has the feed: when it goes, both do
         self.feed = Feed(
@@ -428,6 +429,8 @@ class Trainer(RunOwner):
             self.report.print(f"resumed {newest}: step {self.step} of {self.num_train_steps}")
             if (passed := self.end_passed()) is not None:
                 self.report.alert(f"this run is past {passed}; nothing is trained")
+        if (overlap := self.data.overlap()) is not None:
+            self.report.alert(overlap)
         self.run.write_configuration()
         self.report.open(cast(list[Any], self.config.trackers), self.run.configuration())
 

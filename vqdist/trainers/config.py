@@ -147,10 +147,21 @@ class TrainerConfig(DataConfig):
             raise UserError(f"precision {self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
         if not self.use_ema:
             self.refuse_set("ema_beta", "ema_update_after_step", "ema_update_every", because="use_ema is false")
-        if self.valid_frac == 0:
-            self.refuse_set("random_split_seed", because="valid_frac is 0")
+        self._check_valid()
         if self.num_workers == 0:
             self.refuse_set("prefetch_factor", because="num_workers is 0")
+
+    def _check_valid(self) -> None:
+        if self.valid is not None:
+            self.refuse_share()
+        elif self.valid_frac == 0:
+            self.refuse_set("random_split_seed", "valid_images", because="valid_frac is 0")
+
+    def refuse_share(self) -> None:
+        """Raise `UserError` for what is said of a share of the training images, where others are validated on."""
+        self.refuse_set("valid_frac", because="images to validate on are given")
+        if self.valid_images is None:
+            self.refuse_set("random_split_seed", because="all images to validate on are given")
 
     def _check_view(self) -> None:
         crop, ranges = self.view.crop, {"random": ["shorter_side"], "resized": ["crop_area", "crop_aspect"]}

@@ -19,12 +19,13 @@ from vqdist.data.loader import (
     Batch,
     Split,
     default_workers,
+    drawn,
     first_items,
     split_indices,
     train_loader,
     valid_loader,
 )
-from vqdist.data.sources import Source, TensorSource
+from vqdist.data.sources import Source, TensorSource, folder_of
 from vqdist.data.workers import GIVE_UP, SLOW
 from vqdist.errors import UserError
 
@@ -76,7 +77,7 @@ class RunData:
     Args:
         config: of the run.
         train: images to train on.
-        valid: images to validate on, all of them if they are others; else a view of the same, which are split.
+        valid: images to validate on: others, or a view of the same, which are split.
         own_valid: whether they are others.
 
     Attributes:
@@ -91,10 +92,11 @@ class RunData:
         self.valid = valid
         self.own_valid = own_valid
         if own_valid:
-            config.refuse_set("valid_frac", "random_split_seed", because="images to validate on are given")
-            self.split = Split(torch.arange(len(train)), torch.arange(len(valid)))
+            config.refuse_share()
+            split = Split(torch.arange(len(train)), torch.arange(len(valid)))
         else:
-            self.split = split_indices(len(train), valid_frac=config.valid_frac, seed=config.random_split_seed)
+            split = split_indices(len(train), valid_frac=config.valid_frac, seed=config.random_split_seed)
+        self.split = split._replace(valid=drawn(split.valid, config.valid_images, seed=config.random_split_seed))
         self._check_length()
 
     def _check_length(self) -> None:
@@ -112,9 +114,23 @@ class RunData:
                 "lower one of them"
             )
 
+    def overlap(self) -> str | None:
+        """Return a line where the folder of images to validate on lies in that of those to train on, else None."""
+        train, valid = folder_of(self.config.folder), folder_of(self.config.valid)
+        if train is None or valid is None or not valid.resolve().is_relative_to(train.resolve()):
+            return None
+        return (
+            f"warning: {valid} lies in {train}, so images to validate on are trained on, too; give folders beside "
+            "each other"
+        )
+
     def fingerprint(self) -> str:
         """Return that of the images to train on, which a resumed run compares."""
         return self.train.fingerprint()
+
+    def fingerprint_of_valid(self) -> str | None:
+        """Return that of the images to validate on, likewise; None for a share of those to train on."""
+        return self.valid.fingerprint() if self.own_valid else None
 
     def fingerprint_of_all(self) -> str:
         """Return one of all images, which the ranks compare; of one source it is that of the source."""

@@ -49,6 +49,7 @@ class Run:
         told_batch: what the options said of the batch, for the next start to compare with.
         lock: of the folder, on rank 0 from `open` to `close`.
         data: fingerprint of the images to train on, from `identify` on.
+        valid_data: fingerprint of the images to validate on, likewise; None where they are a share of the others.
         all_data: fingerprint of all images, likewise.
         is_anew: whether a run that is in the folder is none of this one's, and is removed when this one opens.
     """
@@ -66,15 +67,17 @@ class Run:
         self.told_batch, self.config = self._with_global_batch(config)
         self.lock: FolderLock | None = None
         self.data = self.all_data = ""
+        self.valid_data: str | None = None
 
-    def identify(self, data: str, all_data: str | None = None) -> None:
+    def identify(self, data: str, all_data: str | None = None, valid: str | None = None) -> None:
         """Raise `UserError` if the folder holds a run of another model, configuration or data.
 
         Args:
             data: fingerprint of the images to train on.
             all_data: that of these and of the images to validate on, which all ranks must see; by default `data`.
+            valid: that of the images to validate on; None where they are a share of the others.
         """
-        self.data, self.all_data = data, all_data or data
+        self.data, self.all_data, self.valid_data = data, all_data or data, valid
         self._refuse_other_configuration()
 
     def open(self, backend: Backend) -> None:
@@ -100,6 +103,7 @@ class Run:
             "model": self.model.configuration(),
             "data": {
                 "images": self.data,
+                "valid": self.valid_data,
                 **self._classes(),
             },  # in place of their path, which may differ between machines
         }
@@ -171,7 +175,7 @@ class Run:
         before["trainer"] = {**default_options(type(self.config)), **before["trainer"]}
         self.config.follow_before(before["trainer"])
         now = json.loads(json.dumps(self.configuration()))
-        before["data"] = {**now["data"], **before["data"]}  # class names were not kept at first
+        before["data"] = {**now["data"], **before["data"]}  # class names and `valid` were not kept at first
         if complete_steps(self.folder / "checkpoints"):  # then `_with_global_batch` has compared these
             for name in ("batch_size", "grad_accum_every"):
                 before["trainer"][name] = now["trainer"][name]
@@ -266,12 +270,14 @@ def _folder_of(config: TrainerConfig) -> Path:
     """Return the folder of the run; raise `UserError` for one that cannot be."""
     if not config.results_folder:
         raise UserError("results_folder is empty; give the folder of the run")
-    folder, images = Path(config.results_folder).expanduser(), folder_of(config.folder)
-    if images is not None and folder.resolve().is_relative_to(images.resolve()):
-        raise UserError(
-            f"the run folder {folder} lies in the folder of the images, {images}: its pictures would be trained "
-            "on; give another one"
-        )
+    folder = Path(config.results_folder).expanduser()
+    for given, use in ((config.folder, "trained"), (config.valid, "validated")):
+        images = folder_of(given)
+        if images is not None and folder.resolve().is_relative_to(images.resolve()):
+            raise UserError(
+                f"the run folder {folder} lies in the folder of the images, {images}: its pictures would be {use} "
+                "on; give another one"
+            )
     if (folder / "encode.json").exists():
         raise UserError(f"the run folder {folder} holds codes that `vqdist encode` wrote; give another one")
     return folder
