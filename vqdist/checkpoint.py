@@ -8,6 +8,7 @@ its suffix and removed.
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -39,13 +40,23 @@ class CheckpointStore:
         folder: holds one folder per step.
         backend: every rank of it calls the methods that clean, save or settle.
         keep: how many of the newest to keep; None keeps all.
+        kept_steps: gives steps whose checkpoints are kept beside these.
         lock: of the run folder, which is held as long as this store is used or threads write.
     """
 
-    def __init__(self, folder: Path, backend: Backend, *, keep: int | None, lock: FolderLock | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        backend: Backend,
+        *,
+        keep: int | None,
+        kept_steps: Callable[[], Collection[int]] = frozenset,
+        lock: FolderLock | None = None,
+    ):
         self.folder = folder
         self.backend = backend
         self.keep = keep
+        self.kept_steps = kept_steps
         self.lock = lock
         self._unsettled: tuple[Path, Future | None] | None = None  # the newest; the future is rank 0's
 
@@ -92,7 +103,9 @@ class CheckpointStore:
         self.settle()
         target = self.path(step)
         _write_partial(target, self.backend, write)
-        future = start_completion(target, {"step": step, **info}, self._remove_old) if self.backend.is_main else None
+        # those that stay once this one is there: until then, that of a best step before it stays, too
+        remove_old = functools.partial(self._remove_old, kept=frozenset(self.kept_steps()))
+        future = start_completion(target, {"step": step, **info}, remove_old) if self.backend.is_main else None
         self._unsettled = target, future
         return target
 
@@ -142,14 +155,16 @@ class CheckpointStore:
 
     def remove_old(self) -> None:
         """Remove those beyond the ones to keep, which a process left that was killed after it had saved the newest."""
-        on_main(self.backend, lambda: self._remove_old(self.folder), f"old checkpoints in {self.folder} stay")
+        kept = frozenset(self.kept_steps())
+        on_main(self.backend, lambda: self._remove_old(self.folder, kept), f"old checkpoints in {self.folder} stay")
 
-    def _remove_old(self, folder: Path) -> None:
+    def _remove_old(self, folder: Path, kept: frozenset[int]) -> None:
         if self.keep is None:
             return
         try:
             for old in _steps_in(folder)[: -self.keep]:
-                remove_atomically(checkpoint_path(folder, old))
+                if old not in kept:
+                    remove_atomically(checkpoint_path(folder, old))
         except OSError as error:
             raise UserError(f"old checkpoints in {folder} cannot be removed: {error.strerror}") from error
 

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from launching import ROOT, torchrun
 from safetensors.torch import load_file
-from scenarios import build_ar_trainer, build_tokenizer, build_trainer, evaluated_weights, largest_difference
+from scenarios import (
+    AR_MODELS,
+    MULTISCALE,
+    build_ar_trainer,
+    build_dvae_trainer,
+    build_tokenizer,
+    build_trainer,
+    evaluated_weights,
+    largest_difference,
+)
 from workers.best_worker import run_at as run_as_the_ranks
 
-from vqdist import VQGanVAE, VQGanVAETrainer
+from vqdist import UserError, VQGanVAE, VQGanVAETrainer
 from vqdist.cli import main
 from vqdist.data.codes import CodeDataset
 from vqdist.data.dataset import ImageDataset
 from vqdist.encoding import CodeWriter
 from vqdist.metrics import few_codes
 from vqdist.trainers.best import FOLDER, RECORD
+from vqdist.trainers.measure import OF_FEATURES, OF_RECONSTRUCTIONS, OF_SAMPLES, measure_of
 from vqdist.trainers.report import LINES_OF_FEW
+from vqdist.trainers.resume import Resume
 
+MULTISCALE_VQ = {
+    "quantizer": "multiscale_vq",
+    "model": {"codebook_size": 32, "quantizer_kwargs": MULTISCALE, "use_gan": False},
+}
 PSNR = {1: 10.0, 2: 14.0, 3: 12.5, 4: 9.0}
 
 
@@ -104,7 +121,7 @@ def test_a_best_step_that_is_yet_to_be_made_does_not_count(tmp_path):
     for step in (2, 3):  # as after a kill before the checkpoint of step 2
         (tmp_path / "checkpoints" / f"step_{step:08d}").rename(tmp_path / f"taken_away_{step}")
     trainer = run_at(tmp_path, {2: 10.0, 3: 11.0, 4: 8.0})
-    assert trainer.step == 1 and trainer.best.step == -1
+    assert trainer.step == 1 and (trainer.best.step, trainer.best.value) == (1, 10.0)  # as its checkpoint says
     weights = weights_by_step(trainer)
     assert trainer.best.step == 3 and is_export(tmp_path / FOLDER, weights[3])
 
@@ -119,18 +136,200 @@ def test_a_run_that_goes_on_after_its_end_keeps_the_step_that_was_its_best(tmp_p
     assert is_export(tmp_path / FOLDER, last)
 
 
+@pytest.fixture
+def as_before(monkeypatch):
+    """Let checkpoints say nothing of the best step, as those of before did."""
+    state_info = Resume.state_info
+    monkeypatch.setattr(Resume, "state_info", lambda one: {**state_info(one), "best": None})
+
+
 @pytest.mark.parametrize("damage", ["not JSON", "[]", '{"step": 2}', '{"step": "x", "value": 3}', None])
-def test_a_record_that_says_nothing_is_as_none(tmp_path, damage):
+def test_a_record_that_says_nothing_is_as_none(tmp_path, damage, as_before):
     stopped_after(run_at(tmp_path), 3)
     record = tmp_path / RECORD
+    assert run_at(tmp_path).best.step == 2
     record.unlink() if damage is None else record.write_text(damage)
     assert run_at(tmp_path).best.step == -1
+
+
+def test_a_record_that_is_lost_is_written_anew_from_the_checkpoint(tmp_path):
+    stopped_after(run_at(tmp_path), 3)
+    record = tmp_path / RECORD
+    said = json.loads(record.read_text())
+    record.write_text("not JSON")
+    assert run_at(tmp_path).best.step == 2 and json.loads(record.read_text()) == said
 
 
 def test_an_export_of_the_best_step_that_is_damaged_does_not_count(tmp_path):
     stopped_after(run_at(tmp_path), 3)
     (tmp_path / FOLDER / "model.safetensors").write_bytes(b"cut")
     assert run_at(tmp_path).best.step == -1
+
+
+# --------------------------------------------------------------------------------------- a number by its name
+
+
+def checkpoints_of(folder: Path) -> list[int]:
+    return [int(path.name.partition("_")[2]) for path in sorted((folder / "checkpoints").iterdir())]
+
+
+NAMED = {"keep_best": "valid/l1", "keep_checkpoints": 1}
+L1 = {1: 0.3, 2: 0.1, 3: 0.2, 4: 0.15}
+
+
+def named_at(folder: Path, values=L1, **options):
+    return measured(run_at(folder, **{**NAMED, **options}), values, "l1")
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, capsys):
+    trainer = named_at(tmp_path)
+    weights = weights_by_step(trainer)
+    assert checkpoints_of(tmp_path) == [2, 4] and is_export(tmp_path / FOLDER, weights[2])  # lower is better
+    assert "with l1 0.1; " in capsys.readouterr().err
+    assert json.loads((tmp_path / RECORD).read_text()) == {"step": 2, "value": 0.1, "measure": "l1"}
+    trainer.load(tmp_path / "checkpoints" / "step_00000002")
+    again = evaluated_weights(trainer)
+    assert trainer.step == 2 and all(torch.equal(again[name], weights[2][name]) for name in again)
+
+
+def test_a_checkpoint_is_written_where_none_is_due(tmp_path):
+    trainer = named_at(tmp_path, save_model_every=0, keep_checkpoints=3)
+    kept = [checkpoints_of(tmp_path) for _ in trainer.steps() if trainer.checkpoints.settle() is None]
+    assert kept == [[1], [1, 2], [1, 2], [1, 2]] and checkpoints_of(tmp_path) == [1, 2, 4]
+
+
+def test_the_one_before_goes_once_the_better_one_is_complete(tmp_path):
+    trainer = named_at(tmp_path, {1: 0.3, 2: 0.4, 3: 0.2, 4: 0.1})
+    kept = [checkpoints_of(tmp_path) for _ in trainer.steps() if trainer.checkpoints.settle() is None]
+    assert kept == [[1], [1, 2], [3], [4]] and not (tmp_path / FOLDER).exists()
+
+
+@pytest.mark.parametrize("lost", ["export", "damaged", "newer"])
+def test_weights_of_the_best_step_come_from_its_checkpoint(tmp_path, lost):
+    first = named_at(tmp_path, {**L1, 4: 0.05}, num_train_steps=6)
+    weights = {step: evaluated_weights(first) for step, _ in zip(range(1, 4), first.steps())}
+    first.close()
+    best = tmp_path / FOLDER
+    if lost == "export":
+        shutil.rmtree(best)
+    elif lost == "damaged":
+        (best / "model.safetensors").write_bytes(b"cut")
+    else:  # killed after the export of step 4, and before its checkpoint
+        record = json.loads((best / "export.json").read_text())
+        (best / "export.json").write_text(json.dumps({**record, "step": 4}))
+        (tmp_path / RECORD).write_text(json.dumps({"step": 4, "value": 0.05, "measure": "l1"}))
+    resumed = named_at(tmp_path, num_train_steps=6)
+    assert (resumed.step, resumed.best.step, resumed.best.value) == (3, 2, 0.1)
+    assert is_export(best, weights[2]) and json.loads((tmp_path / RECORD).read_text())["step"] == 2
+    assert largest_difference(evaluated_weights(resumed), weights[3])[0] == 0  # and the run is where it was
+
+
+def test_another_number_begins_anew(tmp_path):
+    stopped_after(named_at(tmp_path), 3)
+    resumed = run_at(tmp_path, {4: 5.0}, keep_best="psnr")
+    assert resumed.best.step == -1
+    resumed.train()
+    assert resumed.best.step == 4 and checkpoints_of(tmp_path) == [2, 3, 4]  # keep_checkpoints is null there
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"keep_best": "valid/rfid"}, "^keep_best valid/rfid is none of the numbers of a validation"),
+        (
+            {"keep_best": "valid/psnrr"},
+            "^there is no number of a validation to compare steps by 'psnrr'; nearest: psnr",
+        ),
+        ({"keep_best": "images"}, "^there is no number of a validation to compare steps by 'images'"),
+        ({"keep_best": "valid/l1", "valid_frac": 0}, "^keep_best valid/l1 does nothing, because there are no images"),
+        ({"patience": 0}, "^patience 0 is not possible; it must be at least 1"),
+        ({"patience": 2, "keep_best": False}, "^patience 2 does nothing, because keep_best is false"),
+        ({"patience": 2}, "^patience 2 does nothing, because validate_every is 0"),
+        (
+            {"patience": 2, "validate_every": 1, "valid_frac": 0},
+            "^patience 2 does nothing, because there are no images",
+        ),
+    ],
+)
+def test_mistakes(tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        build_trainer(tmp_path, **options)
+
+
+NAMES = {"vqgan": build_trainer, "dvae": build_dvae_trainer, "multiscale": partial(build_trainer, **MULTISCALE_VQ)}
+NAMES |= {kind: partial(build_ar_trainer, kind=kind) for kind in AR_MODELS}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_every_number_of_a_validation_can_be_kept(tmp_path, kind):
+    trainer = NAMES[kind](tmp_path, num_train_steps=1)
+    numbers = trainer.evaluate()
+    assert trainer.validation_names() == numbers.keys() - {"images"}
+    better = {name for name in numbers if name != "images" and measure_of(f"valid/{name}").higher}
+    words = ("psnr", "ssim", "usage", "codebook_perplexity", "accuracy")
+    assert better == {name for name in numbers if any(word in name for word in words)}
+
+
+def test_measures_of_features_have_their_direction():
+    higher = {name for name in (*OF_SAMPLES, *OF_FEATURES) if measure_of(name).higher}
+    assert higher == {"is", "precision", "recall", "ris", "rprecision", "rrecall"}
+    assert not measure_of("valid/lpips").higher
+    rfid = measure_of("valid/rfid", OF_RECONSTRUCTIONS)
+    assert rfid.has_fallen(2.6, 2.0) and not rfid.has_fallen(2.4, 2.0) and not rfid.has_fallen(1.0, 2.0)
+
+
+# --------------------------------------------------------------------------------------- patience
+
+
+def test_a_run_ends_after_so_many_validations_that_are_not_better(tmp_path, capsys):
+    trainer = named_at(tmp_path, {1: 0.3, 2: 0.1, 3: 0.2, 4: 0.1, 5: 0.01}, num_train_steps=9, patience=2, log_every=5)
+    assert [step for step, _ in trainer.steps()] == [1, 2, 3, 4]  # as good as the best is not better
+    said = "valid/l1 was not better than 0.1, that of step 2, in 2 validations (patience 2)"
+    assert f"ended at step 4 of 9: {said}" in capsys.readouterr().err
+    assert trainer.has_ended_early and checkpoints_of(tmp_path) == [2, 4]
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["step"] == 4
+    assert (tmp_path / "results" / "step_00000004.png").is_file()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "recon_loss" in line] == [1, 4]
+    trainer.close()
+    resumed = named_at(tmp_path, num_train_steps=9, patience=2)
+    assert f"this run ended at step 4: {said}; a larger --trainer.patience goes on" in capsys.readouterr().err
+    assert list(resumed.steps()) == [] and resumed.step == 4 and resumed.best.standing.waited == 2
+    resumed.close()
+    more = named_at(tmp_path, dict.fromkeys(range(4, 10), 0.2), num_train_steps=9, patience=4)
+    assert [step for step, _ in more.steps()] == [5, 6]
+
+
+def test_patience_counts_over_a_restart_and_a_validation_that_is_made_again_once(tmp_path):
+    values = {step: 0.2 if step != 2 else 0.1 for step in range(1, 10)}
+    stopped_after(named_at(tmp_path / "a", values, num_train_steps=9, patience=3), 3)
+    resumed = named_at(tmp_path / "a", values, num_train_steps=9, patience=3)
+    assert resumed.best.standing.waited == 1
+    resumed.run_evaluation()
+    assert resumed.best.standing.waited == 1
+    assert [step for step, _ in resumed.steps()] == [4, 5]
+    whole = named_at(tmp_path / "b", values, num_train_steps=9, patience=3)
+    assert [step for step, _ in whole.steps()] == [1, 2, 3, 4, 5]
+
+
+def test_at_its_last_step_a_run_has_not_ended_early(tmp_path, capsys):
+    trainer = named_at(tmp_path, num_train_steps=4, patience=2)
+    trainer.train()
+    assert trainer.best.has_given_up and not trainer.has_ended_early
+    assert "ended at step" not in capsys.readouterr().err
+
+
+def test_the_summary_says_why_a_run_ended(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(VQGanVAETrainer, "evaluate", lambda trainer: {"psnr": PSNR[trainer.step]})
+    arguments = "--data synthetic:64 --image_size 16 --model.dim 16 --model.layers 2 --model.perceptual none"
+    arguments += " --model.use_gan false --trainer.num_train_steps 9 --trainer.batch_size 4 --data.num_workers 0"
+    arguments += f" --trainer.validate_every 1 --patience 2 --keep_best valid/psnr --out {tmp_path}"
+    assert main(["train", "vqgan", *arguments.split()]) == 0
+    out = capsys.readouterr().out
+    assert "ended early, of 9: valid/psnr was not better than 14, that of step 2, in 2 validations" in out
+    assert ["checkpoint", str(tmp_path / "checkpoints" / "step_00000002")] in [
+        line.split() for line in out.splitlines()
+    ]
 
 
 def test_keep_best_false_keeps_nothing_and_still_warns(tmp_path, capsys):
@@ -165,7 +364,7 @@ def test_two_ranks_keep_what_one_process_keeps(tmp_path):
     run_as_the_ranks(tmp_path / "one").train()
     one, two = (load_file(tmp_path / run / FOLDER / "model.safetensors") for run in ("one", "two"))
     assert largest_difference(one, two)[0] < 1e-5
-    assert json.loads((tmp_path / "two" / RECORD).read_text()) == {"step": 2, "value": 14.0}
+    assert json.loads((tmp_path / "two" / RECORD).read_text()) == {"step": 2, "value": 14.0, "measure": "psnr"}
 
 
 # ------------------------------------------------------------------------------------------------------ codes in use

@@ -361,11 +361,15 @@ def _print_summary(trainer, numbers: dict[str, float]) -> None:
         numbers = {**numbers, "skipped_steps": trainer.guard.skipped_steps}
     width = max(map(len, [*numbers, trainer.picture_name]))
     print(f"\n{trainer.step} steps on {trainer.backend.name}, {trainer.position} images")
+    if trainer.has_ended_early:
+        print(f"ended early, of {trainer.num_train_steps}: {trainer.best.reason}")
     for name, value in numbers.items():
         print(f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}")
     print(f"  {trainer.picture_name:<{width}}  {trainer.picture_path}")
     print(f"  {'model':<{width}}  {trainer.run_folder / 'export'}")
     if trainer.best.is_another:
         print(f"  {'best':<{width}}  {trainer.best.folder}")
+    for step in trainer.best.standing.kept_steps:
+        print(f"  {'checkpoint':<{width}}  {trainer.checkpoints.path(step)}")
     for warning in trainer.report.warnings.values():
         print(f"warning: {warning}")

@@ -48,15 +48,19 @@ def evaluate_reconstruction(
 
 
 def evaluate_proxy(
-    network: ByTarget, batches: Iterable[Tensor], backend: Backend, *, image_size: ImageSize
+    network: ByTarget, batches: Iterable[Tensor], backend: Backend, *, image_size: ImageSize, **options: Any
 ) -> dict[str, float]:
     """Measure the first stage of TiTok: `evaluate_reconstruction` of the target's images, and how its codes are met.
+
+    Args:
+        network: with the target.
+        batches, backend, image_size, options: of `evaluate_reconstruction`.
 
     Returns:
         Also `proxy_loss`, the cross-entropy in nats a code, and `proxy_accuracy`, the share of the target's codes that
         are the likeliest.
     """
-    numbers = evaluate_reconstruction(network, batches, backend, image_size=image_size)
+    numbers = evaluate_reconstruction(network, batches, backend, image_size=image_size, **options)
     hits = network.hits.to(backend.device)
     found, codes, loss = backend.sum(torch.cat([hits, network.loss.to(backend.device)[None]])).tolist()
     return {**numbers, "proxy_loss": loss / codes, "proxy_accuracy": found / codes} if codes else numbers

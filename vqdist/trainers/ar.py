@@ -18,7 +18,7 @@ from vqdist.backends.environment import rank_of_launcher
 from vqdist.data.codes import CodeDataset
 from vqdist.data.config import CODES
 from vqdist.data.loader import Batch
-from vqdist.drawing import draw_numbers
+from vqdist.drawing import draw_batches, draw_numbers
 from vqdist.errors import UserError, an, printable
 from vqdist.evaluation import evaluate_prediction, evaluate_reconstruction, reconstruct
 from vqdist.metrics import (
@@ -36,8 +36,9 @@ from vqdist.seeding import derive_seed
 from vqdist.tracking import Tracker
 from vqdist.trainers.ar_config import IMAGE_OPTIONS, ARTrainerConfig
 from vqdist.trainers.base import Trainer, mark_last
-from vqdist.trainers.best import OF_PREDICTIONS
 from vqdist.trainers.data import Images
+from vqdist.trainers.measure import LPIPS, OF_FEATURES, OF_PREDICTIONS
+from vqdist.trainers.tokenizer import names_of_reconstruction
 
 
 class ARTrainer(Trainer):
@@ -80,6 +81,13 @@ class ARTrainer(Trainer):
             raise UserError(
                 f"image_size {config.image_size} is given but the model is for {model.image_size}; leave it out"
             )
+        reconstructs = isinstance(model, TokenizerNetwork)
+        for name in () if reconstructs else config.measures.names:
+            if name == LPIPS or name in OF_FEATURES:
+                raise UserError(
+                    f"validate_with names {name}, but {an(type(model).__name__)} reconstructs no images; give a "
+                    "measure of its samples, as fid"
+                )
         if not model.num_classes:
             config.refuse_set("label_dropout", "sample_cfg", because="the model knows no classes (num_classes 0)")
         elif config.label_dropout == 0 and config.sample_cfg not in (None, 1):
@@ -225,15 +233,70 @@ class ARTrainer(Trainer):
             self._seen = None
 
     def evaluate(self) -> dict[str, float]:
-        """Measure the predictions of the validation images' codes; of VQ-AR also the reconstructions."""
+        """Measure the predictions of the validation images' codes; of VQ-AR also the reconstructions.
+
+        Samples are drawn and measured where `validate_with` asks for it, and `validate_samples_every` does.
+        """
         with self.averaged_model() as network:
             numbers = evaluate_prediction(network, (batch[:2] for batch in self.valid_batches()), self.backend)
             if self._is_tokenizer:
-                images = (item for item, *_ in self.valid_batches())
-                numbers |= evaluate_reconstruction(
-                    cast(TokenizerNetwork, network), images, self.backend, image_size=self.model.image_size
+                numbers |= self.further.of_reconstructions(
+                    partial(
+                        evaluate_reconstruction,
+                        cast(TokenizerNetwork, network),
+                        self._valid_items(),
+                        self.backend,
+                        image_size=self.model.image_size,
+                    )
                 )
+            if self.config.measures.of_samples and self._draws_now:
+                count = self.config.validate_samples
+                numbers |= self.further.of_samples(self._drawn(network, count), count, self._valid_items)
         return numbers
+
+    def _valid_items(self) -> Iterator[Tensor]:
+        return (item for item, *_ in self.valid_batches())
+
+    @property
+    def _draws_now(self) -> bool:
+        """Return whether the validation of this step is one of those that draw samples."""
+        config = self.config
+        every = config.validate_every * config.validate_samples_every
+        always = config.validate_samples_every == 1 or not every or self.step >= self.num_train_steps
+        return always or self.step % every == 0
+
+    def _drawn(self, network: AutoregressiveModel, count: int) -> Iterator[Tensor]:
+        """Yield this rank's batches (b, c, h, w) of samples to measure, the same for any number of ranks.
+
+        Raises:
+            BrokenOff: a rank got a signal; raised on every rank at the same batch, and so only where all are taken.
+        """
+        size, seed = self.config.batch_size, self.config.seed
+        labels = self._labels_to_draw(network, count)
+        batches = draw_batches(
+            network, labels, self.draw_options(network), seed=seed, batch_size=size, backend=self.backend
+        )
+        for _ in range(0, count, size * self.backend.world_size):
+            self.stop.break_off_if_asked()
+            drawn = next(batches, None)
+            if drawn is not None:
+                yield drawn[1]
+
+    def _labels_to_draw(self, network: AutoregressiveModel, count: int) -> Tensor:
+        """(count,) classes of images to validate on that lie evenly over them, as `vqdist evaluate` draws them."""
+        if not network.num_classes:
+            return network.labels(None, count)
+        indices = self.split.valid
+        chosen = (int(indices[number * len(indices) // count]) for number in range(count))
+        labels = [network.check_label(self.valid_dataset.label(index)) for index in chosen]
+        return network.labels(torch.tensor(labels), count)
+
+    def validation_names(self) -> set[str]:
+        count = len(self.model.scale_lengths or ())
+        scales = range(1, count + 1) if count > 1 else ()
+        of_scales = {f"{name}_scale_{number}" for name in ("nll", "accuracy") for number in scales}
+        names = {"nll", "bits_per_code", "perplexity", "accuracy", *of_scales, *self.config.measures.names}
+        return names | names_of_reconstruction(cast(TokenizerNetwork, self.model)) if self._is_tokenizer else names
 
     def save_pictures(self, path: Path) -> None:
         """Draw a sheet of samples, the classes in turn; of VQ-AR also one of originals beside reconstructions."""
@@ -260,8 +323,12 @@ class ARTrainer(Trainer):
     def samples(self, model: AutoregressiveModel, count: int) -> Tensor:
         """Images (count, c, h, w) drawn from a network; the same at every step but for it."""
         label = torch.arange(count) % model.num_classes if model.num_classes else None
-        options = DrawOptions(**{**model.draw_defaults, **self.config.sample_options})
-        return draw_numbers(model, range(count), model.labels(label, count), options, seed=self.config.seed)
+        labels, options = model.labels(label, count), self.draw_options(model)
+        return draw_numbers(model, range(count), labels, options, seed=self.config.seed)
+
+    def draw_options(self, model: AutoregressiveModel) -> DrawOptions:
+        """Return the options of drawing: those that were given, over the model's own."""
+        return DrawOptions(**{**model.draw_defaults, **self.config.sample_options})
 
     def counts_to_come(self) -> dict[str, Tensor]:
         """Return what the next log line counts, besides the means."""

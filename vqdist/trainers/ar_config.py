@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from vqdist.data.config import CODES, View
 from vqdist.draw_options import DrawOptions
@@ -21,6 +21,8 @@ IMAGE_OPTIONS = (
 class ARTrainerConfig(TrainerConfig):
     """Options of training a model that predicts codes: those of every trainer, of labels and of samples."""
 
+    draws_samples: ClassVar[bool] = True
+
     image_size: int | None = option(None, at_least=1)  # type: ignore[assignment]  # until `check_model` takes the model's
     """Side of the square training images in pixels; by default the model's."""
     label_dropout: float = option(0.1, at_least=0, at_most=1)
@@ -35,6 +37,10 @@ class ARTrainerConfig(TrainerConfig):
     """Draw them from codes of at least this share of the largest probability; by default the model's choice."""
     sample_cfg: float | None = None
     """Scale of classifier-free guidance in them; 1 does not guide; by default the model's."""
+    validate_samples: int = option(1000, at_least=4, free=True)
+    """Samples to draw for `fid` and the like in validate_with."""
+    validate_samples_every: int = option(1, at_least=1, free=True)
+    """Draw them at every so many validations, and at the end."""
     num_images_save: int = option(64, at_least=1, at_most=MOST_SAMPLES, free=True)
     """Images in a picture of samples."""
 
@@ -54,5 +60,8 @@ class ARTrainerConfig(TrainerConfig):
     def check_values(self) -> None:
         super().check_values()
         DrawOptions(**self.sample_options)
+        if not self.measures.of_samples:
+            names = ("validate_samples", "validate_samples_every")
+            self.refuse_set(*names, because="validate_with names no measure of samples, as fid")
         if self.codes_folder is not None:
             self.refuse_set(*IMAGE_OPTIONS, because="codes are stored, not images")

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from vqdist import uncaught
 from vqdist.backends import Engine
 from vqdist.backends.peers import naming_lost_peers
+from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch
 from vqdist.errors import UserError
 from vqdist.model_card import write_card
@@ -24,12 +25,14 @@ from vqdist.seeding import OwnGenerators
 from vqdist.stopping import BrokenOff
 from vqdist.tracking import check_trackers
 from vqdist.trainers.bad_images import BadImages
-from vqdist.trainers.best import Best, Measure
+from vqdist.trainers.best import Best, standing_of
 from vqdist.trainers.config import TrainerConfig, build_config, described, signature_of
 from vqdist.trainers.data import Images, RunData, open_images
 from vqdist.trainers.early_end import EarlyEnd
 from vqdist.trainers.feed import Feed
 from vqdist.trainers.finite import FiniteGuard
+from vqdist.trainers.further_measures import FurtherMeasures
+from vqdist.trainers.measure import Measure, measure_of
 from vqdist.trainers.networks import Networks
 from vqdist.trainers.owner import RunOwner
 from vqdist.trainers.progress import Progress
@@ -151,6 +154,10 @@ class Trainer(RunOwner):
     def evaluate(self) -> dict[str, float]:
         """Measure the averaged (or live) weights on the validation split."""
 
+    def validation_names(self) -> set[str] | None:
+        """Return the names of the numbers that `evaluate` gives, by which steps can be compared; None: not known."""
+        return None
+
     @abstractmethod
     def save_pictures(self, path: Path) -> None:
         """Draw what the model makes of `picture_images`; every rank calls this, to gather what rank 0 draws."""
@@ -162,7 +169,7 @@ class Trainer(RunOwner):
     # ------------------------------------------------------------------------------------- the loop
 
     def train(self, log_fn: LogFunction | None = None) -> dict[str, float]:
-        """Train until `num_train_steps`, from the last checkpoint if there is one.
+        """Train until `num_train_steps`, or as `patience` says, from the last checkpoint if there is one.
 
         Args:
             log_fn: called on rank 0 with each log line.
@@ -213,16 +220,16 @@ class Trainer(RunOwner):
             with self.report.progress_bar(self.num_train_steps):
                 if self.report.validation_broken_off:  # in the run that this one resumes
                     self.run_evaluation()
-                    self.early_end.if_asked(of=self.num_train_steps)
+                    self.early_end.if_asked(of=self.last_step)
                 if self.report.picture_broken_off:
                     self.report.draw(self.save_pictures)
-                    self.early_end.if_asked(of=self.num_train_steps)
-                if self.step < self.num_train_steps:
+                    self.early_end.if_asked(of=self.last_step)
+                if self.step < self.last_step:
                     self.best.hold()
                     self._read_ahead()
                     self.stop.asked_now()
-                    self.early_end.if_asked(of=self.num_train_steps)
-                while self.step < self.num_train_steps:
+                    self.early_end.if_asked(of=self.last_step)
+                while self.step < self.last_step:
                     numbers = self.train_step()
                     left = None
                     try:
@@ -233,7 +240,7 @@ class Trainer(RunOwner):
                         self.early_end.leave(by_all=left)
                         return
                     self._read_ahead()
-                    self.early_end.if_asked(of=self.num_train_steps)
+                    self.early_end.if_asked(of=self.last_step)
             self.finish()
 
     def train_step(self) -> dict[str, Tensor]:
@@ -259,6 +266,8 @@ class Trainer(RunOwner):
         self._log_when_due()
         self.resume.end_if(self.guard.gives_up())
         self._evaluate_when_due()
+        if self.has_ended_early and self.report.logged_at != self.step:  # its last step has a log line, as any run's
+            self._log()
         self._save_when_due()
         self._in_step = False
         return numbers
@@ -276,7 +285,7 @@ class Trainer(RunOwner):
         return [self.take(batch) for batch in self.feed.take(self.config.grad_accum_every, self.global_batch)]
 
     def _read_ahead(self) -> None:
-        self.feed.read_ahead(self.num_train_steps - self.step, self.config.grad_accum_every, self.global_batch)
+        self.feed.read_ahead(self.last_step - self.step, self.config.grad_accum_every, self.global_batch)
 
     def take(self, batch: Batch) -> Any:
         """Return what `update` and `evaluate` get of a batch: its images (b, c, h, w), on this rank's device."""
@@ -300,8 +309,10 @@ class Trainer(RunOwner):
         return {**numbers, norm: self.guard.step(name, self.engines[name], numbers, lr=lr)}
 
     def _log_when_due(self) -> None:
-        if self.step % self.config.log_every and self.step not in (1, self.num_train_steps):
-            return
+        if self.step % self.config.log_every == 0 or self.step in (1, self.num_train_steps):
+            self._log()
+
+    def _log(self) -> None:
         numbers = {**self.report.mean_numbers(), **self.numbers_over_ranks(), **self.report.speed(self.global_batch)}
         if self.guard.skip:
             numbers["skipped_steps"] = self.guard.skipped_steps
@@ -319,7 +330,7 @@ class Trainer(RunOwner):
 
     def _save_when_due(self) -> None:
         every = self.config.save_model_every
-        if every and self.step % every == 0:
+        if (every and self.step % every == 0) or self.best.wants_checkpoint:
             self.resume.checkpoint()
         every = self.config.check_ranks_every
         if every and self.step % every == 0:
@@ -351,7 +362,11 @@ class Trainer(RunOwner):
         if self.report.picture_broken_off:
             self.early_end.stop_now(self.stop.number)
         self.resume.settle()
+        if self.has_ended_early:
+            self.report.print(f"ended at step {self.step} of {self.num_train_steps}: {self.best.reason}")
         self.best.finish()
+        if self.best.standing.keeps_checkpoint:
+            self.checkpoints.remove_old()  # one that was the best before the validation of the last step
         self.report.print_bad_images()
         self._write_cards()
         if self.tracker is not None:
@@ -385,6 +400,29 @@ class Trainer(RunOwner):
         if not self.run.has_begun():  # one from before goes on as it was
             self.model.check_all_read()
         check_trackers(self.config.trackers)
+        self._open_measures()
+
+    def _open_measures(self) -> None:
+        """Open what validations need beside the model, and look whether they will have the number of keep_best."""
+        config, count = self.config, len(self.split.valid)
+        named = isinstance(config.keep_best, str)
+        if not count:
+            more = ("keep_best",) if named else ()
+            config.refuse_set("validate_with", "patience", *more, because="there are no images to validate on")
+        known = self.validation_names()
+        self.compared = measure_of(str(config.keep_best), self.measure) if named else self.measure
+        if named and known is not None and cast(Measure, self.compared).name not in known:
+            raise UserError(
+                f"keep_best {config.keep_best} is none of the numbers of a validation ({', '.join(sorted(known))}); "
+                "give one of them, or name it in validate_with, too"
+            )
+        self.further = FurtherMeasures(
+            config,
+            channels=self.model.channels,
+            image_size=config.image_size,
+            count=count,
+            has_images=isinstance(self.data.valid, ImageDataset),
+        )
 
     def _meet_ranks(self) -> None:
         """Start the process group; make sure that all ranks train this run."""
@@ -395,6 +433,7 @@ class Trainer(RunOwner):
     def _set_up_networks(self) -> None:
         """Build the engines, and what holds and watches them."""
         self.memory_format = place_network(self.model, self.backend, self.config)
+        self.further.on(self.backend)
         engines = self.build_engines()
         average = make_average(next(iter(engines.values())), self.config)
         self.networks = Networks(self.backend, engines, average, self.state_tensors(), self.rank_tensors())
@@ -417,16 +456,22 @@ class Trainer(RunOwner):
         self.feed = Feed(
             self.backend, self.progress, self.stop, self.report, bad_images, lambda at: trainer._train_batches(at)
         )
+        standing = standing_of(self.compared, self.measure, self.config.keep_best)
         self.resume = Resume(
-            self.run, self.backend, self.networks, self.progress, self.report, self.guard, trained=self
+            self.run, self.backend, self.networks, self.progress, self.report, self.guard, self, standing
         )
         self.early_end = EarlyEnd(self.stop, self.feed, self.resume)
-        self.best = Best(self.run, self.backend, self.progress, self.report, self.measure, self.resume.export_best)
+        exports = (self.resume.export_best, self.resume.export_of)
+        self.best = Best(self.run, self.backend, self.progress, self.report, self.compared, standing, *exports)
         resumed = self.resume.load_newest()
-        self.best.restore()
+        self.best.restore(newest=resumed)
         if resumed:
             newest = self.checkpoints.path(self.step)
             self.report.print(f"resumed {newest}: step {self.step} of {self.num_train_steps}")
+            if self.has_ended_early:
+                self.report.print(
+                    f"this run ended at step {self.step}: {self.best.reason}; a larger --trainer.patience goes on"
+                )
             if (passed := self.end_passed()) is not None:
                 self.report.alert(f"this run is past {passed}; nothing is trained")
         if (overlap := self.data.overlap()) is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,45 +13,23 @@ from vqdist.backends import Backend
 from vqdist.errors import UserError
 from vqdist.export import mend_export, remove_export, step_of_export
 from vqdist.files import read_json, write_json
+from vqdist.trainers.measure import OF_PREDICTIONS, OF_RECONSTRUCTIONS, VALID, Measure
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.report import Report
 from vqdist.trainers.run import Run
+from vqdist.trainers.standing import Standing
+
+__all__ = ["FOLDER", "OF_PREDICTIONS", "OF_RECONSTRUCTIONS", "RECORD", "Best", "Measure"]
 
 FOLDER = "export_best"
 RECORD = "best.json"
 
 
-@dataclass(frozen=True)
-class Measure:
-    """The number of a validation by which steps are compared.
-
-    Attributes:
-        name: of the number, as `evaluate` returns it.
-        higher: whether a higher one is better.
-        margin: a step that is worse than the best by more is said to be.
-        unit: of the number.
-        advice: what to do about it.
-    """
-
-    name: str
-    higher: bool
-    margin: float
-    unit: str
-    advice: str
-
-    def gain(self, new: float, old: float) -> float:
-        """Return by how much the new number is better than the old one; negative if it is worse."""
-        return new - old if self.higher else old - new
-
-
-OF_RECONSTRUCTIONS = Measure("psnr", True, 1.0, "dB", "docs/gan.md says what to try")
-OF_PREDICTIONS = Measure("nll", False, 0.1, "nats", "the model may be learning its training images by heart")
-
-
 class Best:
     """Keeps the export of the step with the best validation in `export_best/`, as long as it is not the last.
 
-    A resumed run takes the best step over from best.json, unless that is a step which it has yet to make.
+    A checkpoint holds which step was the best until then, so a run that was killed goes on from there. Weights of the
+    best step that are not in the folder are taken from its checkpoint, if `keep_best` names a number.
 
     Args:
         run: the folder and the configuration; with `keep_best` false nothing is kept, but a fall is said.
@@ -59,11 +37,9 @@ class Best:
         progress: of the run.
         report: says what happens.
         measure: None compares nothing, and every method does nothing.
+        standing: how the validations compare so far.
         export: writes the averaged model into a folder.
-
-    Attributes:
-        step: of the best validation; -1 before the first.
-        value: the number that was measured then.
+        export_of: writes that of the checkpoint of a step, and goes back to this step; returns whether it could.
     """
 
     def __init__(
@@ -73,87 +49,156 @@ class Best:
         progress: Progress,
         report: Report,
         measure: Measure | None,
+        standing: Standing,
         export: Callable[[Path], None],
+        export_of: Callable[[int, Path], bool],
     ):
         self.run = run
         self.backend = backend
         self.progress = progress
         self.report = report
         self.measure = measure
+        self.standing = standing
         self._export = export
-        self._forget()
+        self._export_of = export_of
+        self._written = False  # whether the folder holds the weights of the best step
 
-    def _forget(self) -> None:
-        self.step, self.value = -1, math.nan
-        self._written = False  # whether the folder holds the weights of this step
+    @property
+    def step(self) -> int:
+        """Step of the best validation; -1 before the first."""
+        return self.standing.step
+
+    @property
+    def value(self) -> float:
+        """The number that was measured then."""
+        return self.standing.value
 
     @property
     def keeps(self) -> bool:
         """True if the weights of the best step are kept."""
-        return self.measure is not None and self.run.config.keep_best
+        return self.measure is not None and self.run.config.keep_best is not False
 
     @property
     def folder(self) -> Path:
         """Their place."""
         return self.run.folder / FOLDER
 
-    def restore(self) -> None:
-        """Go on from what rank 0 finds in the run folder, for the step that the run is at now."""
-        self._forget()
+    # ------------------------------------------------------------------------------------- resumed runs
+
+    def restore(self, *, newest: bool = False) -> None:
+        """Go on from what the loaded checkpoint says, and from what rank 0 finds in the run folder.
+
+        Args:
+            newest: whether the newest checkpoint of the run was loaded, so that others of it can be, and it again.
+        """
+        self._written = False
         if not self.keeps:
             return
         self.run.write_on_main(lambda: mend_export(self.folder))
-        found = self._found() if self.backend.is_main else (-1, math.nan, False)
+        found = self._found() if self.backend.is_main else (-1, math.nan, -1)
         row = torch.tensor(found, dtype=torch.float64, device=self.backend.device)
-        step, value, written = self.backend.gather(row)[0].tolist()
-        if 0 <= step <= self.progress.step and (written or step == self.progress.step):
-            self.step, self.value, self._written = int(step), value, bool(written)
+        step, value, exported = self.backend.gather(row)[0].tolist()
+        if self._counts(int(step), int(exported)):
+            self.standing.set(int(step), value)
+        self._written = self.step >= 0 and exported == self.step
+        if self.step >= 0 and not self._written and self.step != self.progress.step:
+            self._written = newest and self.standing.keeps_checkpoint and self._export_of(self.step, self.folder)
+            if not self._written:
+                self.standing.forget()
+        if self._written and (step, value) != (self.step, self.value):  # of steps that are to be made again, or lost
+            self._record()
 
-    def _found(self) -> tuple[int, float, bool]:
-        """Return step and number of best.json, and whether the folder has the weights of this step."""
+    def _counts(self, step: int, exported: int) -> bool:
+        """Return whether best.json says more than the checkpoint: an older one, or one from before the validation."""
+        if not 0 <= step <= self.progress.step:
+            return False
+        if not self.standing.is_known:
+            return step in (exported, self.progress.step)
+        return step == self.progress.step != self.standing.compared_at
+
+    def _found(self) -> tuple[int, float, int]:
+        """Return step and number of best.json, -1 where it is of another measure, and the step of the export."""
+        exported = step_of_export(self.folder)
+        exported = -1 if exported is None else exported
         try:
             record = read_json(self.run.folder / RECORD)
             step, value = int(record["step"]), float(record["value"])
+            own = record.get("measure", self.standing.default) == self.standing.measure
         except (UserError, AttributeError, KeyError, TypeError, ValueError):
-            return -1, math.nan, False
-        return step, value, step_of_export(self.folder) == step
+            return -1, math.nan, exported
+        return step if own else -1, value, exported
 
     def hold(self) -> None:
         """Keep the weights of this step if it is the best one: a run that had ended goes on."""
         if self.keeps and self.step == self.progress.step and not self._written:
             self._write()
 
+    # ------------------------------------------------------------------------------------- validations
+
     def note(self, numbers: Mapping[str, float]) -> None:
         """Keep the weights of this step if its validation is the best so far; say so if it fell.
 
         Args:
-            numbers: of the validation, the same on every rank; without any nothing is compared.
+            numbers: of the validation; without the one that is compared nothing happens.
         """
-        if self.measure is None or not math.isfinite(value := numbers.get(self.measure.name, math.nan)):
+        if self.measure is None or not math.isfinite(value := self._of_rank_0(numbers)):
             return
         if self.step >= 0 and self.measure.gain(value, self.value) <= 0:
+            self.standing.wait_at(self.progress.step)
             self._say_fall(self.measure, value)
             return
-        self.step, self.value = self.progress.step, value
+        self.standing.set(self.progress.step, value)
         self.report.withdraw("validation")
         if self.keeps:
             self._write()
 
+    def _of_rank_0(self, numbers: Mapping[str, float]) -> float:
+        """Return its number on every rank: hosts round differently, and all must come to one decision."""
+        name = self.measure.name if self.measure is not None else ""
+        row = torch.tensor([numbers.get(name, math.nan)], dtype=torch.float64, device=self.backend.device)
+        return float(self.backend.gather(row)[0])
+
     def _write(self) -> None:
         self._export(self.folder)
-        record = {"step": self.step, "value": self.value}
-        self.run.write_on_main(lambda: write_json(self.run.folder / RECORD, record))
+        self._record()
         self._written = True
 
+    def _record(self) -> None:
+        """Say it in best.json, for people and programs."""
+        record = {"step": self.step, "value": self.value, "measure": self.standing.measure}
+        self.run.write_on_main(lambda: write_json(self.run.folder / RECORD, record))
+
     def _say_fall(self, measure: Measure, value: float) -> None:
-        if -measure.gain(value, self.value) <= measure.margin:
+        if not measure.has_fallen(value, self.value):
             self.report.withdraw("validation")
             return
         kept = f". {self.folder} has the weights of step {self.step}" if self.keeps else ""
         self.report.warn(
             "validation",
-            f"valid/{measure.name} is {value:.4g} {measure.unit} at step {self.progress.step}, and was "
+            f"{VALID}{measure.name} is {measure.shown(value)} at step {self.progress.step}, and was "
             f"{self.value:.4g} at step {self.step}; {measure.advice}{kept}",
+        )
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """True if the checkpoint of this step is to be kept."""
+        return self.standing.keeps_checkpoint and self.step == self.progress.step
+
+    # ------------------------------------------------------------------------------------- the end
+
+    @property
+    def has_given_up(self) -> bool:
+        """True if as many validations as `patience` says were not better than the best one."""
+        patience = self.run.config.patience
+        return self.measure is not None and patience is not None and self.standing.waited >= patience
+
+    @property
+    def reason(self) -> str:
+        """The reason for the end of a run that has given up."""
+        standing, patience = self.standing, self.run.config.patience
+        return (
+            f"{VALID}{standing.measure} was not better than {standing.value:.4g}, that of step {standing.step}, in "
+            f"{standing.waited} validations (patience {patience})"
         )
 
     @property
@@ -170,6 +215,19 @@ class Best:
             self._written = False
             return
         self.report.print(
-            f"the best validation was that of step {self.step}, with {self.measure.name} {self.value:.4g} "
-            f"{self.measure.unit}; {self.folder} has its weights, and export/ those of step {self.progress.step}"
+            f"the best validation was that of step {self.step}, with {self.measure.name} "
+            f"{self.measure.shown(self.value)}; {self.folder} has its weights, and export/ those of step "
+            f"{self.progress.step}"
         )
+
+
+def standing_of(measure: Measure | None, default: Measure | None, keep_best: Any) -> Standing:
+    """Return the standing of a new run.
+
+    Args:
+        measure: by which steps are compared.
+        default: that of the trainer, by which runs from before were compared.
+        keep_best: the option; the name of a number keeps the checkpoint, too.
+    """
+    names = [None if one is None else one.name for one in (measure, default)]
+    return Standing(names[0], names[1], keeps_checkpoint=measure is not None and isinstance(keep_best, str))

@@ -12,24 +12,35 @@ import inspect
 import itertools
 import os
 import textwrap
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
 
 from vqdist.data.config import DataConfig
 from vqdist.errors import UserError
 from vqdist.options import check_options, check_types, default_options, in_one_form, option
 from vqdist.parts import Spec, arguments_of, is_same, recorded, unknown
 from vqdist.schedules import SCHEDULES, factor_of
+from vqdist.trainers.measure import Asked, asked_for, measure_of
 
 PRECISIONS = ("fp32", "bf16")
 # options that are arguments of the schedules that vqdist has
 SCHEDULE_OPTIONS = {"lr_min_ratio": "min_ratio", "lr_decay_share": "decay_share", "lr_decay_rate": "decay_rate"}
+EXTRACTORS = ("inception", "vgg16")  # whose weights are downloaded
 C = TypeVar("C", bound="TrainerConfig")
+
+
+def names_in(given: Sequence[str]) -> list[str]:
+    """Return the names of a list, each of which may be several with commas between them."""
+    return [name.strip() for item in given for name in item.split(",")]
 
 
 @dataclass(kw_only=True, frozen=True)
 class TrainerConfig(DataConfig):
     """Options of training: length, batch, optimizer, EMA, and what is saved when."""
+
+    draws_samples: ClassVar[bool] = False  # whether a model of the trainer may draw images
 
     num_train_steps: int | None = option(None, at_least=1, free=True)
     """Optimizer steps of the whole run; or give epochs."""
@@ -82,6 +93,18 @@ class TrainerConfig(DataConfig):
     """Steps from one log line to the next."""
     validate_every: int = option(1000, at_least=0, free=True)
     """Validate on the whole validation split every so many steps; 0 validates at the end only."""
+    validate_with: list[str] | str = option(default_factory=list, free=True)
+    """Further measures of validations, as `lpips,rfid`. Of reconstructions: `lpips` (`lpips-alex`, `lpips-squeeze`,
+    each with `:FILE` for its weights), `rfid`, `rsfid`, `rkid`, `ris`, `rprecision`, `rrecall`; of a model that draws
+    images also of its samples: `fid`, `sfid`, `kid`, `is`, `precision`, `recall`."""
+    features: str = option("inception", free=True, own=True)
+    """Extractor of rfid, fid and the like in validate_with, as `evaluate` has it: `inception`, `vgg16`, a file with
+    the weights of one of them, or, with trust_features, a TorchScript file."""
+    trust_features: bool = option(False, free=True)
+    """Let features be a TorchScript file. That is a program: it can read and write your files."""
+    reference: str | None = option(None, free=True, own=True)
+    """File of statistics to compare with in validate_with, as `evaluate` has it, in place of the images to validate
+    on."""
     save_results_every: int = option(100, at_least=0, free=True)
     """Save a picture every so many steps; 0 saves the last one only."""
     num_images_save: int = option(16, at_least=1, free=True)
@@ -90,9 +113,11 @@ class TrainerConfig(DataConfig):
     """Save a checkpoint every so many steps; 0 saves at the end only."""
     keep_checkpoints: int | None = option(3, at_least=1, free=True)
     """Number of checkpoints to keep, the newest; null keeps all."""
-    keep_best: bool = option(True, free=True)
-    """Keep the weights of the best validation in export_best/, as long as that is not the last; by PSNR, or by the
-    likelihood of codes."""
+    keep_best: bool | str = option(True, free=True)
+    """Keep the weights of the best validation in export_best/, as long as that is not the last: `true` by PSNR, or by
+    the likelihood of codes; the name of a number, as `valid/rfid`, by that, and its checkpoint, too."""
+    patience: int | None = option(None, at_least=1, free=True)
+    """End the run after so many validations without a better one, by the number of keep_best; by default never."""
     on_nonfinite: str = option("raise", one_of=("raise", "skip"), free=True)
     """When losses or gradients are not finite: `raise` ends the run before its next checkpoint; `skip` drops the
     update and goes on, and waits for the device in every step to do so."""
@@ -145,6 +170,7 @@ class TrainerConfig(DataConfig):
             )
         if self.precision not in PRECISIONS:
             raise UserError(f"precision {self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+        self._check_measures()
         if not self.use_ema:
             self.refuse_set("ema_beta", "ema_update_after_step", "ema_update_every", because="use_ema is false")
         self._check_valid()
@@ -162,6 +188,28 @@ class TrainerConfig(DataConfig):
         self.refuse_set("valid_frac", because="images to validate on are given")
         if self.valid_images is None:
             self.refuse_set("random_split_seed", because="all images to validate on are given")
+
+    def _check_measures(self) -> None:
+        asked = self.measures
+        if not asked.of_features:
+            self.refuse_set("features", "trust_features", "reference", because="validate_with names nothing like rfid")
+        elif self.features not in EXTRACTORS:
+            _check_file("features", self.features)
+        if asked.weights is not None:
+            _check_file("validate_with lpips", asked.weights)
+        if self.reference is not None:
+            _check_file("reference", self.reference)
+        if self.keep_best is False:
+            self.refuse_set("patience", because="keep_best is false")
+        if not self.validate_every:
+            self.refuse_set("patience", because="validate_every is 0")
+        if isinstance(self.keep_best, str):
+            measure_of(self.keep_best)
+
+    @property
+    def measures(self) -> Asked:
+        """The measures that validate_with names."""
+        return asked_for(names_in(self.validate_with), draws=self.draws_samples)
 
     def _check_view(self) -> None:
         crop, ranges = self.view.crop, {"random": ["shorter_side"], "resized": ["crop_area", "crop_aspect"]}
@@ -266,6 +314,11 @@ class TrainerConfig(DataConfig):
         value = getattr(self, name)
         if value is not None and (len(value) != 2 or not all(0 <= beta < 1 for beta in value)):
             raise UserError(f"{name} {value} is not possible; give two decays in [0, 1), as [0.9, 0.95]")
+
+
+def _check_file(option: str, given: str) -> None:
+    if not Path(given).expanduser().is_file():
+        raise UserError(f"no such file: {given}, which {option} names; check the path")
 
 
 @functools.cache  # the schedule asks in every step

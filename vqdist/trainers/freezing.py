@@ -9,7 +9,8 @@ from torch import nn
 
 from vqdist.errors import UserError
 from vqdist.models.autoencoder import VQAutoencoder
-from vqdist.trainers.vqgan_config import PARTS, names_in
+from vqdist.trainers.config import names_in
+from vqdist.trainers.vqgan_config import PARTS
 
 
 def frozen_parts(network: VQAutoencoder, asked: Sequence[str], freeze_codebook: bool | None) -> list[str]:

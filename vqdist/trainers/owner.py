@@ -30,6 +30,8 @@ from vqdist.trainers.data import Images, RunData
 from vqdist.trainers.early_end import EarlyEnd
 from vqdist.trainers.feed import Feed
 from vqdist.trainers.finite import FiniteGuard
+from vqdist.trainers.further_measures import FurtherMeasures
+from vqdist.trainers.measure import Measure
 from vqdist.trainers.networks import Networks
 from vqdist.trainers.optimizers import OptimizerOptions, make_optimizer
 from vqdist.trainers.progress import Progress
@@ -61,6 +63,8 @@ class RunOwner(ABC):
         resume: checkpoints.
         best: the best validation so far.
         early_end: a stop before the last step.
+        compared: the number by which validations are compared: the trainer's `measure`, or that of keep_best.
+        further: the measures that validate_with adds to a validation.
     """
 
     config: TrainerConfig
@@ -79,6 +83,8 @@ class RunOwner(ABC):
     resume: Resume
     best: Best
     early_end: EarlyEnd
+    further: FurtherMeasures
+    compared: Measure | None
     _in_step: bool  # also after an error that broke a step off
 
     def __repr__(self) -> str:
@@ -270,6 +276,16 @@ class RunOwner(ABC):
             return cast(int, self.config.num_train_steps)  # one of the two is given
         images_left = max(0, round(self.config.epochs * len(self.split.train)) - self.position)
         return self.step + math.ceil(images_left / self.global_batch)
+
+    @property
+    def has_ended_early(self) -> bool:
+        """True if the run has ended before `num_train_steps`, as `patience` says."""
+        return self.best.has_given_up and self.step < self.num_train_steps
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends, as far as it is known."""
+        return self.step if self.has_ended_early else self.num_train_steps
 
     def end_passed(self) -> str | None:
         """Return which end of training this run is past already, for a message, or None."""

@@ -20,6 +20,7 @@ from vqdist.metrics import RunningMeans
 from vqdist.stopping import BrokenOff
 from vqdist.tracking import EventLog, Tracker, environment, memory_gb
 from vqdist.trainers.bad_images import BadImages
+from vqdist.trainers.measure import VALID
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.stop_request import FAULT, StopRequest
 
@@ -44,6 +45,7 @@ class Report:
         last_evaluation: step and numbers of the last validation.
         validation_broken_off: whether a signal broke it off; a checkpoint keeps it, and the resumed run validates.
         pictured: step of the last picture.
+        logged_at: step of the last log line of this process.
         picture_broken_off: whether a signal kept it from being drawn; kept likewise, and the resumed run draws it.
         warnings: what goes wrong at present, by what it is about.
     """
@@ -71,11 +73,12 @@ class Report:
         """
         self.last_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self.validation_broken_off: bool = manifest.get("validation_broken_off", False)
-        self.pictured = -1
+        self.pictured = self.logged_at = -1
         self.picture_broken_off: bool = manifest.get("picture_broken_off", False)
         self.warnings: dict[str, str] = {}
         self._lines_of_few = 0
         self._undrawn = 0  # the signal that broke off the picture that this rank drew
+        self._validated = time.perf_counter()  # when the last validation ended, or the run was begun or resumed
         self.restart_clock()
 
     def open(self, trackers: list[Any], configuration: dict[str, Any]) -> None:
@@ -234,6 +237,7 @@ class Report:
 
     def log(self, numbers: dict[str, float]) -> None:
         """Write a log line, on rank 0."""
+        self.logged_at = self.progress.step
         if self.tracker is None:
             return
         self.tracker.log(self.progress.step, numbers)
@@ -265,10 +269,11 @@ class Report:
     # ------------------------------------------------------------------------------------- validation and pictures
 
     def validate(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Measure, log the numbers as `valid/NAME`, and return them.
+        """Measure, log the numbers as `valid/NAME` with the time that it took, and return them without that.
 
         Nothing where a signal breaks the validation off, on every rank at the same batch.
         """
+        began = time.perf_counter()
         with self.paused():
             self.validation_broken_off = True
             try:
@@ -278,8 +283,15 @@ class Report:
             self.validation_broken_off = False
             self.last_evaluation = (self.progress.step, numbers)
             if self.tracker is not None:
-                self.tracker.log(self.progress.step, {f"valid/{name}": value for name, value in numbers.items()})
+                line = {**numbers, **self._time_of_validation(began)}
+                self.tracker.log(self.progress.step, {f"{VALID}{name}": value for name, value in line.items()})
         return numbers
+
+    def _time_of_validation(self, began: float) -> dict[str, float]:
+        """Return the seconds since then, and their share of those since the validation before, or since the start."""
+        ended = time.perf_counter()
+        whole, self._validated = ended - self._validated, ended
+        return {"seconds": ended - began, "time_share": (ended - began) / max(whole, 1e-9)}
 
     def draw(self, save_pictures: Callable[[Path], None]) -> None:
         """Draw, unless a rank was asked to stop; every rank calls this and learns whether a signal broke it off."""

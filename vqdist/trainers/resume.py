@@ -30,6 +30,7 @@ from vqdist.trainers.networks import Networks
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.report import Report
 from vqdist.trainers.run import NEEDED_TO_RESUME, Run
+from vqdist.trainers.standing import Standing
 
 STATE = "state.safetensors"  # file of what belongs to no network
 
@@ -64,6 +65,7 @@ class Resume:
         report: means, and the validation and the picture that were broken off.
         guard: keeps values that are not finite out.
         trained: the trainer.
+        standing: how the validations compare so far.
 
     Attributes:
         checkpoints: of the run.
@@ -79,6 +81,7 @@ class Resume:
         report: Report,
         guard: FiniteGuard,
         trained: Trained,
+        standing: Standing,
     ):
         self.run = run
         self.backend = backend
@@ -87,8 +90,14 @@ class Resume:
         self.report = report
         self.guard = guard
         self.trained: Trained = weakref.proxy(trained)  # the trainer has this object: when it goes, both do
-        folder = run.folder / "checkpoints"
-        self.checkpoints = CheckpointStore(folder, backend, keep=run.config.keep_checkpoints, lock=run.lock)
+        self.standing = standing
+        self.checkpoints = CheckpointStore(
+            run.folder / "checkpoints",
+            backend,
+            keep=run.config.keep_checkpoints,
+            kept_steps=lambda: standing.kept_steps,
+            lock=run.lock,
+        )
         self.saved = -1
         self._exported = -1  # the step of which `finish` has looked after the export
         self._resumed_at = -1  # the step of the checkpoint that was loaded
@@ -160,6 +169,27 @@ class Resume:
             self.check_finite()
             self._write_export_everywhere(folder)
 
+    def export_of(self, step: int, folder: Path) -> bool:
+        """Write the averaged model of another checkpoint of the run, and load that of this step again.
+
+        Returns:
+            True if there is such a checkpoint and it is whole; every rank gets the same.
+        """
+        now = self.checkpoints.path(self.progress.step)
+        if self.backend.any(step not in self.checkpoints.steps()):
+            return False
+        try:
+            self.load(self.checkpoints.path(step))
+            self._write_export_everywhere(folder)
+        except CannotWrite:
+            raise
+        except UserError as error:
+            self.report.print(f"warning: {error}")
+            return False
+        finally:
+            self.load(now)
+        return True
+
     def _write_export_everywhere(self, folder: Path) -> None:
         with everywhere(self.backend, f"{folder} cannot be written", CannotWrite):
             self._write_export(folder)
@@ -205,6 +235,7 @@ class Resume:
             "validation_broken_off": self.report.validation_broken_off,
             "picture_broken_off": self.report.picture_broken_off,
             "skipped": self.guard.state(),
+            "best": self.standing.record(),
         }
 
     def write_state(self, folder: Path) -> None:
@@ -252,6 +283,7 @@ class Resume:
         self._load_average(path)
         self._load_state_tensors(path)
         self.progress.step, self.progress.position = info["step"], info["position"]
+        self.standing.restore(info.get("best"))
         self.report.begin_at(info)
         self.saved = self._resumed_at = self.progress.step
         self._exported = -1

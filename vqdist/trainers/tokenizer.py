@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,15 @@ from vqdist.metrics import CodeHistogram
 from vqdist.models.tokenizer import TokenizerNetwork
 from vqdist.tracking import Tracker
 from vqdist.trainers.base import Trainer
-from vqdist.trainers.best import OF_RECONSTRUCTIONS
+from vqdist.trainers.measure import OF_RECONSTRUCTIONS
+
+QUALITY = ("l1", "psnr", "psnr_per_image", "ssim", "ssim_luma")
+
+
+def names_of_reconstruction(network: TokenizerNetwork) -> set[str]:
+    """Return the names of the numbers that `evaluate_reconstruction` gives of a network, but for that of images."""
+    scales = [f"codebook_usage_scale_{number + 1}" for number in range(len(network.scales or ()))]
+    return {*QUALITY, "codebook_usage", "codebook_perplexity", *scales}
 
 
 class TokenizerTrainer(Trainer):
@@ -44,10 +52,19 @@ class TokenizerTrainer(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         with self.averaged_network() as network:
-            size = self.config.image_size
-            return evaluate_reconstruction(
-                cast(TokenizerNetwork, network), self.valid_batches(), self.backend, image_size=size
+            return self.further.of_reconstructions(
+                partial(
+                    evaluate_reconstruction,
+                    cast(TokenizerNetwork, network),
+                    self.valid_batches(),
+                    self.backend,
+                    image_size=self.config.image_size,
+                )
             )
+
+    def validation_names(self) -> set[str]:
+        network = cast(Any, self.model).network
+        return {*names_of_reconstruction(network), *self.config.measures.names}
 
     def save_pictures(self, path: Path) -> None:
         """Draw a sheet with the views of each image, and a bar chart of all ranks' codes since the last one."""

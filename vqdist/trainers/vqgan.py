@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -416,7 +417,14 @@ class VQGanVAETrainer(TokenizerTrainer):
             return super().evaluate()
         with self.averaged_network() as network:
             by_target = ByTarget(cast(VQAutoencoder, network), self.stage_one)
-            return evaluate_proxy(by_target, self.valid_batches(), self.backend, image_size=self.config.image_size)
+            size = self.config.image_size
+            return self.further.of_reconstructions(
+                partial(evaluate_proxy, by_target, self.valid_batches(), self.backend, image_size=size)
+            )
+
+    def validation_names(self) -> set[str]:
+        of_stage_one = set() if self.model.autoencoder.makes_images else {"proxy_loss", "proxy_accuracy"}
+        return super().validation_names() | of_stage_one
 
     def views(self, images: Tensor, networks: list[nn.Module]) -> list[Tensor]:
         if self.stage_one is None:

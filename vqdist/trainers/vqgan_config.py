@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,14 +9,9 @@ from vqdist.errors import UserError
 from vqdist.options import is_number, option
 from vqdist.parts import Spec
 from vqdist.schedules import check_temperature, check_weight, ever_positive, factor_of
-from vqdist.trainers.config import TrainerConfig
+from vqdist.trainers.config import TrainerConfig, names_in
 
 PARTS = ("encoder", "quantizer", "decoder")
-
-
-def names_in(given: Sequence[str]) -> list[str]:
-    """Return the names of a list, each of which may be several with commas between them."""
-    return [name.strip() for item in given for name in item.split(",")]
 
 
 @dataclass(kw_only=True, frozen=True)
