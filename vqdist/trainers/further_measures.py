@@ -24,7 +24,7 @@ from vqdist.evaluation.fidelity import (
     precision_and_recall,
 )
 from vqdist.evaluation.references import Reference, ReferenceFile, reference_in
-from vqdist.objectives.lpips import LPIPS
+from vqdist.objectives.lpips import LPIPS, NETS
 from vqdist.ranks import on_main
 from vqdist.sizes import ImageSize, sides_of
 from vqdist.trainers.config import TrainerConfig
@@ -64,8 +64,8 @@ class FurtherMeasures:
         self._real: Reference | None = None  # of the images or the file, on rank 0
         self._is_known = False
         if "lpips" in self.asked.names:
+            _check_size(self.asked.net, image_size)  # before its weights are downloaded
             self.lpips = LPIPS(self.asked.weights, net=self.asked.net)
-            self.lpips.check_image_size(min(sides_of(image_size)))
         if self.asked.of_features:
             self._open_extractor(config, channels, image_size)
             self._open_reference(config, image_size, has_images)
@@ -242,6 +242,15 @@ class _Seen:
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         seen = self.extractor.outputs(images)
         return {name: seen[name] for name in self.widths}
+
+
+def _check_size(net: str, image_size: ImageSize) -> None:
+    side, smallest = min(sides_of(image_size)), NETS[net].smallest
+    if side < smallest:
+        raise UserError(
+            f"validate_with names lpips, whose {NETS[net].name} needs images of {smallest} pixels, and these have "
+            f"{side}; leave it out, or give one of {', '.join(NETS)} that needs less"
+        )
 
 
 def _likeness(generated: Features, real: Reference | None, kinds: set[str]) -> Numbers:
