@@ -467,6 +467,35 @@ def keep_best(tmp_path):
 
 
 @case
+def patience(tmp_path):
+    for given, steps in ((None, 4), (2, 3), (1, 2)):
+        trainer = build_trainer(tmp_path / str(given), patience=given, validate_every=1)
+        trainer.evaluate = lambda trainer=trainer: {"psnr": -float(trainer.step)}
+        trainer.train()
+        assert trainer.step == steps
+
+
+@case_of("validate_with", "features", "trust_features", "reference")
+def measures(tmp_path):
+    """Two extractors and a reference, each of which changes the number; tests/unit/test_validate_with.py has them."""
+    found = []
+    extractors = {"small": nn.Sequential(nn.AvgPool2d(8), nn.Flatten()), "large": nn.Flatten()}
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(12), sigma=np.eye(12))
+    for name, network in extractors.items():
+        path = tmp_path / f"{name}.pt"
+        torch.jit.script(network).save(str(path))
+        options = {"validate_with": "rfid", "features": str(path)}
+        with pytest.raises(UserError, match="is a TorchScript program"):
+            build_trainer(tmp_path / "run", **options)
+        more = [{}, {"reference": str(tmp_path / "reference.npz")}] if name == "small" else [{}]
+        found += [
+            build_trainer(tmp_path / f"{name}{len(one)}", **options, trust_features=True, **one).evaluate()["rfid"]
+            for one in more
+        ]
+    assert len(set(found)) == 3 and "rfid" not in build_trainer(tmp_path / "none").evaluate()
+
+
+@case
 def check_ranks_every(tmp_path, monkeypatch):
     checked = []
     monkeypatch.setattr(networks, "check_ranks_agree", lambda backend, tensors, step: checked.append(step))

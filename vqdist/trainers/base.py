@@ -362,8 +362,9 @@ class Trainer(RunOwner):
         if self.report.picture_broken_off:
             self.early_end.stop_now(self.stop.number)
         self.resume.settle()
-        if self.has_ended_early:
-            self.report.print(f"ended at step {self.step} of {self.num_train_steps}: {self.best.reason}")
+        reason = self.best.reason if self.has_ended_early else None
+        if reason is not None:
+            self.report.print(f"ended at step {self.step} of {self.num_train_steps}: {reason}")
         self.best.finish()
         if self.best.standing.keeps_checkpoint:
             self.checkpoints.remove_old()  # one that was the best before the validation of the last step
@@ -371,7 +372,7 @@ class Trainer(RunOwner):
         self._write_cards()
         if self.tracker is not None:
             self.tracker.artifact(self.run.folder / "export")
-        self.report.note_end()
+        self.report.note_end(reason)
         self.report.close()
         return numbers
 

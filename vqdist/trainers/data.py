@@ -119,10 +119,7 @@ class RunData:
         train, valid = folder_of(self.config.folder), folder_of(self.config.valid)
         if train is None or valid is None or not valid.resolve().is_relative_to(train.resolve()):
             return None
-        return (
-            f"warning: {valid} lies in {train}, so images to validate on are trained on, too; give folders beside "
-            "each other"
-        )
+        return f"{valid} lies in {train}, so images to validate on are trained on, too; give folders beside each other"
 
     def fingerprint(self) -> str:
         """Return that of the images to train on, which a resumed run compares."""

@@ -129,10 +129,14 @@ class Report:
         elif self.backend.is_main:
             self._events_to_come.append({"event": event, "message": message, **said})
 
-    def note_end(self) -> None:
-        """Keep that the run has come to its end, unless the sinks are closed and it was known."""
+    def note_end(self, reason: str | None = None) -> None:
+        """Keep that the run has come to its end, unless the sinks are closed and it was known.
+
+        Args:
+            reason: of an end before the last step.
+        """
         if not self._closed:
-            self.note("end")
+            self.note("end", reason)
 
     def alert(self, message: str) -> None:
         """Say once that something went wrong, and keep it as an event."""

@@ -184,7 +184,7 @@ class Resume:
         except CannotWrite:
             raise
         except UserError as error:
-            self.report.print(f"warning: {error}")
+            self.report.alert(str(error))
             return False
         finally:
             self.load(now)
