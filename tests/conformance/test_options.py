@@ -437,7 +437,7 @@ def assert_written(run: Path, *, logged_at, validated_at, drawn_at, saved_at, ro
 def what_a_run_writes(tmp_path):
     """Two whole runs: one writes all it can at its end, the other each thing every so many steps of its own."""
     build_trainer(tmp_path / "at the end", num_train_steps=3).train()
-    written = {"best.json", "checkpoints", "config.json", "export", "metrics.jsonl", "results"}
+    written = {"best.json", "checkpoints", "config.json", "events.jsonl", "export", "metrics.jsonl", "results"}
     assert {path.name for path in (tmp_path / "at the end").iterdir()} == written
     assert [path.name for path in tmp_path.iterdir()] == ["at the end"]
     end = {"validated_at": [3], "drawn_at": [3], "saved_at": [3]}
@@ -483,7 +483,9 @@ def measures(tmp_path):
     np.savez(tmp_path / "reference.npz", mu=np.zeros(12), sigma=np.eye(12))
     for name, network in extractors.items():
         path = tmp_path / f"{name}.pt"
-        torch.jit.script(network).save(str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.jit.script(network).save(str(path))
         options = {"validate_with": "rfid", "features": str(path)}
         with pytest.raises(UserError, match="is a TorchScript program"):
             build_trainer(tmp_path / "run", **options)

@@ -27,7 +27,7 @@ TRAIN = [
     *"--trainer.batch_size 4 --trainer.save_model_every 2 --trainer.log_every 1 --trainer.validate_every 3".split(),
     *f"--trainer.save_results_every 5 --trainer.num_train_steps {STEPS}".split(),
 ]
-MEASURED = {"images_per_second", "data_wait", "memory_gb"}  # differ from run to run
+MEASURED = {"images_per_second", "data_wait", "memory_gb", "valid/seconds", "valid/time_share"}  # of each run its own
 AT_ONCE = 2  # of what the campaign tries, side by side
 PATIENCE = 300.0  # seconds for a run that takes two of a core
 

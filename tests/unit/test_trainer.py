@@ -67,6 +67,8 @@ def test_train_tells_log_fn_numbers_and_returns_the_validation(tmp_path):
     assert numbers["images"] == 16
     in_file = logged(trainer)
     assert [line for line in in_file if "recon_loss" in line] == lines
+    seconds, share = (in_file[-1].pop(f"valid/{name}") for name in ("seconds", "time_share"))
+    assert seconds > 0 and 0 < share < 1
     assert in_file[-1] == {"step": 4, **{f"valid/{name}": value for name, value in numbers.items()}}
     assert all(0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0 for line in lines)
 
@@ -434,7 +436,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, saved, value):
 
 # ------------------------------------------------------------------------------------------- lines after a resume
 
-PER_RUN = {"images_per_second", "data_wait", "memory_gb"}
+PER_RUN = {"images_per_second", "data_wait", "memory_gb", "valid/seconds", "valid/time_share"}
 RESUMED = {"num_train_steps": 7, "log_every": 4, "save_results_every": 5, "save_model_every": 3}
 
 

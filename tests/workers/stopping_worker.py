@@ -74,6 +74,8 @@ def during_a_validation(folder: Path, **backend) -> None:
     resumed.backend.barrier()
     assert validated_steps(resumed) == [2, 3] and not newest_manifest(resumed)["validation_broken_off"]
     ours, theirs = ([line for line in lines_of(one) if "valid/l1" in line] for one in (resumed, undisturbed))
+    for line in (*ours, *theirs):
+        assert line.pop("valid/seconds") > 0 and 0 < line.pop("valid/time_share") <= 1
     assert ours == theirs
 
 
