@@ -21,7 +21,7 @@ from vqdist.files import EVENTS, METRICS, lines_of_metrics, read_json, read_smal
 
 LARGEST = 2**20  # bytes
 VALID = "valid/"
-COUNTS = ("step", "images", "samples")  # numbers beside the measures
+COUNTS = ("step", "images", "samples", "seconds", "time_share")  # numbers beside the measures
 PICTURE = "pictures.png"
 TITLES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "fid": "FID", "is": "Inception score"}
 TITLES |= {"kid": "KID", "rkid": "rKID", "sfid": "sFID", "rsfid": "rsFID", "ris": "rIS", "l1": "L1", "nll": "NLL"}
