@@ -22,21 +22,6 @@ def find_export(name_or_path: str | Path) -> Path:
     return path / "export" if (path / "export").is_dir() else path
 
 
-def find_local_export(name_or_path: str | Path) -> Path:
-    """Return the folder of the model that a folder of this machine holds: a run, or one of `save_pretrained`.
-
-    Raises:
-        UserError: there is no such folder, or it holds no model yet.
-    """
-    run = Path(name_or_path).expanduser()
-    if not run.is_dir():
-        raise UserError(f"no such run folder: {run}")
-    folder = find_export(run)
-    if not all((folder / name).is_file() for name in FILES):
-        raise _no_export(run)
-    return folder
-
-
 def is_name_on_hub(given: str | Path, path: Path) -> bool:
     """Return whether this is owner/name on the Hub: not where there is a folder here that it would lie in."""
     return not path.parent.is_dir() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(given)) is not None
@@ -52,17 +37,22 @@ def check_location(given: str | Path, path: Path) -> None:
     if path.is_dir() and (path / "metrics.jsonl").exists():
         raise _no_export(path)
     if not path.is_dir() and not is_name_on_hub(given, path):
-        raise UserError(f"no such folder: {path}; expected one with config.json and model.safetensors, as export/")
+        raise UserError(
+            f"no such run, export or file: {path}; expected a run folder, one with config.json and "
+            "model.safetensors, as export/, or a file of another project"
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json; expected a folder that save_pretrained wrote, as RUN/export")
-        config_of_folder(path)  # says what is wrong with a damaged one, which the hub's mixin does not
+        # says what is wrong with a damaged one, which the hub's mixin does not
+        if "trainer" in config_of_folder(path):  # of a run
+            raise _no_export(path)
 
 
 def check_given(name_or_path: str | Path) -> None:
-    """Raise `UserError` where neither a file, a folder nor a name on the Hub is given, or a run without an export."""
+    """Raise `UserError` where no file, folder with weights or name on the Hub is given, or a run without an export."""
     path = find_export(name_or_path)
-    if not path.exists() or (path / "metrics.jsonl").exists():
+    if not path.is_file() and not any(any(path.glob(f"*{suffix}*")) for suffix in (".safetensors", ".bin")):
         check_location(name_or_path, path)
 
 

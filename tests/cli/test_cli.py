@@ -198,7 +198,7 @@ MISTAKES = {
     ),
     "horovod": (["train", "vqgan", *SMALL, "--backend", "horovod", "--out", "x"], "backend 'accelerate' does its job"),
     "fp16": (["train", "vqgan", *SMALL, "--trainer.precision", "fp16", "--out", "x"], "use bf16"),
-    "no run": (["evaluate", "/no/run", "--data", "digits"], "no such run folder: /no/run"),
+    "no run": (["evaluate", "/no/run", "--data", "digits"], "no such run, export or file: /no/run"),
     "vgg": (
         ["train", "vqgan", *SMALL, "--model.perceptual", "/no/vgg16.pth", "--out", "x"],
         "/no/vgg16.pth",

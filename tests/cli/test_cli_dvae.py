@@ -302,7 +302,7 @@ def test_an_old_export_is_asked_for_its_size(trained, tmp_path, capsys):
     del config["image_size"]
     (export / "config.json").write_text(json.dumps(config))
     message = error_of(["evaluate", str(export), "--data", "synthetic:8"], capsys)
-    assert "does not say on which image size it was trained; give --image_size" in message
+    assert "does not say on which image size it was trained; give image_size" in message
 
 
 def test_reconstruct_keeps_transparency(trained, images, tmp_path):

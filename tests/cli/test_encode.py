@@ -380,8 +380,9 @@ def test_options_that_are_missing(exports, capsys):
 
 def test_runs_that_hold_no_tokenizer(exports, tmp_path, capsys):
     rest = ("--data", "synthetic:9", "--out", tmp_path / "codes")
-    assert f"no such run folder: {tmp_path}/run" in refused(capsys, tmp_path / "run", *rest)
+    assert f"no such run, export or file: {tmp_path}/run" in refused(capsys, tmp_path / "run", *rest)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
     assert "has no export/" in refused(capsys, tmp_path / "run", *rest)
     shutil.copytree(exports / "dvae", tmp_path / "run" / "export")
     (tmp_path / "run" / "export" / "config.json").write_text('{"model_type": "nothing"}')

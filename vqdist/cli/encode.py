@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vqdist.cli.loading import loading
-from vqdist.cli.parsing import add_trust_option, make_parser, parse
+from vqdist.cli.parsing import MODEL_HELP, add_trust_option, make_parser, parse
 from vqdist.data.config import MAX_BAD_FRAC, View
 from vqdist.data.specs import check_spec
 from vqdist.errors import UserError, printable
-from vqdist.locations import find_local_export
+from vqdist.locations import check_given
 
 # a rank that has written its last shard waits in an exchange for those that have one more
 EXCHANGE_TIMEOUT = 7 * 24 * 60.0  # minutes; one that is silent is given up after --dist_timeout
@@ -43,7 +43,7 @@ def encode(arguments: list[str]) -> int:
 
 def _parser():
     parser = make_parser("vqdist encode", "Store the codes of all images of --data by a run's tokenizer.")
-    parser.add_argument("run", type=str, help="Run folder of a tokenizer, or a folder that save_pretrained wrote.")
+    parser.add_argument("run", type=str, help=MODEL_HELP)
     parser.add_argument(
         "--data.folder", type=str | dict[str, Any], required=True, help="Images, as for train (short: --data)."
     )
@@ -105,7 +105,7 @@ def _check(options) -> None:
     if isinstance(options.data.folder, str) and options.data.folder.startswith("codes:"):
         raise UserError(f"--data {options.data.folder} are codes already; give the images that they were made of")
     check_spec(options.data.folder)
-    find_local_export(options.run)
+    check_given(options.run)
 
     from vqdist.encoding import check_folder
 
@@ -117,8 +117,7 @@ def _open(options):
     from vqdist.data.dataset import ImageDataset
     from vqdist.models.tokenizer import Tokenizer
 
-    folder = find_local_export(options.run)
-    tokenizer = Tokenizer.from_pretrained(folder, options.data.image_size, trust_code=options.trust_code)
+    tokenizer = Tokenizer.from_pretrained(options.run, options.data.image_size, trust_code=options.trust_code)
     dataset = ImageDataset(
         options.data.folder,
         tokenizer.image_size,

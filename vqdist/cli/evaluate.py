@@ -11,7 +11,7 @@ from vqdist import protocol
 from vqdist.backends.environment import rank_of_launcher
 from vqdist.cli.loading import loading
 from vqdist.cli.measuring import NUM_SAMPLES, GeneratorRun, MeasuredRun, TokenizerRun
-from vqdist.cli.parsing import add_trust_option, make_parser, parse
+from vqdist.cli.parsing import MODEL_HELP, add_trust_option, make_parser, parse
 from vqdist.cli.sample import add_draw_options, given_draw_options
 from vqdist.data.config import CODES, MAX_BAD_FRAC, View
 from vqdist.data.specs import check_spec
@@ -19,7 +19,7 @@ from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an, printable
 from vqdist.export import RECORD
 from vqdist.files import METRICS, read_json
-from vqdist.locations import find_local_export
+from vqdist.locations import check_given, find_export
 from vqdist.sizes import ImageSize, image_size_of, sides_of
 
 if TYPE_CHECKING:
@@ -50,20 +50,21 @@ def evaluate(arguments: list[str]) -> int:
     """Measure a run over a set of images, its reconstructions or predictions, and its samples; one JSON object."""
     options = parse(_evaluate_parser(), arguments)
     _check_options(options)
-    run, export = Path(options.run).expanduser(), find_local_export(options.run)
+    check_given(options.run)
+    run = Path(options.run).expanduser()
 
     with loading("torch and the run"):
         from vqdist.backends import create_backend
         from vqdist.backends.peers import naming_lost_peers
         from vqdist.models.autoregressive import AutoregressiveModel
 
-        model, step = _load(export, options)
+        model, step = _load(options)
     of_codes: dict[str, bool] = {}
     if isinstance(model, AutoregressiveModel):
         measured: MeasuredRun = _open_generator(model, options)
     else:
-        measured = _open_tokenizer(cast("TokenizerModel", model), run, export, options)
-        of_codes = _said_of_codes(cast("TokenizerModel", model), _image_size(run, export, options))
+        measured = _open_tokenizer(cast("TokenizerModel", model), options)
+        of_codes = _said_of_codes(cast("TokenizerModel", model), _image_size(options))
     backend = create_backend(options.backend)
     with naming_lost_peers():
         numbers = measured.on(backend).numbers()
@@ -71,12 +72,12 @@ def evaluate(arguments: list[str]) -> int:
         found = {**numbers, protocol.KEY: measured.protocol()}
         print(json.dumps({**found, **of_codes}))
         if step >= 0:
-            _keep(run, export, step, found)
+            _keep(run, find_export(run), step, found)
     backend.close()
     return 0
 
 
-def _said_of_codes(model: TokenizerModel, image_size: ImageSize) -> dict[str, bool]:
+def _said_of_codes(model: TokenizerModel, image_size: ImageSize | None) -> dict[str, bool]:
     """Return whether the codes are still those that training began from, and say it; nothing where it is unknown."""
     from vqdist.models.tokenizer import Tokenizer
 
@@ -91,12 +92,13 @@ def _said_of_codes(model: TokenizerModel, image_size: ImageSize) -> dict[str, bo
     return {"codes_unchanged": unchanged}
 
 
-def _load(export: Path, options) -> tuple[Any, int]:
+def _load(options) -> tuple[Any, int]:
     """Return a model and the step that it is of. A run that trains exchanges its export for a newer one."""
     from vqdist.models.pretrained import load_model_of_any_type
 
+    export = find_export(options.run)
     while True:
-        step, model = _step_of(export), load_model_of_any_type(export, trust_code=options.trust_code)
+        step, model = _step_of(export), load_model_of_any_type(options.run, trust_code=options.trust_code)
         if step == _step_of(export):
             return model, step
 
@@ -136,7 +138,7 @@ def reconstruct(arguments: list[str]) -> int:
         raise UserError(f"num_images {options.num_images} is not possible; it must be at least 1")
     if options.out.suffix.lower() != ".png":
         raise UserError(f"--out {options.out} is not the name of a PNG file; give one that ends in .png")
-    run, export = Path(options.run).expanduser(), find_local_export(options.run)
+    check_given(options.run)
 
     with loading("torch and the run"):
         import torch
@@ -145,7 +147,7 @@ def reconstruct(arguments: list[str]) -> int:
         from vqdist.models.tokenizer import Tokenizer
         from vqdist.tracking import save_sheet
 
-        tokenizer = Tokenizer.from_pretrained(export, _image_size(run, export, options), trust_code=options.trust_code)
+        tokenizer = Tokenizer.from_pretrained(options.run, _image_size(options), trust_code=options.trust_code)
     dataset = _open_images(options, tokenizer)
     count = min(options.num_images, len(dataset))
     fetched = [dataset.fetch(0, index) for index in range(count)]
@@ -163,7 +165,7 @@ def reconstruct(arguments: list[str]) -> int:
 def _run_parser(program: str, description: str, epilog: str | None = None):
     """Return a parser of what `evaluate` and `reconstruct` share: a run, images, and how to load them."""
     parser = make_parser(program, description, epilog)
-    parser.add_argument("run", type=str, help="Run folder, or a folder that save_pretrained wrote.")
+    parser.add_argument("run", type=str, help=MODEL_HELP)
     parser.add_argument(
         "--data.folder", type=str | dict[str, Any], required=True, help="Images, as for train (short: --data)."
     )
@@ -276,16 +278,13 @@ def _refuse_sampling(options, reason: str) -> None:
 # --------------------------------------------------------------------------------------------- runs and data
 
 
-def _image_size(run: Path, export: Path, options) -> ImageSize:
-    """Return what the user says, else the run's configuration, else that of an export alone."""
-    if options.data.image_size is not None:
-        return image_size_of(options.data.image_size)
-    folder = run if (run / "config.json").is_file() else export
-    content = read_json(folder / "config.json")
-    size = content.get("trainer", content).get("image_size")
-    if size is None:
-        raise UserError(f"{run} does not say on which image size it was trained; give --image_size")
-    return image_size_of(size)
+def _image_size(options) -> ImageSize | None:
+    """Return what the user says, else a run's configuration; None where the model itself says it."""
+    size = options.data.image_size
+    config = Path(options.run).expanduser() / "config.json"
+    if size is None and config.is_file():
+        size = read_json(config).get("trainer", {}).get("image_size")
+    return None if size is None else image_size_of(size)
 
 
 def _open_images(options, model: Tokenizer | AutoregressiveModel) -> ImageDataset:
@@ -351,11 +350,11 @@ def _open_lpips(options, model: Tokenizer | AutoregressiveModel) -> LPIPS | None
     return lpips
 
 
-def _open_tokenizer(model: TokenizerModel, run: Path, export: Path, options) -> TokenizerRun:
+def _open_tokenizer(model: TokenizerModel, options) -> TokenizerRun:
     from vqdist.models.tokenizer import Tokenizer
 
-    _refuse_sampling(options, f"{run} is a tokenizer, which draws no samples; leave it out")
-    tokenizer = Tokenizer(model, _image_size(run, export, options))
+    _refuse_sampling(options, f"{options.run} is a tokenizer, which draws no samples; leave it out")
+    tokenizer = Tokenizer(model, _image_size(options))
     dataset = _open_images(options, tokenizer)
     extractor = _open_extractor(options, tokenizer, len(dataset))
     reference, lpips = _open_reference(options, extractor, tokenizer), _open_lpips(options, tokenizer)

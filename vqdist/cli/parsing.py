@@ -124,6 +124,13 @@ def _with_value(one: Given, actions: Mapping[str, Any]) -> Given:
     return (name, "true") if value is None and (kind is bool or bool in get_args(kind)) else one
 
 
+MODEL_HELP = (
+    "Run folder, an export (a folder that save_pretrained wrote, or a repository of the Hub), or a file of another "
+    "project."
+)
+"""The places that a model can be taken from, the same for every command."""
+
+
 def add_trust_option(parser) -> None:
     """`--trust_code`, of commands that load a model that somebody else may have written."""
     parser.add_argument(

@@ -13,7 +13,7 @@ from typing import Any
 
 from vqdist.classes import number_of
 from vqdist.cli.loading import loading
-from vqdist.cli.parsing import add_trust_option, make_parser, parse
+from vqdist.cli.parsing import MODEL_HELP, add_trust_option, make_parser, parse
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an
 from vqdist.locations import check_given
@@ -26,7 +26,7 @@ MOST = 10**9
 def sample(arguments: list[str]) -> int:
     """Draw images: `vqdist sample RUN --num 64 --class 3 --cfg 2 --out samples.png`."""
     parser = make_parser("vqdist sample", "Draw images from a run of a prior, VAR or VQ-AR model.")
-    parser.add_argument("run", type=str, help="Run folder, or a folder or Hub repository with its export.")
+    parser.add_argument("run", type=str, help=MODEL_HELP)
     parser.add_argument(
         "--num",
         type=int,
@@ -51,7 +51,7 @@ def sample(arguments: list[str]) -> int:
         "--tokenizer",
         type=str | None,
         default=None,
-        help="Run of the tokenizer to decode with: that of the training, or one with another decoder.",
+        help="Tokenizer to decode with, in any form of `run`: that of the training, or one with another decoder.",
     )
     parser.add_argument("--columns", type=int | None, default=None, help="Images in a row of the sheet.")
     parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")

@@ -19,7 +19,7 @@ from vqdist.cli.defaults import NOTE, as_begun, measured
 from vqdist.cli.loading import loading
 from vqdist.cli.mistakes import together
 from vqdist.cli.models import MODELS, TrainedModel, load_class, model_entry
-from vqdist.cli.parsing import IMAGES, add_trust_option, check_images, make_parser, parse
+from vqdist.cli.parsing import IMAGES, MODEL_HELP, add_trust_option, check_images, make_parser, parse
 from vqdist.cli.parts import Parts
 from vqdist.data.config import CODES
 from vqdist.errors import UserError
@@ -117,7 +117,7 @@ def train_parser(name: str):
             "--tokenizer",
             type=str | None,
             default=None,
-            help="Run of a tokenizer, or a folder or Hub repository with its export; stays as it is.",
+            help=f"Tokenizer, which stays as it is: {MODEL_HELP}",
         )
         add_trust_option(parser)
     _add_top_level(parser, config_class)

@@ -297,7 +297,8 @@ class PretrainedModel(PyTorchModelHubMixin):
         begun = written.get("begun_from")
         model.begun_from = dict(begun) if isinstance(begun, Mapping) else None
         model.discriminator_file = _discriminator_beside(Path(model_id), written, kwargs)
-        model.image_size = model.image_size if image_size is None else image_size_of(image_size)
+        if written:  # no argument's default: where nobody said a size, it is asked for
+            model.image_size = None if image_size is None else image_size_of(image_size)
         model.follow_before({**written, **{name: value for name, value in kwargs.items() if name in written}})
         model.buffers_are_live = LIVE.items() <= written.items()
         return model

@@ -153,7 +153,10 @@ class Tokenizer(nn.Module):
         super().__init__()
         image_size = model.image_size if image_size is None else image_size
         if image_size is None:
-            raise UserError("the model does not say on which image size it was trained; give image_size")
+            raise UserError(
+                "the model does not say on which image size it was trained; give image_size, or make an export that "
+                "says it: vqdist convert FILE --image_size PIXELS --out EXPORT"
+            )
         image_size = image_size_of(image_size)
         model.check_image_size(image_size)
         self._model = [model]  # in a list, so that only the network is a part of this module
