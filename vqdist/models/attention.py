@@ -9,9 +9,10 @@ from vqdist.models.einx_later import einx_later
 
 with warnings.catch_warnings(), einx_later():
     warnings.simplefilter("ignore", FutureWarning)
+    from x_transformers.attend import Intermediates
     from x_transformers.x_transformers import AttentionLayers, Decoder
 
-__all__ = ["AttentionLayers", "Decoder", "check_heads"]
+__all__ = ["AttentionLayers", "Decoder", "Intermediates", "check_heads"]
 
 
 def check_heads(dim: int, heads: int, dim_head: int) -> None:

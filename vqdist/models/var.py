@@ -19,6 +19,7 @@ from vqdist.models.arguments import check_generator, check_whole_numbers
 from vqdist.models.attention import AttentionLayers
 from vqdist.models.autoregressive import CodePrediction, SecondStage
 from vqdist.models.multiscale import scale_lengths, split_scales
+from vqdist.models.scale_attention import attend_by_scale
 from vqdist.models.tokenizer import Tokenizer
 from vqdist.sampling import DrawOptions, draw, guide
 
@@ -83,13 +84,13 @@ class VAR(
             attn_dropout=dropout,
             ff_dropout=dropout,
         )
+        attend_by_scale(self.transformer, self.scale_lengths, dropout)
         self.to_logits = nn.Linear(dim, self.codebook_size)
         for weight in (self.classes.weight, self.levels.weight, self.positions):
             nn.init.normal_(weight, std=0.02)
         lengths = torch.tensor(self.scale_lengths)
         level_of = torch.arange(len(self.scales)).repeat_interleave(lengths, output_size=self.num_codes)
         self.register_buffer("level_of", level_of, persistent=False)  # (L,)
-        self.register_buffer("sees", level_of[:, None] >= level_of[None, :], persistent=False)  # (L, L)
 
     def inputs(self, item: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (b, L), what predicts the scales after the first (b, L - L_1, d) float32, and labels (b,)."""
@@ -144,8 +145,7 @@ class VAR(
 
     def _hidden(self, tokens: Tensor, label: Tensor) -> Tensor:
         """Tokens (b, n, dim) of the first scales -> (b, n, dim), each from its own scale and those before."""
-        number = tokens.shape[1]
-        return self.transformer(tokens, condition=self.classes(label), attn_mask=self.sees[:number, :number])
+        return self.transformer(tokens, condition=self.classes(label))
 
     def _hidden_of_next(self, tokens: Tensor, label: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Return what `_hidden` does, for the tokens (b, n, dim) of one scale only; and the cache for the next.
