@@ -30,7 +30,7 @@ GENERATION = ("unconditional-image-generation", "Image generation")
 
 
 class Cost(NamedTuple):
-    """What a training has taken.
+    """The cost of a training so far.
 
     Attributes:
         images: that were seen.
