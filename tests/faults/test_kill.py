@@ -83,3 +83,43 @@ def test_two_ranks_killed_while_saving(tmp_path):
     assert "step_00000004: step 4 of 12" in again.stderr
     assert "12 steps on accelerate, 96 images" in again.stdout
     assert [path.name for path in out.rglob("*.partial")] == []
+
+
+# --------------------------------------------------------------------------------------- the best checkpoint
+
+KEEPING_BEST = str(ROOT / "tests" / "workers" / "killed_keeping_best.py")
+MOMENTS = 18
+
+
+def complete(out: Path) -> dict[int, dict]:
+    """Return the manifests of complete checkpoints by step."""
+    found = (path / "manifest.json" for path in (out / "checkpoints").glob("step_*") if not path.suffix)
+    return {int(path.parent.name[5:]): json.loads(path.read_text()) for path in found if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def kept_undisturbed(tmp_path_factory) -> tuple[Path, int]:
+    """Return a run that keeps its best checkpoint and that nobody killed, and how often it changed files."""
+    out = tmp_path_factory.mktemp("kept") / "run"
+    printed = run([sys.executable, KEEPING_BEST, "0", str(out)]).stdout
+    assert sorted(complete(out)) == [4, 7]
+    return out, int(printed.rpartition("changes: ")[2])
+
+
+@pytest.mark.parametrize("moment", range(MOMENTS))
+def test_the_best_checkpoint_is_kept_through_a_kill(tmp_path, kept_undisturbed, moment):
+    """Whenever it comes: the best step that the newest checkpoint knows has a checkpoint, and the end is the same."""
+    whole, changes = kept_undisturbed
+    out, victim = tmp_path / "run", 1 + moment * (changes - 1) // (MOMENTS - 1)
+    killed = run([sys.executable, KEEPING_BEST, str(victim), str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    found = complete(out)
+    if found:
+        assert found[max(found)]["best"]["step"] in found
+    run([sys.executable, KEEPING_BEST, "0", str(out)])
+    assert sorted(complete(out)) == [4, 7]
+    for file in ("export_best/model", "export/model", "checkpoints/step_00000004/generator/weights"):
+        ours, theirs = (load_file(folder / f"{file}.safetensors") for folder in (out, whole))
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert (out / "best.json").read_text() == (whole / "best.json").read_text()
+    assert [path.name for path in out.rglob("*.partial")] == []

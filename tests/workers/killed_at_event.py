@@ -11,7 +11,7 @@ import signal
 import sys
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.chmod"}
-events, victim = 0, int(sys.argv[1])
+events = 0
 
 
 def is_change(name: str, arguments: tuple) -> bool:
@@ -25,7 +25,7 @@ def count(name: str, arguments: tuple) -> None:
     global events
     if is_change(name, arguments):
         events += 1
-        if events == victim:
+        if events == int(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -34,6 +34,6 @@ if __name__ == "__main__":
 
     sys.addaudithook(count)
     code = main(sys.argv[2:])
-    if not victim:
+    if not int(sys.argv[1]):
         print(f"changes: {events}", flush=True)
     sys.exit(code)
