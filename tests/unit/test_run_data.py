@@ -141,6 +141,25 @@ def test_a_resumed_run_validates_on_the_same_images(tmp_path, build):
     assert allowed.step == 1 and len(allowed.valid_dataset) == 41
 
 
+def test_shards_are_validated_on(tmp_path):
+    from io import BytesIO
+    from tarfile import TarInfo
+    from tarfile import open as open_tar
+
+    for shard in range(2):
+        with open_tar(tmp_path / f"valid-{shard}.tar", "w") as tar:
+            for index in range(3):
+                file = BytesIO()
+                Image.new("RGB", (20, 20), (40 * index + shard, 0, 0)).save(file, "png")
+                entry = TarInfo(f"{shard}_{index}.png")
+                entry.size = file.tell()
+                file.seek(0)
+                tar.addfile(entry, file)
+    given = {"valid": f"wds:{tmp_path}/valid-{{0..1}}.tar", "valid_frac": 0.05, "valid_images": 4}
+    trainer = build_trainer(tmp_path / "run", **given, num_train_steps=1)
+    assert len(trainer.split.train) == 64 and trainer.train()["images"] == 4
+
+
 def test_a_run_from_before_the_images_to_validate_on_were_kept_is_resumed(tmp_path):
     path = tmp_path / "config.json"
     build_trainer(tmp_path, num_train_steps=1).train()

@@ -19,6 +19,7 @@ from vqdist import UserError
 from vqdist.cli import main
 from vqdist.evaluation.extractors import FeatureExtractor, KnownNetwork
 from vqdist.evaluation.references import Reference
+from vqdist.protocol import differences
 from vqdist.trainers import further_measures
 from vqdist.trainers.measure import OF_FEATURES, asked_for
 
@@ -244,6 +245,41 @@ def test_other_backends_have_the_numbers_of_one_process(tmp_path, backend):
     for kind in ("vqgan", "prior"):
         two = json.loads((tmp_path / f"{kind}_{backend}.json").read_text())
         assert two == pytest.approx(measured(build(tmp_path, kind, batch_size=4)), rel=2e-4, abs=1e-6), kind
+
+
+# --------------------------------------------------------------------------------------- the protocol
+
+
+def protocols_of(folder: Path) -> list[dict]:
+    events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [event["validation"] for event in events if event["event"] in ("start", "resume")]
+
+
+def test_a_start_says_what_validations_are_measured_on(tmp_path, weights, capsys):
+    extractor = write_extractor(weights)
+    trainer = build_trainer(tmp_path / "run", validate_with="rfid", num_train_steps=1, **VALID, **extractor)
+    trainer.train()
+    trainer.close()
+    command = ["evaluate", str(tmp_path / "run"), "--data", "synthetic:30", "--features", extractor["features"]]
+    capsys.readouterr()
+    assert main([*command, "--trust_features", "true"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)["protocol"]
+    (said,) = protocols_of(tmp_path / "run")
+    assert said.pop("weights") == "averaged" and differences(said, evaluated) == {}
+    options = {"num_train_steps": 2, "use_ema": False, "allow_config_change": True}
+    build_trainer(tmp_path / "run", **VALID, valid_images=9, **options, validate_with=[]).close()
+    resumed = protocols_of(tmp_path / "run")[1]
+    assert resumed["images"] == 9 and resumed["weights"] == "live" and "features" not in resumed
+    assert resumed["data_hash"] != said["data_hash"]
+
+
+def test_a_start_says_how_samples_are_drawn(tmp_path, weights):
+    options = {"validate_with": "fid", "validate_samples": 8, "sample_top_k": 5, **write_extractor(weights)}
+    build_ar_trainer(tmp_path, **options).close()
+    (said,) = protocols_of(tmp_path)
+    assert (said["samples"], said["seed"], said["top_k"], said["images"]) == (8, 0, 5, 16)
+    build_trainer(tmp_path / "none", valid_frac=0.0).close()
+    assert "validation" not in json.loads((tmp_path / "none" / "events.jsonl").read_text())
 
 
 # --------------------------------------------------------------------------------------- mistakes

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -290,6 +290,13 @@ class ARTrainer(Trainer):
         chosen = (int(indices[number * len(indices) // count]) for number in range(count))
         labels = [network.check_label(self.valid_dataset.label(index)) for index in chosen]
         return network.labels(torch.tensor(labels), count)
+
+    def validation_protocol(self) -> dict[str, Any]:
+        said = super().validation_protocol()
+        if self.config.measures.of_samples:
+            drawn = asdict(self.draw_options(self.model))
+            said |= {"samples": self.config.validate_samples, "seed": self.config.seed, **drawn}
+        return said
 
     def validation_names(self) -> set[str]:
         count = len(self.model.scale_lengths or ())

@@ -154,6 +154,12 @@ class Trainer(RunOwner):
     def evaluate(self) -> dict[str, float]:
         """Measure the averaged (or live) weights on the validation split."""
 
+    def validation_protocol(self) -> dict[str, Any]:
+        """Return what validations are measured on, see `vqdist.protocol`."""
+        said = {**self.data.protocol_of_valid(), "pixels": "float"}
+        weights = "averaged" if self.networks.has_average else "live"
+        return {**said, "weights": weights, **self.further.protocol()}
+
     def validation_names(self) -> set[str] | None:
         """Return the names of the numbers that `evaluate` gives, by which steps can be compared; None: not known."""
         return None
@@ -478,6 +484,8 @@ class Trainer(RunOwner):
         if (overlap := self.data.overlap()) is not None:
             self.report.alert(overlap)
         self.run.write_configuration()
+        if self.is_main and len(self.split.valid):
+            self.report.validation_protocol = self.validation_protocol()
         self.report.open(cast(list[Any], self.config.trackers), self.run.configuration())
 
     # ------------------------------------------------------------------------------------- data

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vqdist import protocol
 from vqdist.backends import Backend
 from vqdist.backends.environment import world_size_of_launcher
 from vqdist.data.codes import CodeDataset
@@ -128,6 +129,16 @@ class RunData:
     def fingerprint_of_valid(self) -> str | None:
         """Return that of the images to validate on, likewise; None for a share of those to train on."""
         return self.valid.fingerprint() if self.own_valid else None
+
+    def protocol_of_valid(self) -> dict[str, Any]:
+        """Return what a protocol says of the images to validate on; a part of a set has a hash of its own."""
+        given = self.config.valid if self.config.valid is not None else self.config.folder
+        said = protocol.of_images(self.valid, "a dataset" if given is None else given)
+        if len(self.split.valid) == len(self.valid):
+            return said
+        part = f"{said['data_hash']} {self.split.valid.tolist()}"
+        digest = hashlib.sha256(part.encode()).hexdigest()[:16]
+        return {**said, "data_hash": digest, "images": len(self.split.valid)}
 
     def fingerprint_of_all(self) -> str:
         """Return one of all images, which the ranks compare; of one source it is that of the source."""

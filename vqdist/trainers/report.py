@@ -48,6 +48,7 @@ class Report:
         logged_at: step of the last log line of this process.
         picture_broken_off: whether a signal kept it from being drawn; kept likewise, and the resumed run draws it.
         warnings: what goes wrong at present, by what it is about.
+        validation_protocol: what validations are measured on, for the events of starts; None without validations.
     """
 
     def __init__(self, backend: Backend, progress: Progress, stop: StopRequest, folder: Path, bad_images: BadImages):
@@ -60,6 +61,7 @@ class Report:
         self._closed = False
         self._events: EventLog | None = None
         self._events_to_come: list[dict[str, Any]] = []  # those before `open`
+        self.validation_protocol: dict[str, Any] | None = None
         self.means = RunningMeans()
         self.log_fn: LogFunction | None = None
         self.bar: tqdm | None = None
@@ -114,6 +116,7 @@ class Report:
             images_per_step=None if images is None else images * backend.world_size,
             images=self.progress.position,
             environment=environment(backend.device),
+            validation=self.validation_protocol,
         )
 
     def note(self, event: str, message: str | None = None, **said: Any) -> None:
