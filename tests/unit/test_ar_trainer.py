@@ -203,7 +203,8 @@ CHANGES_SAMPLES = {
 
 def test_every_option_has_a_case():
     fields, shared = ({field.name for field in dataclasses.fields(c)} for c in (ARTrainerConfig, TrainerConfig))
-    assert fields - shared == {"label_dropout", *CHANGES_SAMPLES}
+    validated = {"validate_samples", "validate_samples_every"}  # tests/unit/test_validate_with.py has theirs
+    assert fields - shared == {"label_dropout", *CHANGES_SAMPLES} | validated
 
 
 def test_dropping_labels_changes_the_weights(tmp_path):

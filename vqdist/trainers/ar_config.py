@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from vqdist.data.config import CODES, View
 from vqdist.draw_options import DrawOptions
@@ -21,7 +21,7 @@ IMAGE_OPTIONS = (
 class ARTrainerConfig(TrainerConfig):
     """Options of training a model that predicts codes: those of every trainer, of labels and of samples."""
 
-    draws_samples: ClassVar[bool] = True
+    draws_samples = True
 
     image_size: int | None = option(None, at_least=1)  # type: ignore[assignment]  # until `check_model` takes the model's
     """Side of the square training images in pixels; by default the model's."""
