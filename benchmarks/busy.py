@@ -2,15 +2,12 @@
 
 A program beside as many others as there are cores has half of each core, so twice the time is its fair share. More
 than that is threads that wait for one another. Run it alone: what else the machine does counts as busy on both sides.
-
-usage of a process: python -m benchmarks.busy FOLDER   (each line of its standard input is a number of steps)
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,27 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, Row, environment
-from benchmarks.worker import timed
-from vqdist.data.cores import cores_of_process
+from vqdist.data.cores import WAITING, cores_of_process
 
 TARGET = 2.0  # times the idle machine's step
-
-
-def process(folder: Path) -> None:
-    """Train the demo's tokenizer as `vqdist train` does, so many steps as each line of standard input says."""
-    from vqdist.cli.models import MODELS
-    from vqdist.cli.train import make_trainer, train_options
-
-    recipe = ROOT / "launch" / "recipes" / "digits_vqgan.yaml"
-    often = {"save_model_every": 0, "save_results_every": 0, "validate_every": 0}
-    options = [word for name, value in often.items() for word in (f"--trainer.{name}", str(value))]
-    said = ["--config", str(recipe), "--out", str(folder), "--backend", "local", *options]
-    turn = timed(make_trainer(MODELS["vqgan"], train_options("vqgan", said)).train_step)
-    turn(5)  # loader processes have started, memory is there
-    print("{}", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(turn(int(line))), flush=True)
-    os._exit(0)  # loader processes need no goodbye
+COST = 1.05  # of threads that sleep while they wait, times a step of those that spin
+AS_STARTED, SPINNING = "as it starts", "threads that spin"
+VARIANTS = {
+    AS_STARTED: {},
+    SPINNING: {"GOMP_SPINCOUNT": "300000"},  # which GNU's OpenMP has where nothing says otherwise
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+Seconds = dict[str, float]
+"""Of a step: `wall` on the clock, `cpu` of all threads."""
 
 
 class Demo:
@@ -52,8 +40,9 @@ class Demo:
     """
 
     def __init__(self, folder: Path, **variables: str):
-        inherited = {name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"}
-        command = [sys.executable, "-m", "benchmarks.busy", str(folder)]
+        ours = ("OMP_NUM_THREADS", *WAITING)
+        inherited = {name: value for name, value in environment().items() if name not in ours}
+        command = [sys.executable, "-m", "benchmarks.busy_worker", str(folder)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, cwd=ROOT, env={**inherited, **variables}, text=True, **pipes)
         self._answer()
@@ -64,13 +53,13 @@ class Demo:
             raise RuntimeError(f"the demo's training ended with exit code {self._process.wait()}")
         return json.loads(line)
 
-    def seconds(self, steps: int) -> float:
-        """Return the time of a step on the clock, over so many."""
+    def seconds(self, steps: int) -> Seconds:
+        """Return the time of a step, over so many."""
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
-        return self._answer()["wall"] / steps
+        return {name: seconds / steps for name, seconds in self._answer().items()}
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End the process."""
         self._process.stdin.close()
         self._process.wait(30)
@@ -88,31 +77,43 @@ def busy(cores: int) -> Iterator[None]:
             burner.wait()
 
 
-def slowdown(demo: Demo, *, rounds: int, steps: int) -> tuple[list[float], list[float]]:
-    """Return the times of a step by turns, on the machine as it is and with every core busy."""
-    idle, loaded = [], []
+def turns(demos: dict[str, Demo], *, rounds: int, steps: int) -> dict[str, list[tuple[Seconds, Seconds]]]:
+    """Return the times of a step, a pair each round: on the machine as it is, and with every core busy."""
+    times: dict[str, list[tuple[Seconds, Seconds]]] = {name: [] for name in demos}
     for _ in range(rounds):
-        idle.append(demo.seconds(steps))
-        with busy(cores_of_process()):
-            loaded.append(demo.seconds(steps))
-    return idle, loaded
+        for name, demo in demos.items():
+            idle = demo.seconds(steps)
+            with busy(cores_of_process()):
+                times[name].append((idle, demo.seconds(steps)))
+    return times
 
 
 def run(quick: bool = False) -> list[Row]:
-    """Rows of the table: as the demo is started, and with one thread."""
+    """Rows of the table: as the command starts the demo, and otherwise."""
     rounds, steps = (2, 20) if quick else (5, 60)
-    rows = []
-    for label, variables in (("as it starts", {}), ("one thread", {"OMP_NUM_THREADS": "1"})):
-        with tempfile.TemporaryDirectory() as folder:
-            demo = Demo(Path(folder), **variables)
-            idle, loaded = slowdown(demo, rounds=rounds, steps=steps)
-            demo.end()
-        value = statistics.median(b / a for a, b in zip(idle, loaded, strict=True))
-        detail = f"{1000 * statistics.median(loaded):.0f} against {1000 * statistics.median(idle):.0f} ms"
-        what = f"demo's tokenizer, {label}: every core busy / idle, time of a step"
-        rows.append(Row(what, value, at_most=None if variables else TARGET, detail=detail))
-    return rows
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as demos:
+        started = {
+            name: demos.enter_context(contextlib.closing(Demo(Path(folder) / str(number), **variables)))
+            for number, (name, variables) in enumerate(VARIANTS.items())
+        }
+        times = turns(started, rounds=rounds, steps=steps)
+    return [*_slowdowns(times), _cost_of_sleep(times)]
 
 
-if __name__ == "__main__":
-    process(Path(sys.argv[1]))
+def _slowdowns(times: dict[str, list[tuple[Seconds, Seconds]]]) -> Iterator[Row]:
+    for name, pairs in times.items():
+        idle, loaded = ({key: statistics.median(s[key] for s in side) for key in side[0]} for side in zip(*pairs))
+        detail = (
+            f"{1000 * loaded['wall']:.0f} against {1000 * idle['wall']:.0f} ms; CPU time "
+            f"{1000 * loaded['cpu']:.0f} against {1000 * idle['cpu']:.0f} ms"
+        )
+        value = statistics.median(b["wall"] / a["wall"] for a, b in pairs)
+        what = f"demo's tokenizer, {name}: every core busy / idle, time of a step"
+        yield Row(what, value, at_most=TARGET if name == AS_STARTED else None, detail=detail)
+
+
+def _cost_of_sleep(times: dict[str, list[tuple[Seconds, Seconds]]]) -> Row:
+    pairs = zip(times[AS_STARTED], times[SPINNING], strict=True)
+    value = statistics.median(ours["wall"] / theirs["wall"] for (ours, _), (theirs, _) in pairs)
+    what = f"demo's tokenizer, idle: {AS_STARTED} / {SPINNING}, time of a step"
+    return Row(what, value, at_most=COST, detail="means something on an idle machine only")

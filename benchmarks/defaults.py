@@ -61,6 +61,8 @@ PLAYERS = {
     "trainer.apply_grad_penalty_every": 4,
 }
 ALONE = {"model.use_gan": False}
+# of the command where nothing but the images and the number of steps is said
+COMMAND = {**PLAYERS, "model.vq_kwargs": {**CODEBOOK, "codebook_dim": 32}}
 BETAS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 # of the defaults before this search, those of the constructors
 BEFORE = {"codebook_dim": 256, "decay": 0.8, "threshold_ema_dead_code": 0}
@@ -144,6 +146,7 @@ def settings() -> Iterator[Setting]:
     yield from _rates()
     yield from _players()
     yield from _averages()
+    yield from _quantizers()
 
 
 def _codebooks() -> Iterator[Setting]:
@@ -204,7 +207,15 @@ def _players() -> Iterator[Setting]:
 
 
 def _averages() -> Iterator[Setting]:
-    yield Setting("average", "decays of one run", ALONE, betas=BETAS)
+    yield Setting("average", "decays of one run", COMMAND, start=0, betas=BETAS)
+
+
+def _quantizers() -> Iterator[Setting]:
+    sizes = {"lfq": (65_536, 1_024), "fsq": (65_536, 1_024), "vq": (1_024, 512)}
+    for name, counts in sizes.items():
+        for codes in counts:
+            own = {"model.quantizer": name, "model.codebook_size": codes}
+            yield Setting("quantizer", f"{name}, {codes:,} codes", {**COMMAND, **own}, start=0)
 
 
 # ----------------------------------------------------------------------------------------- one run
@@ -250,10 +261,14 @@ def _trainer(options: Options, images: str, seed: int, steps: int, run: Path, st
 
     options = {**BASE, "model.vq_kwargs": CODEBOOK, **options, "out": str(run), "data.folder": images, "seed": seed}
     options |= {"trainer.num_train_steps": steps, "trainer.validate_every": steps // 2}
+    if options["model.quantizer"] != "vq":
+        del options["model.vq_kwargs"]
     options |= {"trainer.allow_config_change": True}
     if images == "digits":
         options |= {"data.image_size": 32, "model.channels": 1, "model.discr_layers": 3, "data.augment": False}
-    if options.get("model.use_gan", True):
+    if not options.get("model.use_gan", True):
+        del options["model.discr_layers"]
+    else:
         options["trainer.discriminator_start"] = steps // 2 if start is None else start
     arguments = [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
@@ -362,7 +377,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     search.add_argument("--out", type=Path, required=True, help="the lines, JSON")
     search.add_argument(
-        "--only", nargs="+", metavar="STAGE[:LABEL]", help="of codebook, rate, players, average, in this order"
+        "--only",
+        nargs="+",
+        metavar="STAGE[:LABEL]",
+        help="of codebook, rate, players, average, quantizer, in this order",
     )
     search.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     search.add_argument("--one_seed_each", action="store_true", help="the first seed with the first images, and so on")

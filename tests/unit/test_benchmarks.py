@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import ancestors, bare_loop, busy, common, llamagen, prior, profile_step, quantizers, traffic
 from vqdist import sampling
+from vqdist.data.cores import cores_of_process
 
 SMALL = {"dim": 16, "layers": 2, "discr_layers": 2}
 
@@ -151,6 +154,20 @@ def test_cores_are_kept_busy_within_the_context_only():
     with busy.busy(2):
         assert len(children() - before) == 2
     assert children() == before
+
+
+@pytest.mark.nightly  # tests/unit/test_cores.py shows that the command says how threads wait
+@pytest.mark.skipif(cores_of_process() < 2, reason="with one core there is one thread, which waits for none")
+def test_threads_of_the_demo_leave_busy_cores_to_others(tmp_path):
+    variants = {name: busy.VARIANTS[name] for name in (busy.AS_STARTED, busy.SPINNING)}
+    with contextlib.ExitStack() as demos:
+        started = {
+            name: demos.enter_context(contextlib.closing(busy.Demo(tmp_path / name, **variables)))
+            for name, variables in variants.items()
+        }
+        times = busy.turns(started, rounds=3, steps=8)
+    loaded = {name: statistics.median(busily["cpu"] for _, busily in pairs) for name, pairs in times.items()}
+    assert loaded[busy.AS_STARTED] < 0.8 * loaded[busy.SPINNING]  # seen on two cores: 0.45 to 0.6
 
 
 def test_profile_accounts_for_the_whole_step(tmp_path):

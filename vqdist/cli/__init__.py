@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from vqdist.cli import convert, encode, evaluate, inspect, recipes, report, sample, statistics, train
 from vqdist.cli.loading import rank_of_command
 from vqdist.cli.parsing import make_parser, parse, without_local_rank
+from vqdist.data.cores import share_cores
 from vqdist.errors import PeerLost, RanksDiverged, UserError
 from vqdist.leaving import end_with_launcher
 from vqdist.names import unknown
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # before torch is imported: of a rank that is gone its store writes pages of addresses, and peers.py one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    share_cores()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # parts of the user's own; last, so that nothing there hides a package
     end_with_launcher()
