@@ -303,7 +303,8 @@ def test_a_discriminator_that_joins_late_undoes_nothing(images, channels, least,
     codes = ["--model.discr_layers", "3", "--model.quantizer", "vq", "--model.codebook_size", "512"]
     length = ["--steps", "300", "--batch_size", "8", "--trainer.discriminator_start", "150"]
     often = ["--trainer.validate_every", "150", "--trainer.save_model_every", "0", "--trainer.save_results_every", "0"]
-    given = ["--data", images, *network, *codes, *length, *often, "--model.perceptual", "none", "--data.num_workers", "0"]
+    other = ["--data", images, "--data.num_workers", "0", "--model.perceptual", "none"]
+    given = [*other, *network, *codes, *length, *often]
     assert main(["train", "vqgan", *given, "--out", str(tmp_path / "run")]) == 0
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     half, end = (line for line in lines if "valid/psnr" in line)
