@@ -31,7 +31,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table reliability-table docs docs-pictures docs-notebook lint quality style bench dalle-checkpoint digit-classifier \
+.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table reliability-table docs docs-pictures docs-notebook costs results lint quality style bench dalle-checkpoint digit-classifier \
   doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
 
 # What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
@@ -152,6 +152,17 @@ docs: install ## build the site of docs/ into site/, checked strictly (Python 3.
 
 docs-pictures: install ## write the pictures and outputs of the tutorial anew, by its own commands; some minutes
 	$(OPS) $(BIN)/python -m benchmarks.pictures
+
+costs: install ## write docs/costs.md anew: what each recipe takes, by a rule
+	$(BIN)/python -m benchmarks.costs
+
+results: install ## measure what docs/results.md shows, and write it anew: DATA=emoji64.tar; an hour on two cores
+	@[ -n '$(DATA)' ] || { echo "DATA is missing: make results DATA=emoji64.tar, a folder or a tar of images" >&2; exit 1; }
+	rm -f runs/results/curves.jsonl runs/results/emoji.jsonl
+	$(OPS) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.curves
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.emoji --data '$(DATA)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rivals
+	$(BIN)/python -m benchmarks.results
 
 docs-notebook: install ## run docs/tutorial.ipynb and store its outputs
 	$(BIN)/python -m benchmarks.notebook

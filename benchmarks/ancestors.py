@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torchvision
 
-from benchmarks.common import ROOT, Row, Timing, environment, ratio, take_turns
+from benchmarks.common import ROOT, Row, Timing, environment, peak_mb, ratio, take_turns
 from vqdist.data.sources import SyntheticSource
 
 # for steady memory: glibc keeps freed memory up to 2 GiB, and takes none from outside its heap below 1 GiB
@@ -120,6 +120,10 @@ class Side:
         self.process.stdin.flush()
         return self._answer()
 
+    def peak(self) -> float:
+        """Return the largest resident memory of the process so far, in MiB."""
+        return peak_mb(self.process.pid)
+
     def __enter__(self) -> Side:
         return self
 
@@ -147,10 +151,12 @@ class Launch:
     Attributes:
         timings: of a step, by side.
         sizes: parameter counts of the networks, the same on all sides.
+        peaks: largest resident memory of each side's process in MiB; that of its loader processes is not in it.
     """
 
     timings: dict[str, Timing]
     sizes: dict[str, int]
+    peaks: dict[str, float]
 
 
 def launch(
@@ -178,7 +184,8 @@ def launch(
         if len({json.dumps(size) for size in sizes.values()}) > 1:
             raise RuntimeError(f"the networks differ in their parameter counts: {sizes}")
         turns = {name: side.train for name, side in running.items()}
-        return Launch(take_turns(turns, steps=steps, rounds=rounds, warmup=2), next(iter(sizes.values())))
+        timings = take_turns(turns, steps=steps, rounds=rounds, warmup=2)
+        return Launch(timings, next(iter(sizes.values())), {name: side.peak() for name, side in running.items()})
 
 
 def write_images(folder: Path, count: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import resource
 import socket
 import statistics
 import subprocess
@@ -123,6 +125,15 @@ def take_turns(variants: dict[str, Turn], *, steps: int, rounds: int, warmup: in
 def ratio(over: list[float], under: list[float]) -> float:
     """Median over the rounds of one variant's time over another's in the same round."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def peak_mb(pid: int | str = "self") -> float:
+    """Return the largest resident memory of a process so far, in MiB; by default this one's."""
+    status = Path(f"/proc/{pid}/status")
+    if status.is_file():  # Linux's ru_maxrss also holds the peak of the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 # --------------------------------------------------------------------------------------- the table

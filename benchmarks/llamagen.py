@@ -22,8 +22,17 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 
-from benchmarks.common import Row, Timing, build_trainer, feed_from_memory, image_batches, ratio, run_json, take_turns
-from benchmarks.memory import peak_mb
+from benchmarks.common import (
+    Row,
+    Timing,
+    build_trainer,
+    feed_from_memory,
+    image_batches,
+    peak_mb,
+    ratio,
+    run_json,
+    take_turns,
+)
 from benchmarks.worker import timed
 from vqdist import VQGanVAE, VQGanVAETrainer
 from vqdist.objectives import LPIPS, Reconstruction

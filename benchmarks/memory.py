@@ -6,27 +6,16 @@ usage of a process: python -m benchmarks.memory bare|trainer|trainer_ema STEPS
 from __future__ import annotations
 
 import json
-import re
-import resource
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import Row, build_vae, image_batches, run_json
+from benchmarks.common import Row, build_vae, image_batches, peak_mb, run_json
 
 MARGIN = 1.10  # times (the bare loop's peak + one EMA copy)
 # Wide enough that weights are what fills the memory, not the libraries.
 WIDE = {"dim": 96}
-
-
-def peak_mb() -> float:
-    """Peak resident set of this process so far, in MiB."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux's ru_maxrss also holds the peak of the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def process(kind: str, steps: int) -> dict[str, float]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vqdist.sampling import DrawOptions, draw
     from vqdist.stopping import Stopped
     from vqdist.tracking import Sink
+    from vqdist.tracking.curves import LivePlot
     from vqdist.trainers.ar import ARTrainer
     from vqdist.trainers.dvae import DiscreteVAETrainer
     from vqdist.trainers.vqgan import VQGanVAETrainer
@@ -56,6 +57,7 @@ _PUBLIC = {
     "Reconstruction": "vqdist.objectives",
     "SecondStage": "vqdist.models.autoregressive",
     "SimpleVQVAE": "vqdist.models.vqvae",
+    "LivePlot": "vqdist.tracking.curves",
     "Sink": "vqdist.tracking",
     "Source": "vqdist.data.sources",
     "Stopped": "vqdist.stopping",
@@ -83,6 +85,7 @@ __all__ = [
     "DummyDataset",
     "Encoder",
     "ImageDataset",
+    "LivePlot",
     "Objective",
     "PeerLost",
     "Perceptual",
