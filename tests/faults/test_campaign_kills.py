@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from campaign import (
@@ -28,7 +30,6 @@ from launching import ROOT, environment
 from warm import programs
 
 pytestmark = pytest.mark.distributed
-MOST = 8  # kills of one chain
 AT_EVENT = (str(WORKERS / "killed_at_event.py"),)
 
 
@@ -41,33 +42,23 @@ def test_kills_of_one_process(tmp_path, tried):
     assert counted.wait(PATIENCE) == 0
     seconds = time.monotonic() - began
     changes = int(re.search(r"changes: (\d+)", counted.printed)[1])
-    kills: list[int] = []
 
-    def chain(number: int) -> None:
-        out, chance = tmp_path / f"chain_{number}", random.Random(f"{SEED} {number}")
-        killed = ended = 0
-        while killed < MOST and not ended:
-            if chance.random() < 0.5:
-                (job,) = start(out, program=(*AT_EVENT, str(chance.randint(1, changes))))
-            else:
-                (job,) = start(out)
-                time.sleep(chance.uniform(0, seconds))
-                job.send(signal.SIGKILL)
-            code = job.wait(PATIENCE)
-            assert code in (0, -signal.SIGKILL), job.printed[-3000:]
-            killed, ended = killed + (code != 0), code == 0
-        finish(out)
-        assert differences(out, whole) == [], f"chain {number} after {killed} kills"
-        kills.append(killed)
+    def attempt(out: Path, chance: random.Random) -> bool:
+        if chance.random() < 0.5:
+            (job,) = start(out, program=(*AT_EVENT, str(chance.randint(1, changes))))
+        else:
+            (job,) = start(out)
+            time.sleep(chance.uniform(0, seconds))
+            job.send(signal.SIGKILL)
+        code = job.wait(PATIENCE)
+        assert code in (0, -signal.SIGKILL), job.printed[-3000:]
+        return code != 0
 
-    chains = 0
-    while sum(kills) < 100:
-        side_by_side(chain, range(chains, chains + 2 * AT_ONCE))
-        chains += 2 * AT_ONCE
-    print(f"{sum(kills)} kills in {chains} chains, a run has {changes} changes of files and takes {seconds:.1f} s")
+    kills, chains = kill_in_chains(attempt, tmp_path, whole, kills=100, most=8, seed=f"{SEED}")
+    print(f"{kills} kills in {chains} chains, a run has {changes} changes of files and takes {seconds:.1f} s")
     tried(
         "kill -9 of one process, half at random moments, half at random changes of files",
-        sum(kills),
+        kills,
         f"{chains} of {chains} chains end as an undisturbed run, to the bit",
     )
 
@@ -79,37 +70,63 @@ def test_kills_of_two_ranks(tmp_path, tried):
     began = time.monotonic()
     whole = undisturbed(tmp_path, ranks=2)
     seconds = time.monotonic() - began
-    kills: list[int] = []
 
-    def chain(number: int) -> None:
-        out, chance = tmp_path / f"chain_{number}", random.Random(f"{SEED} two {number}")
-        killed = ended = 0
-        while killed < 4 and not ended:
-            jobs = start(out, "--dist_timeout", "0.5", ranks=2)
-            time.sleep(chance.uniform(0, seconds))
-            victims = chance.choice([(0,), (1,), (0, 1)])
-            for victim in victims:
-                jobs[victim].send(signal.SIGKILL)
-            codes = [job.wait(PATIENCE) for job in jobs]
-            hit = any(codes[victim] == -signal.SIGKILL for victim in victims)
-            for rank in {0, 1} - set(victims):
-                assert codes[rank] in ((0, 2, 69) if hit else (0,)), (codes, jobs[rank].printed[-3000:])
-                if codes[rank]:
-                    assert re.search("lost rank|did not meet|cannot exchange|lost the", error_of(jobs[rank]))
-            killed, ended = killed + hit, not hit
-        finish(out, ranks=2)
-        assert differences(out, whole) == [], f"chain {number} after {killed} kills"
-        kills.append(killed)
+    def attempt(out: Path, chance: random.Random) -> bool:
+        jobs = start(out, "--dist_timeout", "0.5", ranks=2)
+        time.sleep(chance.uniform(0, seconds))
+        victims = chance.choice([(0,), (1,), (0, 1)])
+        for victim in victims:
+            jobs[victim].send(signal.SIGKILL)
+        codes = [job.wait(PATIENCE) for job in jobs]
+        hit = any(codes[victim] == -signal.SIGKILL for victim in victims)
+        for rank in {0, 1} - set(victims):
+            assert codes[rank] in ((0, 2, 69) if hit else (0,)), (codes, jobs[rank].printed[-3000:])
+            if codes[rank]:
+                assert re.search("lost rank|did not meet|cannot exchange|lost the", error_of(jobs[rank]))
+        return hit
 
-    chains = 0
-    while sum(kills) < 30:
-        side_by_side(chain, range(chains, chains + 2 * AT_ONCE))
-        chains += 2 * AT_ONCE
+    kills, chains = kill_in_chains(attempt, tmp_path, whole, kills=30, most=4, seed=f"{SEED} two", ranks=2)
     tried(
         "kill -9 of one of two ranks or of both, at random moments",
-        sum(kills),
+        kills,
         f"{chains} of {chains} chains end as an undisturbed run, to the bit; a rank that is left says so in one line",
     )
+
+
+def kill_in_chains(
+    attempt: Callable[[Path, random.Random], bool],
+    folder: Path,
+    whole: dict[str, Any],
+    *,
+    kills: int,
+    most: int,
+    seed: str,
+    ranks: int = 1,
+) -> tuple[int, int]:
+    """Kill runs until there were enough kills, and return the kills and the runs; each must end as `whole`.
+
+    Args:
+        attempt: starts a run in a folder, or goes on with it, and returns whether it was killed, or came to its end.
+        folder: holds those of the runs.
+        whole: content of an undisturbed run.
+        kills: at least.
+        most: of one run.
+        seed: of the draws, with the number of the run.
+        ranks: that each run ends with.
+    """
+
+    def chain(number: int) -> int:
+        out, chance, killed = folder / f"chain_{number}", random.Random(f"{seed} {number}"), 0
+        while killed < most and attempt(out, chance):
+            killed += 1
+        finish(out, ranks=ranks)
+        assert differences(out, whole) == [], f"chain {number} after {killed} kills"
+        return killed
+
+    found: list[int] = []
+    while sum(found) < kills:
+        found += side_by_side(chain, range(len(found), len(found) + 2 * AT_ONCE))
+    return sum(found), len(found)
 
 
 @pytest.mark.timeout(1200)

@@ -72,10 +72,10 @@ def test_a_long_run_grows_in_nothing(tmp_path, tried):
     # of a leak of one image a step it would be 6 MB; what allocators keep comes and goes
     assert growth < 0.01 * float(memory.median()), rows
     tried(
-        f"{STEPS:,} steps of one process",
+        f"looks at the memory, descriptors and threads of one process in {STEPS:,} steps",
         len(warm),
-        f"looks at it: {descriptors.pop()} descriptors and {threads.pop()} threads at each, memory of the second half "
-        f"{growth / float(memory.median()):+.2%} of the first's",
+        f"{descriptors.pop()} descriptors and {threads.pop()} threads at each; memory in the second half of them "
+        f"{growth / float(memory.median()):+.2%}",
     )
 
 
