@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import signal
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
-from campaign import PATIENCE, SEED, STEPS, differences, finish, listens, side_by_side, start, undisturbed, wait_until
+from campaign import (
+    PATIENCE,
+    SEED,
+    STEPS,
+    WORKERS,
+    differences,
+    finish,
+    listens,
+    side_by_side,
+    start,
+    undisturbed,
+    wait_until,
+)
 from warm import programs
+from workers.signalled_at_end import MOMENTS
 
 from vqdist.checkpoint import complete_steps
 from vqdist.stopping import NOTED, exit_code
@@ -45,7 +60,7 @@ def test_signals_at_random_moments(tmp_path, tried, ranks, signals):
         kept = _kept({*USUAL, step} if step else USUAL)
         assert complete_steps(out / "checkpoints") == sorted(kept)
         moved = [f"checkpoints/step_{step:08d}/" for step in kept ^ _kept(USUAL)]
-        assert differences(out, whole, but=moved) == [], f"{sent.name}, {seen}"
+        assert differences(out, whole, but=[*moved, *_to_come(out)]) == [], f"{sent.name}, {seen}"
         return seen
 
     seen = side_by_side(stopped, range(signals))
@@ -59,6 +74,38 @@ def test_signals_at_random_moments(tmp_path, tried, ranks, signals):
     )
 
 
+@pytest.mark.timeout(3000)
+def test_signals_between_the_last_step_and_the_end_of_the_process(tmp_path, tried):
+    """All is done, or is made up for by the same command; no process ends by the signal itself."""
+    whole = undisturbed(tmp_path)
+    moments = [(moment, sent) for moment in (*MOMENTS, "exit") for sent in (signal.SIGTERM, signal.SIGINT)]
+
+    def ended(tried_one: tuple[str, signal.Signals]) -> bool:
+        moment, sent = tried_one
+        out = tmp_path / f"{moment}_{sent.name}"
+        (job,) = start(out, program=(str(WORKERS / "signalled_at_end.py"), moment, str(int(sent))))
+        code = job.wait(PATIENCE)
+        printed = job.printed
+        assert not re.search("Traceback|Exception ignored", printed), printed[-4000:]
+        said = f"stopped by {sent.name} after step {STEPS}, which is saved" in printed
+        assert code in (0, exit_code(sent)), (moment, sent, code, printed[-2000:])
+        assert code == 0 or said or sent == signal.SIGINT, (moment, sent, printed[-2000:])
+        assert complete_steps(out / "checkpoints")[-1] == STEPS
+        if code == 0:
+            assert differences(out, whole) == [], tried_one
+        finish(out)
+        assert differences(out, whole) == [], tried_one
+        return code == 0
+
+    done = sum(side_by_side(ended, moments))
+    tried(
+        f"signals (TERM, INT) at {len(MOMENTS) + 1} moments after the last step",
+        len(moments),
+        f"{done} change nothing, {len(moments) - done} stop what is left to do: 75 or 130, and the same command ends "
+        "as an undisturbed run, to the bit",
+    )
+
+
 def _when_it_came(printed: str, sent: signal.Signals) -> tuple[str, int]:
     """Return when the signal came, by what the run said, and the step that it saved; 0 where there was none."""
     if f"stopped by {sent.name}" in printed and "before training began" in printed:
@@ -66,6 +113,13 @@ def _when_it_came(printed: str, sent: signal.Signals) -> tuple[str, int]:
     match = re.search(rf"stopped by {sent.name} after step (\d+), which is saved", printed)
     assert match is not None and 0 <= int(match[1]) <= STEPS, printed[-4000:]
     return "while it trained", int(match[1])
+
+
+def _to_come(out: Path) -> list[str]:
+    """Return the beginnings of the files that hold what a picture counts, of checkpoints with one broken off."""
+    manifests = out.glob("checkpoints/*/manifest.json")
+    broken = [path.parent for path in manifests if json.loads(path.read_text())["picture_broken_off"]]
+    return [f"checkpoints/{path.name}/numbers_rank_" for path in broken]
 
 
 def _kept(steps: Iterable[int]) -> set[int]:

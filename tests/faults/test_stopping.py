@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -20,6 +21,7 @@ from launching import ROOT, end_of, environment, free_port, kill_all, last_step,
 from safetensors.torch import load_file
 from workers.stopping_worker import SCENARIOS
 
+from vqdist import DiscreteVAE
 from vqdist.stopping import REQUEUE
 
 TRAIN = [
@@ -72,14 +74,35 @@ def saved_steps(out: Path) -> list[int]:
 def test_a_signal_saves_the_step_and_ends_with_its_code(tmp_path, number):
     """To the whole process group, as schedulers and Ctrl-C do: loader workers must not die of it first."""
     code = 130 if number == signal.SIGINT else 75
-    process = start(tmp_path, "--trainer.num_train_steps", "100000", "--data.num_workers", "1")
+    (tmp_path / "tmp").mkdir()
+    options = ["--trainer.num_train_steps", "100000", "--data.num_workers", "2"]
+    process = start(tmp_path, *options, TMPDIR=str(tmp_path / "tmp"))
     os.killpg(process.pid, number)
     errors = finish(process)
-    assert process.returncode == code, errors[-3000:]
+    assert process.returncode == code and "Exception ignored" not in errors, errors[-3000:]
+    assert not list((tmp_path / "tmp").glob("pymp-*"))
     (step,) = saved_steps(tmp_path)
     assert f"stopped by {number.name} after step {step}, which is saved" in errors and "Traceback" not in errors
     assert lines_of(tmp_path)[-1]["step"] == step
     assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+def test_a_signal_ends_encode_without_a_trace(tmp_path):
+    """To the whole group, with loader processes: of what they made nothing stays, and nothing is said at the end."""
+    DiscreteVAE(image_size=16, num_tokens=16, num_layers=2, hidden_dim=8).save_pretrained(tmp_path / "dvae")
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "vqdist", "encode", str(tmp_path / "dvae"), "--data", "synthetic:400000"]
+    command += [*"--batch_size 1 --shard_size 4 --num_workers 2 --out".split(), str(tmp_path / "codes")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(
+        command, env=environment(TMPDIR=str(tmp_path / "tmp")), start_new_session=True, cwd=ROOT, **pipes
+    )
+    wait_until(lambda: len(list(tmp_path.glob("codes/codes_*.npy"))) >= 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = finish(process)
+    assert process.returncode == 130 and not re.search("Traceback|Exception ignored", errors), errors[-3000:]
+    assert not list((tmp_path / "tmp").glob("pymp-*"))
 
 
 @pytest.mark.distributed
@@ -157,13 +180,17 @@ def test_a_signal_at_the_very_end_changes_nothing(tmp_path, number):
 @pytest.mark.distributed
 def test_a_signal_to_one_rank_stops_all(tmp_path):
     records = tmp_path / "records"
-    process = start(tmp_path, "--trainer.num_train_steps", "100000", ranks=2, VQDIST_STOP_DIR=str(records))
+    (tmp_path / "tmp").mkdir()
+    variables = {"VQDIST_STOP_DIR": str(records), "TMPDIR": str(tmp_path / "tmp")}
+    options = ["--trainer.num_train_steps", "100000", "--data.num_workers", "1"]
+    process = start(tmp_path, *options, ranks=2, **variables)
     os.kill(pid_of_rank(process, 1), signal.SIGUSR1)
     errors = finish(process)
     assert process.returncode != 0  # torchrun's own code, whatever its workers' is
     (step,) = saved_steps(tmp_path)
     assert f"stopped by SIGUSR1 after step {step}, which is saved" in errors
-    assert "exitcode  : 75" in errors
+    assert "exitcode  : 75" in errors and "Exception ignored" not in errors
+    assert not list((tmp_path / "tmp").glob("pymp-*"))
     manifest = json.loads((tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
     assert manifest["world_size"] == 2 and manifest["position"] == step * 8
     stop = {"signal": "SIGUSR1", "exit_code": 75, "saved": True, "step": step, "run": str(tmp_path)}

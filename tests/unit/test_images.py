@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -263,6 +264,23 @@ def test_truncated(tmp_path, extension):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(BadImageError, match=f"cannot decode the image .*cut.{extension} "):
         open_image(path)
+
+
+@pytest.mark.parametrize("compression", ["tiff_deflate", "tiff_lzw", "group4"])
+def test_the_library_of_tiffs_says_nothing_by_itself(tmp_path, compression, capfd):
+    """It writes each of its errors to the terminal unless it is told not to."""
+    noise = np.random.RandomState(0).randint(0, 256, (48, 40), dtype=np.uint8)
+    good, path = io.BytesIO(), tmp_path / "odd.tif"
+    Image.fromarray(noise).convert("1" if compression == "group4" else "RGB").save(
+        good, "TIFF", compression=compression
+    )
+    for place in range(10, len(good.getvalue()) - 8, 11):
+        content = bytearray(good.getvalue())
+        content[place : place + 4] = bytes(255 - byte for byte in content[place : place + 4])
+        path.write_bytes(content)
+        with suppress(BadImageError):
+            open_image(path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_missing_empty_and_folder(tmp_path):
