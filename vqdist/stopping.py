@@ -144,7 +144,7 @@ class UntilTheEnd:
     """Within this context of a whole command the signals of `NOTED` that come between its parts are kept.
 
     One that comes before the training is the training's first. One that comes after it changes nothing, since all is
-    saved; of a process that is the command, until its end.
+    saved; of a process that is the command, until its end, when Ctrl-C ends it without a word of Python's.
     """
 
     kept: int = 0  # the signal that `StopSignals` is to begin with
@@ -160,7 +160,8 @@ class UntilTheEnd:
     def __exit__(self, *_exception) -> None:
         type(self).kept = 0
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self.of_process and number in REQUEUE else handler)
+            at_end = signal.SIG_IGN if number in REQUEUE else signal.SIG_DFL
+            signal.signal(number, at_end if self.of_process else handler)
 
     def _keep(self, number: int, _frame: FrameType | None) -> None:
         type(self).kept = number

@@ -140,7 +140,7 @@ def test_a_process_that_is_the_command_is_deaf_at_its_end(monkeypatch):
         with UntilTheEnd():
             pass
         for number, code in CODES.items():
-            assert (signal.getsignal(number) is signal.SIG_IGN) == (code == 75)
+            assert signal.getsignal(number) is (signal.SIG_IGN if code == 75 else signal.SIG_DFL)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
