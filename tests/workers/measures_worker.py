@@ -6,16 +6,19 @@ usage: measures_worker.py FOLDER BACKEND   (run by torchrun)
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from scenarios import build_ar_trainer, build_trainer
 from test_field_networks import backend_of
 from torch import nn
 
+from vqdist import UserError
 from vqdist.trainers.base import Trainer
 
 OF_RECONSTRUCTIONS = "rfid,rkid,rprecision,rrecall"
@@ -33,6 +36,7 @@ class Means(nn.Module):
 
 def write_extractor(folder: Path) -> dict[str, Any]:
     """Write a feature extractor as a program, and return the options that name it."""
+    folder.mkdir(exist_ok=True)
     path = folder / "features.pt"
     if not path.is_file():
         with warnings.catch_warnings():
@@ -67,8 +71,21 @@ def measured(trainer: Trainer) -> dict[str, float]:
     return {**numbers, "looks": float(rows[:, 0].sum())}
 
 
+def refuse_other_weights(folder: Path, rank: str, **options: Any) -> None:
+    """Assert that every rank ends with one line where rank 1 has another extractor in its file."""
+    path = folder / f"of_rank_{rank}.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        network = Means() if rank == "0" else nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+        torch.jit.script(network).save(str(path))
+    with pytest.raises(UserError, match="^ranks read other weights for validate_with, or another reference"):
+        build(folder / "differing", "vqgan", features=str(path), trust_features=True, **options)
+
+
 def main() -> None:
     folder, name, *kinds = Path(sys.argv[1]), sys.argv[2], *sys.argv[3:]
+    if name == "accelerate":
+        refuse_other_weights(folder, os.environ["RANK"], batch_size=2, **backend_of(name))
     for kind in kinds:
         trainer = build(folder, kind, batch_size=2, **backend_of(name))
         found = measured(trainer)

@@ -144,7 +144,8 @@ class TrainerConfig(DataConfig):
     deepspeed_config: Any = option(None, free=True, own=True)
     """DeepSpeed JSON file, for the deepspeed backend: what only DeepSpeed decides, as ZeRO stages."""
     dist_timeout: float = option(10.0, above=0, at_most=525_600, free=True, own=True)
-    """Minutes that a process waits for another before it gives up; drawing and saving on rank 0 must fit in."""
+    """Minutes that a process waits for another before it gives up; drawing, saving and the FID of validate_with on
+    rank 0 must fit in."""
     seed: int = 0
     """Seed of data order, augmentation and training noise, and on the command line of the initial weights."""
 

@@ -122,8 +122,9 @@ class FurtherMeasures:
             self.lpips.to(backend.device)
         if self.extractor is not None:
             self.extractor.to(backend.device)
-        mark = int(self._digest()[:15], 16) if self.asked.names else 0
-        marks = backend.gather(torch.tensor([mark], device=backend.device))
+        if not self.asked.names:
+            return
+        marks = backend.gather(torch.tensor([int(self._digest()[:15], 16)], device=backend.device))
         if bool((marks != marks[0]).any()):
             raise UserError(
                 "ranks read other weights for validate_with, or another reference; give every host the same files"
