@@ -234,3 +234,71 @@ def test_a_source_from_before_there_were_views_is_read_as_it_was():
             return torch.full((channels, image_size, image_size), float(index))
 
     assert ImageDataset(Old(), 16)[1].eq(1).all()
+
+
+# ------------------------------------------------------------------------------------------------- publications
+
+
+def centre(image, view):
+    return apply_view(image, 32, view, None, flip=False)
+
+
+@pytest.mark.parametrize("size", [(301, 203), (150, 433), (64, 64), (63, 90), (32, 47), (20, 31)])
+def test_the_centre_of_adm_is_halved_by_boxes_first(size):
+    image = picture(size)
+    halved = image
+    while min(halved.size) >= 64:
+        halved = (
+            halved.reduce(2)
+            if all(side % 2 == 0 for side in halved.size)
+            else halved.resize((halved.width // 2, halved.height // 2), Image.Resampling.BOX)
+        )
+    fit = 32 / min(halved.size)
+    resized = np.asarray(halved.resize([round(side * fit) for side in halved.size], Image.Resampling.BICUBIC))
+    top, left = ((side - 32) // 2 for side in resized.shape[:2])
+    # Pillow's own halving rounds another way
+    assert difference(centre(image, View(center="adm")), resized[top : top + 32, left : left + 32]) <= 1
+
+
+@pytest.mark.parametrize("size", [(301, 203), (150, 433), (32, 47), (20, 31), (333, 71)])
+def test_the_centre_of_torchvision_is_that_of_its_transforms(size):
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    theirs = Compose([Resize(32, InterpolationMode.BICUBIC, antialias=True), CenterCrop(32)])
+    assert difference(centre(picture(size), View(center="torchvision")), theirs(picture(size))) == 0
+
+
+def test_the_centre_of_albumentations_is_between_pixels_alone():
+    """OpenCV's bilinear: the place of pixel i is (i + 1/2) * scale - 1/2, and two pixels around it count."""
+    image = picture((150, 96))
+    pixels, scale = np.asarray(image).astype(float), 96 / 32
+    width = round(150 * 32 / 96)
+
+    def along(values, count, axis):
+        places = ((np.arange(count) + 0.5) * values.shape[axis] / count - 0.5).clip(0, values.shape[axis] - 1)
+        low = np.floor(places).astype(int)
+        share = (places - low).reshape([-1 if number == axis else 1 for number in range(3)])
+        high = np.minimum(low + 1, values.shape[axis] - 1)
+        return np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share
+
+    resized = along(along(pixels, 32, 0), width, 1)[:, (width - 32) // 2 :][:, :32]
+    found = centre(image, View(center="albumentations", resample="bilinear"))
+    assert scale == 3 and difference(found, resized.round()) <= 1
+    assert difference(found, centre(image, View(resample="bilinear"))) > 3
+    grey = centre(image.convert("L"), View(center="albumentations", resample="bilinear"))
+    assert grey.mode == "L" and grey.size == (32, 32)
+
+
+def test_an_image_of_the_size_is_its_own_centre():
+    for name, resample in (("adm", "bicubic"), ("torchvision", "bicubic"), ("albumentations", "bilinear")):
+        assert difference(centre(picture((32, 32)), View(center=name, resample=resample)), picture((32, 32))) == 0
+
+
+def test_a_publications_centre_has_its_filter_and_is_square():
+    assert "resample lanczos is given but center adm is of bicubic" in message_of(
+        View, center="adm", resample="lanczos"
+    )
+    assert "give one side" in message_of(ImageDataset, "synthetic:3", (16, 32), view=View(center="adm"))
+    assert (
+        View(center="adm").described() != View().described() == "shorter side resized (bicubic, antialiased), centre"
+    )

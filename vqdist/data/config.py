@@ -23,6 +23,14 @@ CROPS = ("center", "random", "resized")
 RESAMPLES = ("bicubic", "bilinear", "lanczos")
 RANGES = ("shorter_side", "crop_area", "crop_aspect")
 
+CENTERS: dict[str, tuple[str | None, str]] = {
+    "exact": (None, "shorter side resized ({resample}, antialiased), centre"),
+    "adm": ("bicubic", "halved by a box filter while twice too large, shorter side resized ({resample}), centre"),
+    "torchvision": ("bicubic", "shorter side resized ({resample}, antialiased), centre at a whole pixel"),
+    "albumentations": ("bilinear", "shorter side resized ({resample}, not antialiased), centre at a whole pixel"),
+}
+"""The ways to cut out the centre, with the filter of each and a description. All but `exact` are of publications."""
+
 
 @dataclass(kw_only=True, frozen=True)
 class View:
@@ -38,13 +46,21 @@ class View:
     crop_aspect: Sequence[float] = option((3 / 4, 4 / 3), above=0, at_most=100)
     resample: str = option("bicubic", one_of=RESAMPLES)
     flip: bool = True
+    center: str = option("exact", one_of=tuple(CENTERS))
 
     def __post_init__(self) -> None:
         check_options(self)
+        wanted = CENTERS[self.center][0]
+        if wanted not in (None, self.resample):
+            raise UserError(f"resample {self.resample} is given but center {self.center} is of {wanted}; give that")
         for name in RANGES:
             given = getattr(self, name)
             if not isinstance(given, (list, tuple)) or len(given) != 2 or given[0] > given[1]:
                 raise UserError(f"{name} {given!r} is not possible; give the lowest and the highest value, as [1, 2]")
+
+    def described(self) -> str:
+        """Return a sentence of how an image comes to its size where nothing is drawn at random."""
+        return CENTERS[self.center][1].format(resample=self.resample)
 
 
 STILL = View()
@@ -99,7 +115,7 @@ class DataConfig:
     @property
     def view(self) -> View:
         """The view of an image while training."""
-        return View(**{f.name: getattr(self, f.name) for f in fields(View)})
+        return View(**{f.name: getattr(self, f.name) for f in fields(View) if hasattr(self, f.name)})
 
     @classmethod
     def part_options(cls) -> dict[tuple[str, str], Registry[Any]]:

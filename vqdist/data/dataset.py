@@ -20,7 +20,7 @@ from vqdist.data.sources.base import checked_fingerprint, checked_index, checked
 from vqdist.errors import UserError, an
 from vqdist.options import is_whole
 from vqdist.seeding import derive_seed
-from vqdist.sizes import ImageSize, image_size_of, pixels
+from vqdist.sizes import ImageSize, image_size_of, pixels, sides_of
 
 LARGEST_SIDE = 2**16  # in pixels
 
@@ -219,10 +219,19 @@ class ImageDataset(Dataset):
         """Raise `UserError` for a crop of images that are not augmented, and for any of ready-made tensors."""
         tensors = isinstance(self.source, TensorSource)
         reason = "the dataset gives tensors, taken as they are" if tensors else "the images are not augmented"
-        for name, acts in {"crop": self.augment and not tensors, "resample": not tensors}.items():
+        for name, acts in {
+            "crop": self.augment and not tensors,
+            "resample": not tensors,
+            "center": not tensors,
+        }.items():
             given = getattr(self.view, name)
             if not acts and given != getattr(STILL, name):
                 raise UserError(f"{name} {given} does nothing, because {reason}; leave it out")
+        rows, columns = sides_of(self.image_size)
+        if self.view.center != STILL.center and rows != columns:
+            raise UserError(
+                f"center {self.view.center} is of square images but image_size is {rows} x {columns}; give one side"
+            )
 
     def _candidates(self, index: int, among: Sequence[int] | Tensor | None) -> Iterator[int]:
         yield index

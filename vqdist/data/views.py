@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
 
 from vqdist.data.config import View
 from vqdist.sizes import ImageSize, sides_of
@@ -39,12 +41,44 @@ def apply_view(
     # drawn first, so that the flips are those of runs from before there was a choice of crops
     mirrored = rng is not None and flip and _uniform(rng, 0, 1) < 0.5
     if rng is None or view.crop == "center":
-        shown = resize_and_crop(image, image_size, view.resample)
+        shown = centre_of(image, image_size, view)
     else:
         rows, columns = sides_of(image_size)
         draw = random_box if view.crop == "random" else random_area_box
         shown = image.resize((columns, rows), FILTERS[view.resample], box=draw(image.size, image_size, view, rng))
     return ImageOps.mirror(shown) if mirrored else shown
+
+
+def centre_of(image: Image.Image, image_size: ImageSize, view: View) -> Image.Image:
+    """Return the centre of an image, cut out as `view.center` says; those of publications are square."""
+    if view.center == "exact":
+        return resize_and_crop(image, image_size, view.resample)
+    side, shorter = min(sides_of(image_size)), min(image.size)
+    while view.center == "adm" and shorter >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        shorter = min(image.size)
+    # torchvision rounds the longer side down, the others to the nearest whole pixel
+    if view.center == "torchvision":
+        width, height = (side * length // shorter for length in image.size)
+    else:
+        width, height = (round(length * (side / shorter)) for length in image.size)
+    if view.center == "albumentations":
+        resized = _without_antialiasing(image, (width, height))
+    else:
+        resized = image.resize((width, height), FILTERS[view.resample])
+    halves = ((width - side) / 2, (height - side) / 2)
+    left, top = (round(half) if view.center == "torchvision" else int(half) for half in halves)
+    return resized.crop((left, top, left + side, top + side))
+
+
+def _without_antialiasing(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return an image resized by bilinear interpolation between its pixels alone, as OpenCV's default does it."""
+    if image.size == size:
+        return image
+    pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)[None]
+    resized = interpolate(pixels.float(), size=size[::-1], mode="bilinear", align_corners=False)[0]
+    rounded = resized.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(rounded[..., 0] if rounded.shape[2] == 1 else rounded)
 
 
 def resize_and_crop(image: Image.Image, image_size: ImageSize, resample: str = "bicubic") -> Image.Image:
