@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, pad
 
 from vqdist.backends.base import Backend
+from vqdist.conventions import FLOAT, NEAREST, TRUNCATED
 from vqdist.models.multiscale import hits_per_scale
 from vqdist.models.tokenizer import TokenizerNetwork, check_range
 from vqdist.sizes import ImageSize, sides_of
@@ -87,7 +88,8 @@ class CodeHistogram:
     def usage(self, backend: Backend) -> dict[str, float]:
         """Usage and perplexity of the codebook over all ranks, see `codebook_usage`; every rank calls this.
 
-        With scales also `codebook_usage_scale_I`, I from 1: the share of the codebook that each scale uses.
+        With scales also `codebook_usage_scale_I` and `codebook_perplexity_scale_I`, I from 1, of each scale alone;
+        with levels the same of `level_I`.
 
         Afterwards `few` has a warning if that is little.
 
@@ -98,18 +100,20 @@ class CodeHistogram:
         # -1 stands for a level that was left out while training
         least = -1 if self.num_levels > 1 else 0
         check_range(int(ranges[:, 0].min()), int(ranges[:, 1].max()), self.network, least=least)
-        counts = backend.sum(self.counts.clone())
+        counts = backend.sum(self.counts.clone()).cpu()
         drawn = int(counts.sum()) // (self.num_levels if self.scales is None else 1)
+        parts = counts.view(-1, self.codebook_size)
         if self.scales is None:
             usage, perplexity = codebook_usage(counts, self.num_levels)
-            self.few = few_codes(usage, drawn, self.codebook_size)
-            return {"codebook_usage": usage, "codebook_perplexity": perplexity}
-        by_scale = counts.view(len(self.scales), -1)
-        usage, perplexity = codebook_usage(by_scale.sum(dim=0))
+        else:
+            usage, perplexity = codebook_usage(parts.sum(dim=0))
         self.few = few_codes(usage, drawn, self.codebook_size)
-        shares = enumerate((by_scale > 0).double().mean(dim=1).tolist(), start=1)
-        parts = {f"codebook_usage_scale_{number}": share for number, share in shares}
-        return {"codebook_usage": usage, "codebook_perplexity": perplexity, **parts}
+        kind = "level" if self.scales is None else "scale"
+        numbers = {"codebook_usage": usage, "codebook_perplexity": perplexity}
+        for number, part in enumerate([] if self.scales is None and len(parts) == 1 else parts, start=1):
+            of_part = zip(("usage", "perplexity"), codebook_usage(part), strict=True)
+            numbers |= {f"codebook_{name}_{kind}_{number}": value for name, value in of_part}
+        return numbers
 
     def reset(self) -> None:
         """Forget everything."""
@@ -144,7 +148,8 @@ class ReconstructionMetrics:
         backend: adds the ranks' numbers.
         image_size: of the images; where a side is below 11 pixels, the window of SSIM shrinks to fit.
         distances: of more measures, by name: pairs of images -> (b,), whose means are given beside the others.
-        rounded: whether reconstructions are rounded to 8 bits first, as those that were written to files.
+        rounded: whether reconstructions are rounded to 8 bits first, as those that were written to files; or one of
+            the values of `vqdist.conventions.PIXELS`.
     """
 
     def __init__(
@@ -154,9 +159,10 @@ class ReconstructionMetrics:
         image_size: ImageSize,
         *,
         distances: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
-        rounded: bool = False,
+        rounded: bool | str = False,
     ):
-        self.backend, self.distances, self.rounded = backend, dict(distances or {}), rounded
+        self.backend, self.distances = backend, dict(distances or {})
+        self.pixels = rounded if isinstance(rounded, str) else NEAREST if rounded else FLOAT
         smallest = min(sides_of(image_size))
         side = max(1, (smallest - 1) // 2 * 2 - 1)  # odd, with room for the reflection
         self.window = (gaussian_window() if smallest >= 11 else torch.full((side,), 1 / side)).to(backend.device)
@@ -166,9 +172,7 @@ class ReconstructionMetrics:
 
     def update(self, image: Tensor, recon: Tensor, indices: Tensor) -> None:
         """Count a batch: images and reconstructions (b, c, h, w), codes (b, ...)."""
-        image, recon = image.to(torch.float32), recon.to(torch.float32).clamp(0, 1)
-        if self.rounded:
-            recon = (recon * 255).round() / 255
+        image, recon = image.to(torch.float32), as_pixels(recon, self.pixels)
         squared = (recon - image).square().mean(dim=(1, 2, 3))
         by_image = [
             (recon - image).abs().mean(dim=(1, 2, 3)),
@@ -191,6 +195,14 @@ class ReconstructionMetrics:
         psnr = math.inf if squared == 0 else -10 * math.log10(squared)
         numbers = {"l1": means.pop("l1"), "psnr": psnr, **means}
         return {**numbers, **self.codes.usage(self.backend), "images": int(images)}
+
+
+def as_pixels(image: Tensor, pixels: str) -> Tensor:
+    """Return images as float32 in [0, 1], rounded as one of the values of `vqdist.conventions.PIXELS` says."""
+    image = image.to(torch.float32).clamp(0, 1)
+    if pixels == FLOAT:
+        return image
+    return ((image * 255).floor() if pixels == TRUNCATED else (image * 255).round()) / 255
 
 
 def luma(image: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 LEAVES = {
     *("vqdist.errors", "vqdist.files", "vqdist.options", "vqdist.parts", "vqdist.registries", "vqdist.storage"),
     *("vqdist.classes", "vqdist.draw_options", "vqdist.locations", "vqdist.sizes", "vqdist.version"),
-    *("vqdist.importing", "vqdist.names"),
+    *("vqdist.importing", "vqdist.names", "vqdist.conventions"),
 }
 PARTS = {
     "vqdist.errors": set(),
@@ -29,6 +29,7 @@ PARTS = {
     "vqdist.storage": set(),
     "vqdist.version": set(),
     "vqdist.names": {"vqdist.errors"},
+    "vqdist.conventions": {"vqdist.names"},
     "vqdist.importing": {"vqdist.errors", "vqdist.names"},
     "vqdist.parts": {"vqdist.errors", "vqdist.importing", "vqdist.names"},
     "vqdist.registries": {"vqdist.parts"},

@@ -1,17 +1,15 @@
-"""Networks whose features of images are compared: FID's Inception, VGG16, and programs of the user's.
+"""Extractors: networks whose features of images are compared, by name, by their weights, or as programs of the user's.
 
 Features are what a network that was trained for something else says of an image; two sets are as alike as their
 features are. Which network that is decides what the numbers mean: only numbers of the same network can be compared,
 and only between sets of the same sizes.
 
-Shapes: b batch, c channel, h w image, f features, s spatial features, k classes.
+Shapes: b batch, c channel, h w image, f features.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
-import urllib.error
 import warnings
 import zipfile
 from pathlib import Path
@@ -21,22 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqdist.errors import UserError, an
+from vqdist.evaluation.networks import DINOV2, INCEPTION, KNOWN, VGG16, KnownNetwork, kind_of
 from vqdist.files import sha256_of
-from vqdist.objectives.frozen import IMAGENET_MEAN, IMAGENET_STD, download_weights
 from vqdist.sizes import ImageSize, sides_of
 
-INCEPTION, VGG16 = "inception", "vgg16"
-# networks that are known here, each with one of its weights by which a file is recognised
-KNOWN = {INCEPTION: "Conv2d_1a_3x3.conv.weight", VGG16: "features.0.weight"}
-SPATIAL_CHANNELS = 7  # of the layer that sFID looks at, as the ADM evaluator has it
-
-
-class KnownNetwork(nn.Module):
-    """Images (b, 1 | 3, h, w) in [0, 1] -> features (b, f); perhaps more that some measures need."""
-
-    def outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """Return `features` (b, f); where there are any, `spatial` (b, s) for sFID and `logits` (b, k) for IS."""
-        return {"features": self(images)}
+LISTED = ", ".join(KNOWN)
 
 
 class FeatureExtractor(nn.Module):
@@ -49,6 +36,7 @@ class FeatureExtractor(nn.Module):
         digest: 16 digits that tell networks apart; by default of the weights.
 
     Attributes:
+        kind: name of the network, where it is known, and else the file.
         width: number of features, f.
         widths: of all that it sees, by name, see `KnownNetwork.outputs`.
 
@@ -61,7 +49,8 @@ class FeatureExtractor(nn.Module):
     ):
         super().__init__()
         self.network, self.name = network.eval(), name
-        self.digest = digest or digest_of_weights(network)
+        self.kind: str = network.kind if isinstance(network, KnownNetwork) else name
+        self.digest = digest or digest_of(network)
         height, width = sides_of(image_size)
         images = torch.zeros(2, channels, height, width)
         try:
@@ -101,13 +90,24 @@ def digest_of_weights(network: nn.Module) -> str:
     return sums.hexdigest()[:16]
 
 
+def digest_of(network: nn.Module) -> str:
+    """Return 16 digits that tell an extractor apart: of its weights, and of the way that it looks at images."""
+    digest, kind = digest_of_weights(network), getattr(network, "kind", INCEPTION)
+    if kind in (INCEPTION, VGG16):  # of the weights alone, in files from before there were others
+        return digest
+    # the size of DINOv2 is in its weights, and no network is known by two names otherwise
+    name = DINOV2 if kind.startswith(DINOV2) else kind
+    return hashlib.sha256(f"{name} {digest}".encode()).hexdigest()[:16]
+
+
 def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_code: bool = False) -> FeatureExtractor:
     """Return the extractor that a user asks for, on the CPU.
 
     Args:
-        spec: `inception`, the network of the published FIDs, or `vgg16`, that of the published precision and recall
-            (their weights are downloaded once, into torch's folder); a file with the weights of one of them (.pth);
-            or a TorchScript file: images (b, c, h, w) float32 in [0, 1] -> features (b, f).
+        spec: the name of a network of `KNOWN`, whose weights are downloaded once, into torch's folder; its name and a
+            file with them, as in `dinov2:model.safetensors`; a file (.pth, .safetensors) alone, which is recognised if
+            it is Inception's, VGG16's or DINOv2's; or a TorchScript file: images (b, c, h, w) float32 in [0, 1] ->
+            features (b, f).
         channels, image_size: of the images that it will see.
         trust_code: whether it may be a TorchScript file. That is a program, and can write any file of the user's.
 
@@ -115,41 +115,43 @@ def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_cod
         UserError: there is no such file, it holds no weights of a known network and no program that may be run, or the
             extractor does not do that; or the weights can neither be found nor downloaded.
     """
-    path = Path(spec).expanduser()
-    if spec not in KNOWN and not path.is_file():
-        raise UserError(f"--features {spec} is neither {' nor '.join(f'`{name}`' for name in KNOWN)} nor a file")
-    if spec not in KNOWN and _is_program(path):
-        network = _load_torchscript(path, trust_code)
+    name, path = _name_and_file(spec)
+    if name is None and path is not None and _is_program(path):
+        network: nn.Module = _load_torchscript(path, trust_code)
         digest = sha256_of(path)[:16]  # of a program, as frozen weights are part of its code
         return FeatureExtractor(network, spec, channels=channels, image_size=image_size, digest=digest)
     if channels not in (1, 3):
         raise UserError(f"the images have {channels} channels; {spec} sees 1 (repeated) or 3")
-    return FeatureExtractor(_known_network(spec, path), spec, channels=channels, image_size=image_size)
+    return FeatureExtractor(_known_network(spec, name, path), spec, channels=channels, image_size=image_size)
 
 
-def _known_network(spec: str, path: Path) -> nn.Module:
-    if spec == INCEPTION:
-        found = _inception_weights()
-        problem = f"{found} does not hold the weights of FID's Inception"
-        return _Inception(found, problem, "remove it, so that it is downloaded again")
-    if spec == VGG16:
-        from torchvision.models import VGG16_Weights
+def _name_and_file(spec: str) -> tuple[str | None, Path | None]:
+    """Return the name of a network and the file with its weights, of which one may be left out."""
+    name, _, file = spec.partition(":")
+    if name not in KNOWN:
+        name, file = "", spec
+    path = Path(file).expanduser() if file else None
+    if path is not None and not path.is_file():
+        found = f"{spec} names {path}, which is no file" if name else f"{spec} is neither a file nor a known network"
+        raise UserError(f"--features {found}; known are {LISTED}, each also with its weights as in {VGG16}:FILE")
+    return name or None, path
 
-        return _VGG16(VGG16, download_weights(VGG16_Weights.IMAGENET1K_V1, "VGG16", "--features ", ""))
+
+def _known_network(spec: str, name: str | None, path: Path | None) -> KnownNetwork:
+    if path is None:
+        assert name is not None
+        return KNOWN[name].build(name, KNOWN[name].download(name), f"torch's file of {name}")
+    if _is_program(path):
+        raise UserError(f"{spec}: {path} is a program and no weights; give {path} alone, with --trust_features true")
     weights = _read_weights(path)
-    if KNOWN[VGG16] in weights:
-        return _VGG16(spec, weights)
-    if KNOWN[INCEPTION] in weights:
-        with tempfile.TemporaryDirectory() as folder:  # torch-fidelity reads its own form of file only
-            own = Path(folder) / "inception.pth"
-            torch.save(weights, own)
-            return _Inception(
-                own, f"{path} does not hold the weights of FID's Inception", "give torch-fidelity's file"
-            )
-    raise UserError(
-        f"{path} holds weights of no network that is known here ({', '.join(KNOWN)}); give theirs, or a TorchScript "
-        "file with --trust_features true"
-    )
+    kind = name or kind_of(weights)
+    if kind is None:
+        raise UserError(
+            f"{path} holds weights of no network that can be told; give its name too, as in NAME:{path} ({LISTED}), "
+            "or a TorchScript file with --trust_features true"
+        )
+    build = KNOWN[kind if kind in KNOWN else DINOV2].build
+    return build(kind, weights, str(path))
 
 
 def _is_program(path: Path) -> bool:
@@ -169,7 +171,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0][:160]
         raise UserError(
             f"{path} is neither a TorchScript file nor one of weights ({reason}); give the state dict of a known "
-            f"network ({', '.join(KNOWN)}) or torch.jit.script(network).save(...): pickled models are not read"
+            f"network ({LISTED}) or torch.jit.script(network).save(...): pickled models are not read"
         ) from error
     return weights if isinstance(weights, dict) else {}
 
@@ -192,7 +194,7 @@ def _load_torchscript(path: Path, trusted: bool) -> nn.Module:
         raise UserError(
             f"{path} is a TorchScript program, which can read and write every file that you can; give "
             "--trust_features true if you trust whoever made it, or the weights of a known network "
-            f"({', '.join(KNOWN)})"
+            f"({LISTED})"
         )
     try:
         with warnings.catch_warnings():
@@ -203,90 +205,3 @@ def _load_torchscript(path: Path, trusted: bool) -> nn.Module:
         raise UserError(
             f"{path} is no whole TorchScript file ({reason}); write one with torch.jit.script(network).save(...)"
         ) from error
-
-
-class _Inception(KnownNetwork):
-    """Images (b, 1 | 3, h, w) in [0, 1] -> the (b, 2048) pooled features of FID's Inception, from 8-bit pixels.
-
-    Spatial features are the first 7 channels of the first branch of the fourth 17x17 block, which the ADM evaluator
-    knows as mixed_6/conv: (b, 2023). Logits (b, 1008) lack the bias, as in torch-fidelity and the ADM evaluator.
-    """
-
-    def __init__(self, weights: Path, problem: str, remedy: str):
-        super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        try:
-            # torch-fidelity unpickles whatever the file holds, so it gets only one that is seen to hold tensors
-            torch.load(weights, map_location="cpu", weights_only=True)
-            path = str(weights)
-            wanted = ["2048", "logits_unbiased"]
-            self.network = FeatureExtractorInceptionV3(INCEPTION, wanted, feature_extractor_weights_path=path)
-        except Exception as error:  # a damaged file raises almost anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{problem} ({reason}); {remedy}") from error
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.outputs(images)["features"]
-
-    def outputs(self, images: Tensor) -> dict[str, Tensor]:
-        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-        seen: list[Tensor] = []
-        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _layer, _given, out: seen.append(out))
-        try:
-            features, logits = self.network(pixels)
-        finally:
-            hook.remove()
-        return {"features": features, "spatial": seen[0][:, :SPATIAL_CHANNELS].flatten(1), "logits": logits}
-
-
-class _VGG16(KnownNetwork):
-    """Images (b, 1 | 3, h, w) in [0, 1] -> (b, 4096) features of VGG16's second dense layer, from 8-bit pixels.
-
-    They are those of torch-fidelity's, which would unpickle whatever the file holds.
-    """
-
-    def __init__(self, name: str, weights: dict[str, Tensor]):
-        super().__init__()
-        from torchvision.models import vgg16
-
-        with torch.device("meta"):  # neither memory nor random numbers for layers that are filled
-            network = vgg16(weights=None)
-        network.classifier = network.classifier[:5]  # without the classes
-        wanted = network.state_dict()
-        missing = [key for key, tensor in wanted.items() if getattr(weights.get(key), "shape", None) != tensor.shape]
-        if missing:
-            raise UserError(
-                f"{name} does not hold the weights of VGG16 with its dense layers ({missing[0]} is missing or of "
-                "another shape); expected the state dict of torchvision.models.vgg16"
-            )
-        network.load_state_dict({key: weights[key].float() for key in wanted}, assign=True)
-        self.network = network.requires_grad_(False)
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
-
-        pixels = (images.clamp(0, 1) * 255).round().expand(-1, 3, -1, -1)
-        return self.network((resize(pixels, size=(224, 224), align_corners=False) - self.mean) / self.std)
-
-
-def _inception_weights() -> Path:
-    """Return the file in torch's folder of downloads, fetched if it is not there."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-
-    name = url.rpartition("/")[2]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if path.is_file():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest = Path(name).stem.rpartition("-")[2]  # the first digits of its SHA-256
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash of what came is wrong
-        raise UserError(
-            f"the weights of {INCEPTION} could not be downloaded from {url} ({error}); put that file at {path}, or "
-            "give --features FILE with these weights"
-        ) from error
-    return path

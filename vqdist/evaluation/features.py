@@ -5,6 +5,7 @@ Shapes: b batch, c channel, h w image, N images, f features, s spatial features,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,16 +20,23 @@ from vqdist.evaluation.extractors import FeatureExtractor
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (f,) and covariance (f, f) of features, both float64; the covariance is over N - 1."""
+    """Mean (f,) and covariance (f, f) of features, both float64; the covariance is over N - 1.
+
+    Attributes:
+        factor: (f, N), times its transpose the covariance; where there are no more images than features.
+    """
 
     mean: Tensor
     covariance: Tensor
+    factor: Tensor | None = None
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
         """Return the moments of features (N, f)."""
         features = features.double().cpu()
-        return cls(features.mean(dim=0), torch.atleast_2d(features.T.cov()))
+        count, width = features.shape
+        mean, covariance = features.mean(dim=0), torch.atleast_2d(features.T.cov())
+        return cls(mean, covariance, (features - mean).T / math.sqrt(count - 1) if 1 < count <= width else None)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdist.backends.base import Backend
-from vqdist.metrics import CodePredictionMetrics, ReconstructionMetrics
+from vqdist.metrics import CodePredictionMetrics, ReconstructionMetrics, as_pixels
 from vqdist.models.autoregressive import AutoregressiveModel
 from vqdist.models.proxy import ByTarget
 from vqdist.models.tokenizer import TokenizerNetwork
@@ -34,7 +34,7 @@ def evaluate_reconstruction(
         batches: this rank's images, (b, c, h, w) in [0, 1] on the backend's device.
         backend: adds the ranks' numbers.
         image_size: of the images.
-        look: called with the images and reconstructions of each batch, (b, c, h, w) in [0, 1].
+        look: called with the images and reconstructions of each batch, (b, c, h, w) in [0, 1]; these are rounded.
         options: of `ReconstructionMetrics`: further distances, and rounding.
     """
     metrics = ReconstructionMetrics(network, backend, image_size, **options)
@@ -43,7 +43,7 @@ def evaluate_reconstruction(
             recon, indices = network.reconstruct(image)
             metrics.update(image, recon, indices)
             if look is not None:
-                look(image, recon.clamp(0, 1))
+                look(image, as_pixels(recon, metrics.pixels))
     return metrics.compute()
 
 
