@@ -86,6 +86,8 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *(requirement for extra in EXTRAS.values() for requirement in extra),
     "torchmetrics>=1.9",  # the reference of PSNR and SSIM
+    "clean-fid>=0.1.35",  # a reference of FID and KID
+    "scipy>=1.11,<1.18",  # clean-fid gives its sqrtm the argument `disp`, which 1.18 takes no more
     # the notebook of docs/ is run by a kernel
     "ipykernel>=6.29",
     "nbclient>=0.10",

@@ -22,13 +22,14 @@ AT_FDCWD = -100  # of Linux: a path is relative to the current folder
 RENAME_EXCHANGE = 2
 
 
-def write_export(folder: Path, save: Callable[[Path], Any], step: int) -> None:
+def write_export(folder: Path, save: Callable[[Path], Any], step: int, *, weights: str | None = None) -> None:
     """Make `folder` the export of a step, which is written beside it first; an equal, undamaged one stays in place.
 
     Args:
         folder: holds the export before, or nothing yet.
         save: writes the model into the folder that it is given.
         step: finished optimizer steps of the checkpoint with these weights.
+        weights: `averaged` or `live`.
 
     Raises:
         OSError, SafetensorError: the disk is full, for example; then `folder` is as it was.
@@ -36,7 +37,7 @@ def write_export(folder: Path, save: Callable[[Path], Any], step: int) -> None:
     new, old = _beside(folder)
     _remove(new)
     save(new)
-    record = {"step": step, "files": _checksums(new)}
+    record = {"step": step, "files": _checksums(new), **({} if weights is None else {"weights": weights})}
     write_json(new / RECORD, record)
     if is_export_of(folder, record):
         _remove(new)

@@ -3,13 +3,17 @@
 A protocol is a flat dictionary that is written beside the numbers; it says:
 
 - `data`, `data_hash`, `images`: the images as they were named, a hash of the list of their names, and their number.
-- `image_size`, `view`: height and width, and how an image comes to them.
-- `pixels`: `float`, or `8 bits` where reconstructions are rounded as if they had been written to files.
-- `features`, `features_hash`: the extractor, and a hash of its weights.
-- `reference`, `reference_hash`: the file of statistics in place of the images' own.
+- `image_size`, `view`: height and width, and how an image comes to them: crop, resize and its filter.
+- `pixels`: `float`, or `8 bits` where reconstructions (or samples) are rounded as if they had been written to files.
+- `features`, `features_hash`: the extractor, and a hash of its weights; `inception_score_over`: the splits of IS.
+- `reference`, `reference_hash`: the file of statistics in place of the images' own; of those that say it also
+  `reference_images` and `reference_view`.
 - `samples`, and options of drawing, of a generator.
 - `lpips`, `lpips_hash`: the network of LPIPS, and a hash of its weights.
-- `vqdist`: the version; it makes no two protocols different.
+- `weights`: `averaged` or `live`, as the export says it.
+- `name`, `source`, `differs`: the published protocol that was asked for, and in what it was not kept to: by name the
+  value here, and the published one.
+- `vqdist`, `commit`: version and commit of a checkout. They make no two protocols different.
 
 `vqdist evaluate RUN` adds a line to `evaluations.jsonl` of the run; `vqdist report` reads it.
 """
@@ -17,6 +21,7 @@ A protocol is a flat dictionary that is written beside the numbers; it says:
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,8 @@ from vqdist.version import __version__
 
 KEY = "protocol"
 EVALUATIONS = "evaluations.jsonl"
-SAYS_NOTHING = ("vqdist", "data", "reference")  # names of what a hash tells apart
+# the program; names of what a hash tells apart; and what follows from the other choices
+SAYS_NOTHING = ("vqdist", "commit", "data", "reference", "features", "name", "source", "differs")
 
 
 def of_images(dataset: Any, spec: Any) -> dict[str, Any]:
@@ -37,12 +43,28 @@ def of_images(dataset: Any, spec: Any) -> dict[str, Any]:
         dataset: an `ImageDataset` or `CodeDataset`.
         spec: as the user named it.
     """
-    said: dict[str, Any] = {"vqdist": __version__, "data": str(spec)}
+    said: dict[str, Any] = {**of_program(), "data": str(spec)}
     said |= {"data_hash": dataset.fingerprint()[:16], "images": len(dataset)}
     if hasattr(dataset, "view"):
         said["image_size"] = list(sides_of(dataset.image_size))
-        said["view"] = f"shorter side resized ({dataset.view.resample}, antialiased), centre"
+        said["view"] = dataset.view.described()
     return said
+
+
+def of_program() -> dict[str, str]:
+    """Return version and commit of vqdist; the commit only of a checkout, with a plus sign where files differ."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {"vqdist": __version__}
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"vqdist": __version__}
+    return {"vqdist": __version__, "commit": commit.stdout.strip() + ("+" if changed.stdout else "")}
 
 
 def of_features(extractor: Any, reference: Any) -> dict[str, Any]:
@@ -54,9 +76,11 @@ def of_features(extractor: Any, reference: Any) -> dict[str, Any]:
     """
     said: dict[str, Any] = {}
     if extractor is not None:
-        said |= {"features": extractor.name, "features_hash": extractor.digest}
+        said |= {"features": extractor.kind, "features_hash": extractor.digest}
     if reference is not None:
         said |= {"reference": str(reference.path), "reference_hash": reference.digest()}
+        made = reference.protocol()
+        said |= {f"reference_{name}": made[name] for name in ("images", "view") if name in made}
     return said
 
 

@@ -213,13 +213,15 @@ class _Labelled:
 
 def test_fid_of_a_tokenizers_reconstructions(runs, evaluate):
     numbers = evaluate("dvae", *features(runs))
-    assert numbers.keys() == {*RECONSTRUCTION, "images", "rfid", "rkid"}
+    assert numbers.keys() == {*RECONSTRUCTION, "images", "rfid", "rkid", "rprecision", "rrecall"}
     images, _ = images_and_labels()
     tokenizer = Tokenizer.from_pretrained(runs / "dvae")
     recon = tokenizer.decode(tokenizer.encode(images))
     expected = fidelity(features_of(runs, recon), features_of(runs, images))
     assert numbers["rfid"] == pytest.approx(expected["fid"], rel=1e-3)
     assert numbers["rkid"] == pytest.approx(expected["kid"], rel=1e-3)
+    for name in ("precision", "recall"):
+        assert numbers[f"r{name}"] == pytest.approx(expected[name], abs=0.06)
     assert evaluate("dvae").keys() == {*RECONSTRUCTION, "images"}
 
 
@@ -288,7 +290,7 @@ MISTAKES = {
     "too few images": ("prior FEATURES --data synthetic:3", "there are 3 images in --data .*; give at least 4"),
     "no such extractor": (
         "prior --features absent",
-        "--features absent is neither `inception` nor `vgg16`",
+        "--features absent is neither a file nor a known network",
     ),
     "a program": ("prior PROGRAM", "features.pt is a TorchScript program, which can .*; give --trust_features true"),
     "trust in nothing": ("prior --trust_features true", "--trust_features true is given but --features is not"),

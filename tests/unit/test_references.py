@@ -164,7 +164,7 @@ REFUSED = {
     _not_square: r"sigma of shape \(6, 5\)",
     _not_finite: "mu in .* is not finite",
     _words: "mu in .* is of type <U1; numbers are expected",
-    _neither: "holds weights; expected mu and sigma, or images as arr_0",
+    _neither: "holds weights; expected mu and sigma, features as feats .*, or images as arr_0",
     _float_images: r"arr_0 in .* is of type float64 and shape \(4, 8, 8, 3\); images are expected as uint8",
     _text: "neither an .npz nor the statistics of torch-fidelity",
     _cut: "neither an .npz nor the statistics of torch-fidelity",

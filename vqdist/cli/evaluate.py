@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 from vqdist import protocol
 from vqdist.backends.environment import rank_of_launcher
 from vqdist.cli.loading import loading
-from vqdist.cli.measuring import NUM_SAMPLES, GeneratorRun, MeasuredRun, TokenizerRun
+from vqdist.cli.measuring import GeneratorRun, MeasuredRun, TokenizerRun
 from vqdist.cli.parsing import MODEL_HELP, add_trust_option, make_parser, parse
+from vqdist.cli.protocols import EPILOG as PROTOCOLS
+from vqdist.cli.protocols import OWN, Asked, add_protocol_option, asked
 from vqdist.cli.sample import add_draw_options, given_draw_options
-from vqdist.data.config import CODES, MAX_BAD_FRAC, View
+from vqdist.data.config import CODES, MAX_BAD_FRAC
 from vqdist.data.specs import check_spec
 from vqdist.draw_options import DrawOptions
 from vqdist.errors import UserError, an, printable
@@ -35,7 +37,7 @@ BATCH_SIZE = 64
 EPILOG = """\
 A tokenizer's numbers: L1, PSNR (of the mean error, and as the mean of each image's), SSIM (of all channels, and of
 luma), with pixels in [0, 1], codebook usage and perplexity; with --lpips also LPIPS; with --features also rfid, rsfid,
-rkid and ris, the distances of its reconstructions from the images and their inception score.
+rkid, rprecision and rrecall, which compare its reconstructions with the images, and ris, their inception score.
 
 Those of a prior, VAR or VQ-AR: nll (nats per code), bits_per_code (nll / ln 2), perplexity
 and accuracy of the next code, of VAR also for each scale; with --features also fid, sfid, kid, is, precision and
@@ -43,12 +45,16 @@ recall of samples against the images. Samples have the classes of the images, as
 tokenizer's numbers too. sfid and is need the extractor `inception`.
 
 The protocol is printed with the numbers: which images, sizes, extractor, reference and options they belong to. Only
-numbers of one protocol can be compared; `vqdist report RUN RUN ...` does so with the last evaluation of each run."""
+numbers of one protocol can be compared; `vqdist report RUN RUN ...` does so with the last evaluation of each run.
+
+"""
+EPILOG += PROTOCOLS
 
 
 def evaluate(arguments: list[str]) -> int:
     """Measure a run over a set of images, its reconstructions or predictions, and its samples; one JSON object."""
     options = parse(_evaluate_parser(), arguments)
+    choices = asked(options)
     _check_options(options)
     check_given(options.run)
     run = Path(options.run).expanduser()
@@ -61,10 +67,11 @@ def evaluate(arguments: list[str]) -> int:
         model, step = _load(options)
     of_codes: dict[str, bool] = {}
     if isinstance(model, AutoregressiveModel):
-        measured: MeasuredRun = _open_generator(model, options)
+        measured: MeasuredRun = _open_generator(model, options, choices)
     else:
-        measured = _open_tokenizer(cast("TokenizerModel", model), options)
+        measured = _open_tokenizer(cast("TokenizerModel", model), options, choices)
         of_codes = _said_of_codes(cast("TokenizerModel", model), _image_size(options))
+    measured.weights = _weights_of(find_export(options.run))
     backend = create_backend(options.backend)
     with naming_lost_peers():
         numbers = measured.on(backend).numbers()
@@ -105,11 +112,22 @@ def _load(options) -> tuple[Any, int]:
 
 def _step_of(export: Path) -> int:
     """Return the step that an export is of; -1 where it does not say."""
-    try:
-        step = read_json(export / RECORD).get("step") if (export / RECORD).is_file() else None
-    except UserError:
-        step = None
+    step = _recorded(export, "step")
     return step if isinstance(step, int) else -1
+
+
+def _weights_of(export: Path) -> str | None:
+    """Return `averaged` or `live`, as an export says it; None where it does not."""
+    weights = _recorded(export, "weights")
+    return weights if weights in ("averaged", "live") else None
+
+
+def _recorded(export: Path, name: str) -> Any:
+    """Return a field of the record of an export; None where there is none."""
+    try:
+        return read_json(export / RECORD).get(name) if (export / RECORD).is_file() else None
+    except UserError:
+        return None
 
 
 def _keep(run: Path, export: Path, step: int, found: dict[str, Any]) -> None:
@@ -148,7 +166,7 @@ def reconstruct(arguments: list[str]) -> int:
         from vqdist.tracking import save_sheet
 
         tokenizer = Tokenizer.from_pretrained(options.run, _image_size(options), trust_code=options.trust_code)
-    dataset = _open_images(options, tokenizer)
+    dataset = _open_images(options, tokenizer, Asked(None))
     count = min(options.num_images, len(dataset))
     fetched = [dataset.fetch(0, index) for index in range(count)]
     images = torch.stack([image for image, _ in fetched])
@@ -193,12 +211,13 @@ def _evaluate_parser():
     parser.add_argument("--num_workers", type=int, default=0, help="Loader processes of each rank.")
     parser.add_argument("--backend", type=str, default="auto", help="`auto`, `local`, `accelerate` or `deepspeed`.")
     add_feature_options(parser)
+    add_protocol_option(parser)
     parser.add_argument(
         "--reference",
         type=str | None,
         default=None,
         help="File of statistics to compare with in place of the images of --data: of `vqdist statistics`, the ADM "
-        "evaluator, pytorch-fid or clean-fid (.npz), or of torch-fidelity (.pt).",
+        "evaluator, pytorch-fid or clean-fid (.npz), or of torch-fidelity (.pt). clean-fid's want inception_clean.",
     )
     parser.add_argument(
         "--lpips",
@@ -209,31 +228,34 @@ def _evaluate_parser():
     )
     parser.add_argument(
         "--round_pixels",
-        type=bool,
-        default=False,
-        help="Round reconstructions to 8 bits before l1, psnr and ssim, as where they are written to files first.",
+        type=bool | str | None,
+        default=None,
+        help="Round reconstructions to 8 bits before all measures, as where they are written to files first: true, or "
+        "`down` to cut off. By default as --protocol says, or false.",
     )
     parser.add_argument(
         "--num_samples",
         type=int | None,
         default=None,
-        help=f"Samples to draw from a prior, VAR or VQ-AR for --features; by default {NUM_SAMPLES}.",
+        help=f"Samples to draw from a prior, VAR or VQ-AR for --features; by default {OWN.images}, or as --protocol "
+        "says.",
     )
     add_draw_options(parser)
     parser.set_defaults(batch_size=BATCH_SIZE, seed=None)
     return parser
 
 
-def add_feature_options(parser, *, required: bool = False) -> None:
+def add_feature_options(parser) -> None:
     """`--features` and `--trust_features`, of commands that compare images by their features."""
     parser.add_argument(
         "--features",
-        type=str if required else str | None,
+        type=str | None,
         default=None,
-        required=required,
-        help="Feature extractor of FID, KID, precision and recall: `inception`, `vgg16`, a file with the weights of "
-        "one of them, or, with --trust_features, a TorchScript file: images (b, c, h, w) float32 in [0, 1] -> "
-        "features (b, f).",
+        help="Feature extractor of FID, KID, precision and recall: `inception`, `inception_clean` (the resize of "
+        "clean-fid), `vgg16`, `dinov2` (FD-DINOv2), another DINOv2 as `dinov2_vits14`, or a network of torchvision, "
+        "such as `resnet50`, `convnext_base`, `vit_b_16` or `inception_v3`. Weights are given as in dinov2:FILE (.pth "
+        "or .safetensors), or downloaded, but for DINOv2. With --trust_features also a TorchScript file: images "
+        "(b, c, h, w) float32 in [0, 1] -> features (b, f).",
     )
     parser.add_argument(
         "--trust_features",
@@ -287,7 +309,7 @@ def _image_size(options) -> ImageSize | None:
     return None if size is None else image_size_of(size)
 
 
-def _open_images(options, model: Tokenizer | AutoregressiveModel) -> ImageDataset:
+def _open_images(options, model: Tokenizer | AutoregressiveModel, choices: Asked) -> ImageDataset:
     from vqdist.data.dataset import ImageDataset
 
     return ImageDataset(
@@ -295,7 +317,7 @@ def _open_images(options, model: Tokenizer | AutoregressiveModel) -> ImageDatase
         model.image_size,
         channels=model.channels,
         augment=False,
-        view=View(resample=(getattr(model, "tokenizer", None) or model).resample),
+        view=choices.view((getattr(model, "tokenizer", None) or model).resample),
         on_bad_image=options.data.on_bad_image,
         max_bad_frac=options.data.max_bad_frac,
     )
@@ -334,7 +356,7 @@ def _open_reference(
         return None
     file = ReferenceFile(options.reference)
     file.check_made_by(extractor, model.image_size)
-    if file.has_moments:
+    if file.has_moments or file.has_features:
         file.reference(extractor.width)  # of another extractor: said before anything is computed
     return file
 
@@ -350,15 +372,15 @@ def _open_lpips(options, model: Tokenizer | AutoregressiveModel) -> LPIPS | None
     return lpips
 
 
-def _open_tokenizer(model: TokenizerModel, options) -> TokenizerRun:
+def _open_tokenizer(model: TokenizerModel, options, choices: Asked) -> TokenizerRun:
     from vqdist.models.tokenizer import Tokenizer
 
     _refuse_sampling(options, f"{options.run} is a tokenizer, which draws no samples; leave it out")
     tokenizer = Tokenizer(model, _image_size(options))
-    dataset = _open_images(options, tokenizer)
+    dataset = _open_images(options, tokenizer, choices)
     extractor = _open_extractor(options, tokenizer, len(dataset))
     reference, lpips = _open_reference(options, extractor, tokenizer), _open_lpips(options, tokenizer)
-    return TokenizerRun(options, tokenizer.network, dataset, extractor, reference, lpips)
+    return TokenizerRun(options, tokenizer.network, dataset, extractor, reference, lpips, choices)
 
 
 def _refuse_reconstructing(options, model: AutoregressiveModel) -> None:
@@ -371,7 +393,7 @@ def _refuse_reconstructing(options, model: AutoregressiveModel) -> None:
             )
 
 
-def _open_generator(model: AutoregressiveModel, options) -> GeneratorRun:
+def _open_generator(model: AutoregressiveModel, options, choices: Asked) -> GeneratorRun:
     from vqdist.models.tokenizer import TokenizerNetwork
 
     size = options.data.image_size
@@ -379,7 +401,7 @@ def _open_generator(model: AutoregressiveModel, options) -> GeneratorRun:
         raise UserError(f"image_size {size} is given but the model is for {model.image_size}; leave it out")
     folder = options.data.folder
     stored = folder.removeprefix(CODES) if isinstance(folder, str) and folder.startswith(CODES) else None
-    dataset = _open_images(options, model) if stored is None else _open_codes(stored, model, options)
+    dataset = _open_images(options, model, choices) if stored is None else _open_codes(stored, model, options)
 
     if model.num_classes:
         absent = dataset.use_classes(model.class_names)
@@ -391,6 +413,6 @@ def _open_generator(model: AutoregressiveModel, options) -> GeneratorRun:
         lpips = _open_lpips(options, model)
     else:
         _refuse_reconstructing(options, model)
-    run = GeneratorRun(options, model, dataset, extractor, reference, lpips)
+    run = GeneratorRun(options, model, dataset, extractor, reference, lpips, choices)
     run.check()
     return run

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from vqdist import protocol
+from vqdist.cli.protocols import Asked
 from vqdist.cli.sample import draw_options
+from vqdist.conventions import IMAGES, STATISTICS, Choices
 from vqdist.errors import printable
-from vqdist.sizes import ImageSize
+from vqdist.sizes import ImageSize, sides_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from vqdist.models.tokenizer import TokenizerNetwork
     from vqdist.objectives.lpips import LPIPS
 
-NUM_SAMPLES = 1000
-
 
 @dataclass
 class MeasuredRun:
@@ -39,6 +39,8 @@ class MeasuredRun:
     extractor: FeatureExtractor | None
     reference: ReferenceFile | None = None  # in place of the images themselves
     lpips: LPIPS | None = None
+    asked: Asked = Asked(None)
+    weights: str | None = None  # `averaged` or `live`, where that is known
     _real: Features | Reference | None = None
 
     def on(self, backend: Backend) -> MeasuredRun:
@@ -61,12 +63,32 @@ class MeasuredRun:
         """Return what the numbers were measured on, see `vqdist.protocol`."""
         from vqdist.evaluation.extractors import digest_of_weights
 
-        images = protocol.of_images(self.dataset, self.options.data.folder)
-        pixels = {"pixels": "8 bits" if self.options.round_pixels else "float"}
-        lpips: dict[str, str] = {}
+        said = protocol.of_images(self.dataset, self.options.data.folder)
+        said["pixels"] = self.asked.pixels(self.choices)
         if self.lpips is not None:
-            lpips = {"lpips": self.lpips.net, "lpips_hash": digest_of_weights(self.lpips.network)}
-        return {**images, **pixels, **lpips, **protocol.of_features(self.extractor, self.reference)}
+            said |= {"lpips": self.lpips.net, "lpips_hash": digest_of_weights(self.lpips.network)}
+        if self.weights is not None:
+            said["weights"] = self.weights
+        said |= protocol.of_features(self.extractor, self.reference)
+        if self.extractor is not None and "logits" in self.extractor.widths:
+            said["inception_score_over"] = self.choices.splits
+        return said | self.asked.said(self.found(), self.choices)
+
+    @property
+    def choices(self) -> Choices:
+        """The choices of the images that are measured."""
+        return self.asked.reconstructions
+
+    def found(self) -> dict[str, Any]:
+        """Return what a named protocol is compared with."""
+        found: dict[str, Any] = {"images": len(self.dataset), "pixels": self.asked.pixels(self.choices)}
+        if hasattr(self.dataset, "view"):
+            rows, columns = sides_of(self.dataset.image_size)
+            found |= {"image_size": rows if rows == columns else [rows, columns], "center": self.dataset.view.center}
+        if self.extractor is not None:
+            found["features"] = self.extractor.kind
+            found["compared_with"] = IMAGES if self.reference is None else STATISTICS
+        return found
 
     def feature_set(self, count: int, **options: Any) -> FeatureSet:
         """Return what collects the features of so many images; only where there is an extractor."""
@@ -115,7 +137,8 @@ class MeasuredRun:
 
         images = (batch.item for batch in self.batches("reconstruct"))
         distances = {} if self.lpips is None else {"lpips": self.lpips.to(self.backend.device).distances}
-        options: dict[str, Any] = {"distances": distances, "rounded": self.options.round_pixels}
+        choices = self.asked.reconstructions
+        options: dict[str, Any] = {"distances": distances, "rounded": self.asked.pixels(choices)}
         if self.extractor is None:
             return evaluate_reconstruction(network, images, self.backend, image_size=image_size, **options)
         real = None if self.reference is not None else self.feature_set(len(self.dataset))
@@ -129,7 +152,7 @@ class MeasuredRun:
         numbers = evaluate_reconstruction(network, images, self.backend, image_size=image_size, look=look, **options)
         if real is not None:
             self._real = real.over_ranks()
-        return {**numbers, **_distances(self.compared_with(), again.over_ranks())}
+        return {**numbers, **_distances(self.compared_with(), again.over_ranks(), choices.splits)}
 
     def features_of_images(self) -> Features:
         """Return the features of the images."""
@@ -175,7 +198,8 @@ class GeneratorRun(MeasuredRun):
                 self.network.check_label(self.dataset.label(index))
         if self.extractor is not None:
             self.draw_options = draw_options(self.options, self.network)
-            self.num_samples = NUM_SAMPLES if self.options.num_samples is None else self.options.num_samples
+            given = self.options.num_samples
+            self.num_samples = self.asked.samples.images if given is None else given
             check_count(self.num_samples, "samples")
 
     def numbers(self) -> dict[str, float]:
@@ -203,7 +227,20 @@ class GeneratorRun(MeasuredRun):
         """Of the samples against the images."""
         from vqdist.evaluation.fidelity import fidelity
 
-        return {**fidelity(self.features_of_samples(), self.compared_with()), "samples": self.num_samples}
+        drawn, splits = self.features_of_samples(), self.asked.samples.splits
+        return {**fidelity(drawn, self.compared_with(), splits=splits), "samples": self.num_samples}
+
+    @property
+    def choices(self) -> Choices:
+        """Those of samples; of a model that reconstructs, and draws none, of its reconstructions."""
+        from vqdist.models.tokenizer import TokenizerNetwork
+
+        reconstructs_alone = self.extractor is None and isinstance(self.network, TokenizerNetwork)
+        return self.asked.reconstructions if reconstructs_alone else self.asked.samples
+
+    def found(self) -> dict[str, Any]:
+        """Return also the number of samples, as that of the images that are measured."""
+        return super().found() | ({} if self.extractor is None else {"images": self.num_samples})
 
     def protocol(self) -> dict[str, Any]:
         """Return also how the samples were drawn."""
@@ -215,14 +252,16 @@ class GeneratorRun(MeasuredRun):
     def features_of_samples(self) -> Features:
         """Return the features of images that the model draws."""
         from vqdist.drawing import draw_batches
+        from vqdist.metrics import as_pixels
 
+        pixels = self.asked.pixels(self.asked.samples)
         size, seed = self.options.batch_size, self.options.seed or 0
         drawn = self.feature_set(self.num_samples, block=size)
         batches = draw_batches(
             self.network, self.sample_labels(), self.draw_options, seed=seed, batch_size=size, backend=self.backend
         )
         for _, images in self.progress(batches, "sample", -(-self.num_samples // self.backend.world_size)):
-            drawn.add(images)
+            drawn.add(as_pixels(images, pixels))
         return drawn.over_ranks()
 
     def sample_labels(self) -> Tensor:
@@ -236,9 +275,10 @@ class GeneratorRun(MeasuredRun):
         return model.labels(torch.tensor([model.check_label(label) for label in labels]), count)
 
 
-def _distances(real: Features | Reference, reconstructions: Features) -> dict[str, float]:
-    """Return `rfid`, `rsfid` and `rkid` of reconstructions, and `ris`, their inception score."""
+def _distances(real: Features | Reference, reconstructions: Features, splits: str) -> dict[str, float]:
+    """Return `rfid`, `rsfid`, `rkid`, `rprecision`, `rrecall` and `ris`, the inception score of reconstructions."""
     from vqdist.evaluation.fidelity import fidelity
 
-    numbers = fidelity(reconstructions, real, coverage=False)
-    return {f"r{name}": numbers[name] for name in ("fid", "sfid", "kid", "is") if name in numbers}
+    numbers = fidelity(reconstructions, real, splits=splits)
+    names = ("fid", "sfid", "kid", "is", "precision", "recall")
+    return {f"r{name}": numbers[name] for name in names if name in numbers}

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 from vqdist.cli.evaluate import BATCH_SIZE, add_feature_options, check_loading
 from vqdist.cli.loading import loading
 from vqdist.cli.parsing import make_parser, parse
+from vqdist.cli.protocols import EPILOG as PROTOCOLS
+from vqdist.cli.protocols import Asked, add_protocol_option, asked
+from vqdist.conventions import IMAGES, STATISTICS
+from vqdist.data.config import View
 from vqdist.data.specs import check_spec
 from vqdist.errors import UserError
 from vqdist.sizes import ImageSize, image_size_of, sides_of
@@ -23,12 +27,17 @@ KEPT = 10_000  # images whose features a file keeps, as many as ADM's reference 
 FIDELITY_EPILOG = """\
 Prints one JSON object: fid, sfid, kid, is, precision and recall where the extractor and the reference allow them, and
 the protocol: what they were measured on. SAMPLES and --reference may be images (as --data of train), or an .npz of
-the ADM evaluator, of pytorch-fid, clean-fid or `vqdist statistics`."""
+the ADM evaluator, of pytorch-fid, clean-fid or `vqdist statistics`.
+
+"""
+FIDELITY_EPILOG += PROTOCOLS
 
 
 def statistics(arguments: list[str]) -> int:
     """Write the statistics of a set of images as a file: `vqdist statistics --data DIR --out ref.npz`."""
-    parser = _parser("vqdist statistics", "Look at all images of --data once, and write what FID compares with.")
+    parser = _parser(
+        "vqdist statistics", "Look at all images of --data once, and write what FID compares with.", PROTOCOLS
+    )
     parser.add_argument(
         "--data.folder", type=str | dict[str, Any], required=True, help="Images, as for train (short: --data)."
     )
@@ -37,6 +46,7 @@ def statistics(arguments: list[str]) -> int:
         "--keep", type=int, default=KEPT, help="Images whose features are kept, for KID, precision and recall."
     )
     options = parse(parser, arguments)
+    choices = asked(options)
     if options.out.suffix != ".npz":
         raise UserError(f"--out {options.out} is no name of statistics; give one that ends in .npz")
     _check_options(options, [options.data.folder])
@@ -46,8 +56,9 @@ def statistics(arguments: list[str]) -> int:
 
         if options.keep != 0:
             check_count(options.keep, "images in --keep (0 keeps none)")
-        looking = _Looking(options, [options.data.folder])
+        looking = _Looking(options, choices, [options.data.folder])
     looked, protocol = looking.at(options.data.folder)
+    protocol |= choices.said(looking.found(), choices.samples)
     check_count(len(looked), "images in --data")
     if looking.backend.is_main:
         Reference.of(looked, protocol).write(options.out, options.keep)
@@ -62,15 +73,22 @@ def fidelity(arguments: list[str]) -> int:
     parser.add_argument("samples", type=str, help="Images: a folder or another source, or an .npz of images (arr_0).")
     parser.add_argument("--reference", type=str, required=True, help="Images, or statistics, to compare with.")
     options = parse(parser, arguments)
+    choices = asked(options)
     _check_options(options, [options.samples, options.reference])
     with loading("torch"):
         from vqdist.evaluation.fidelity import fidelity as compare
 
-        looking = _Looking(options, [options.samples, options.reference])
+        looking = _Looking(options, choices, [options.samples, options.reference])
     samples, protocol = looking.at(options.samples)
     reference, of_reference = looking.reference(options.reference)
-    numbers: dict[str, Any] = {**compare(samples, reference), "samples": len(samples)}
-    said = {"reference": options.reference, "reference_hash": of_reference.get("data_hash")}
+    splits = choices.samples.splits
+    numbers: dict[str, Any] = {**compare(samples, reference, splits=splits), "samples": len(samples)}
+    said: dict[str, Any] = {"reference": options.reference, "reference_hash": of_reference.get("data_hash")}
+    said |= {f"reference_{name}": of_reference[name] for name in ("images", "view") if name in of_reference}
+    if samples.logits is not None:
+        said["inception_score_over"] = splits
+    kind = STATISTICS if _is_file(options.reference) else IMAGES
+    said |= choices.said({**looking.found(), "images": len(samples), "compared_with": kind}, choices.samples)
     if looking.backend.is_main:
         print(json.dumps({**numbers, "protocol": {**protocol, **said}}))
     looking.backend.close()
@@ -79,7 +97,8 @@ def fidelity(arguments: list[str]) -> int:
 
 def _parser(program: str, description: str, epilog: str | None = None):
     parser = make_parser(program, description, epilog)
-    add_feature_options(parser, required=True)
+    add_feature_options(parser)
+    add_protocol_option(parser)
     parser.add_argument(
         "--image_size",
         type=int | list[int] | None,
@@ -95,6 +114,10 @@ def _parser(program: str, description: str, epilog: str | None = None):
 
 def _check_options(options: Any, specs: list[Any]) -> None:
     """Find the mistakes that can be seen before torch is imported."""
+    if options.features is None:
+        raise UserError(
+            "the option features is missing; give an extractor, as in --features inception, or a --protocol"
+        )
     check_loading(options)
     for spec in specs:
         if not _is_file(spec):
@@ -108,15 +131,16 @@ class _Looking:
 
     Args:
         options: as the parser gives them.
+        choices: of a named protocol, or vqdist's own.
         specs: what will be looked at; the first one that is no file of statistics says the size of an image.
     """
 
-    def __init__(self, options: Any, specs: list[Any]):
+    def __init__(self, options: Any, choices: Asked, specs: list[Any]):
         from vqdist.backends import create_backend
         from vqdist.evaluation.extractors import load_extractor
 
-        self.options = options
-        self.image_size = _image_size(options.image_size, specs)
+        self.options, self.choices, self.view = options, choices, choices.view(View().resample)
+        self.image_size = _image_size(options.image_size, specs, choices)
         self.extractor: FeatureExtractor = load_extractor(
             options.features,
             channels=options.channels,
@@ -142,7 +166,7 @@ class _Looking:
         file = ReferenceFile(spec)
         file.check_made_by(self.extractor, self.image_size)
         reference = reference_in(file, self.extractor, self.backend, self.options.batch_size)
-        return reference, {"data_hash": file.digest()}
+        return reference, {**file.protocol(), "data_hash": file.digest()}
 
     def _at_images(self, spec: Any) -> tuple[Features, dict[str, Any]]:
         from torch import nn
@@ -151,18 +175,25 @@ class _Looking:
         from vqdist.cli.measuring import MeasuredRun
         from vqdist.data.dataset import ImageDataset
 
-        dataset = ImageDataset(spec, self.image_size, channels=self.options.channels, augment=False)
-        run = MeasuredRun(self.options, nn.Identity(), dataset, self.extractor).on(self.backend)
+        size, channels = self.image_size, self.options.channels
+        dataset = ImageDataset(spec, size, channels=channels, augment=False, view=self.view)
+        run = MeasuredRun(self.options, nn.Identity(), dataset, self.extractor, asked=self.choices).on(self.backend)
         return run.features_of_images(), protocol.of_images(dataset, spec)
 
     def _at_file(self, spec: str) -> tuple[Features, dict[str, Any]]:
+        from vqdist import protocol
         from vqdist.evaluation.references import ReferenceFile, features_in
-        from vqdist.version import __version__
 
         file = ReferenceFile(spec)
         features = features_in(file, self.extractor, self.backend, self.options.batch_size)
-        said = {"vqdist": __version__, "data": str(spec), "data_hash": file.digest(), "images": file.count}
-        return features, said
+        said = {"data": str(spec), "data_hash": file.digest(), "images": file.count, "image_size": file.image_size}
+        return features, {**protocol.of_program(), **said}
+
+    def found(self) -> dict[str, Any]:
+        """Return what a named protocol is compared with."""
+        rows, columns = sides_of(self.image_size)
+        size = rows if rows == columns else [rows, columns]
+        return {"image_size": size, "features": self.extractor.kind, "center": self.view.center}
 
 
 def _is_file(spec: Any) -> bool:
@@ -170,14 +201,19 @@ def _is_file(spec: Any) -> bool:
     return isinstance(spec, str) and Path(spec).suffix in (".npz", ".pt")
 
 
-def _image_size(given: Any, specs: list[Any]) -> ImageSize:
-    """Return the size that is given, or else that of the first image; one that a file holds is never another."""
+def _image_size(given: Any, specs: list[Any], choices: Asked) -> ImageSize:
+    """Return the size that is given, or else the protocol's, or that of the first image.
+
+    One that a file holds is never another.
+    """
     from vqdist.evaluation.references import ReferenceFile
 
     sizes = [ReferenceFile(spec).image_size for spec in specs if _is_file(spec)]
     held = [one for one in sizes if one is not None]
     if given is None and not held and all(map(_is_file, specs)):
         raise UserError(f"{specs[0]} holds statistics but no images; give images in its place")
+    if given is None and not held and choices.convention is not None:
+        return choices.convention.image_size
     chosen = image_size_of(given if given is not None else held[0] if held else _size_of_first(specs))
     for one in held:
         if list(sides_of(chosen)) != one:

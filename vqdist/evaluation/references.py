@@ -1,8 +1,9 @@
 """The statistics of a set of images as a file, so that a large set is looked at once.
 
 A file has the names of the ADM evaluator: `mu`, `sigma` of the features, `mu_s`, `sigma_s` of the spatial ones. Beside
-them lie `features` of some of the images, and what they were made of. Files of pytorch-fid and clean-fid (`mu`,
-`sigma`) and of torch-fidelity (a .pt of both) are read, too, and reference batches of ADM (`arr_0`, images in 8 bits).
+them lie `features` of some of the images, and what they were made of. Files of pytorch-fid and clean-fid are read, too
+(`mu` and `sigma`, or `feats`), of torch-fidelity (a .pt of `mu` and `sigma`, or of features alone), and reference
+batches of ADM (`arr_0`, images in 8 bits).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vqdist.evaluation.features import Features, FeatureSet, Moments
 from vqdist.sizes import ImageSize, sides_of
 
 IMAGES = "arr_0"  # as np.savez calls what has no name
+FEATURES = ("features", "feats")  # ours, and those of clean-fid's files for KID
 LARGEST = 64 << 30  # bytes that an array of a file may take, unpacked
 
 
@@ -85,7 +87,8 @@ class ReferenceFile:
         path: an .npz, or a .pt of torch-fidelity.
 
     Attributes:
-        has_images, has_moments: whether it holds images (n, h, w, 3) in 8 bits, and statistics.
+        has_images: whether it holds images (n, h, w, 3) in 8 bits.
+        has_moments, has_features: whether it holds statistics, and features.
 
     Raises:
         UserError: it is none, or holds something else.
@@ -99,11 +102,11 @@ class ReferenceFile:
         self._tensors = {} if self._arrays is not None else _torch_statistics(self.path)
         names = self._tensors if self._arrays is None else self._arrays
         self.has_images = IMAGES in (self._arrays or ())
-        self.has_moments = {"mu", "sigma"} <= set(names)
-        if not (self.has_images or self.has_moments):
+        self.has_moments, self.has_features = {"mu", "sigma"} <= set(names), any(name in names for name in FEATURES)
+        if not (self.has_images or self.has_moments or self.has_features):
             raise UserError(
-                f"{self.path} holds {', '.join(sorted(names)[:6]) or 'nothing'}; expected mu and sigma, or images as "
-                f"{IMAGES} (n, h, w, 3)"
+                f"{self.path} holds {', '.join(sorted(names)[:6]) or 'nothing'}; expected mu and sigma, features as "
+                f"{FEATURES[1]} (n, f), or images as {IMAGES} (n, h, w, 3)"
             )
         if self.has_images:
             _check_images(self._shape(IMAGES), self.path)
@@ -131,6 +134,8 @@ class ReferenceFile:
         Raises:
             UserError: they are of another extractor, or not finite.
         """
+        if not self.has_moments:
+            return Reference.of(Features(self._needed_features(width)), self.protocol())
         moments = self._moments("mu", "sigma", width)
         spatial = None
         if spatial_width is not None and {"mu_s", "sigma_s"} <= set(self._arrays or ()):
@@ -215,9 +220,19 @@ class ReferenceFile:
             )
         return moments
 
+    def _needed_features(self, width: int) -> Tensor:
+        features = self._features(width)
+        if features is None:
+            name = next(name for name in FEATURES if name in (self._arrays or self._tensors))
+            raise UserError(
+                f"{self.path} holds {name} of shape {tuple(self._array(name).shape)}, but the extractor gives {width} "
+                "features; give those that the same extractor made"
+            )
+        return features
+
     def _features(self, width: int) -> Tensor | None:
-        for name in ("features", "feats"):
-            if name in (self._arrays or ()):
+        for name in FEATURES:
+            if name in (self._tensors if self._arrays is None else self._arrays):
                 features = self._numbers(name)
                 if features.ndim == 2 and features.shape[1] == width:
                     return features
@@ -244,7 +259,7 @@ def reference_in(file: ReferenceFile, extractor: FeatureExtractor, backend: Back
     Statistics and images of one file are those of ADM's batches: FID takes the first, precision and recall the second.
     Every rank calls this.
     """
-    if not file.has_moments:
+    if not file.has_moments and not file.has_features:
         return Reference.of(features_in(file, extractor, backend, batch_size))
     reference = file.reference(extractor.width, extractor.widths.get("spatial"))
     if reference.features is None and file.has_images:
@@ -279,7 +294,7 @@ def _npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def _torch_statistics(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of torch-fidelity's cache, a dict of numpy arrays or tensors."""
+    """Return the arrays of torch-fidelity's cache: a dict of numpy arrays or tensors, or a tensor of features."""
     inert: list[Any] = [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype("float64"))]
     try:
         with torch.serialization.safe_globals(inert):
@@ -289,6 +304,8 @@ def _torch_statistics(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path} is neither an .npz nor the statistics of torch-fidelity ({reason}); pickled objects are not read"
         ) from error
+    if isinstance(content, Tensor) and content.ndim == 2:
+        return {FEATURES[0]: content.numpy()}
     if not isinstance(content, Mapping):
         return {}
     return {

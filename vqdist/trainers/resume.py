@@ -206,7 +206,8 @@ class Resume:
             model.save_pretrained(new)
             carry_card(folder, new)
 
-        write_export(folder, save, self.progress.step)
+        weights = "averaged" if self.networks.has_average else "live"
+        write_export(folder, save, self.progress.step, weights=weights)
 
     def check_finite(self) -> None:
         """Raise `UserError` if a number since the start or any tensor that is to be saved is not finite."""
