@@ -41,7 +41,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Convention:
-    """How one publication measures.
+    """The way in which one publication measures.
 
     Attributes:
         name: as it is asked for.

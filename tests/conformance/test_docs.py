@@ -112,7 +112,8 @@ BUILDERS = {
 # the first needs VGG16's weights, and its name is that of a term; the second is of a quantizer that draws, and the
 # others are of TiTok's first stage
 OF_THE_FIRST_STAGE = {"proxy_loss", "valid/proxy_loss", "valid/proxy_accuracy"}
-NOT_TRAINED_HERE = {"vqgan": {"perceptual_loss", "temperature", *OF_THE_FIRST_STAGE}}
+OF_LEVELS = {f"{where}codebook_{name}_level_I" for where in ("", "valid/") for name in ("usage", "perplexity")}
+NOT_TRAINED_HERE = {"vqgan": {"perceptual_loss", "temperature", *OF_THE_FIRST_STAGE, *OF_LEVELS}}
 
 
 def documented_keys(model: str) -> set[str]:

@@ -234,6 +234,8 @@ def test_residual_levels_have_histograms_of_their_own():
     numbers = measure([(image, image, indices)], image_size=16, quantizer=quantizer)
     assert numbers["codebook_usage"] == (0.25 + 1.0) / 2
     assert numbers["codebook_perplexity"] == pytest.approx((1 + 4) / 2)
+    assert [numbers[f"codebook_usage_level_{level}"] for level in (1, 2)] == [0.25, 1.0]
+    assert [numbers[f"codebook_perplexity_level_{level}"] for level in (1, 2)] == pytest.approx([1, 4])
 
 
 class Doubling(LocalBackend):
@@ -272,7 +274,8 @@ def test_scales_are_counted_apart_and_share_a_codebook():
         shares = torch.tensor([3, 2, 12, 2, 2]) / 21
         assert numbers["codebook_perplexity"] == pytest.approx(float((-shares * shares.log()).sum().exp()))
         assert [numbers[f"codebook_usage_scale_{scale}"] for scale in (1, 2, 3)] == [1 / size, 2 / size, 4 / size]
-        assert int(histogram.counts.sum()) == 21, ranks
+        assert [numbers[f"codebook_perplexity_scale_{scale}"] for scale in (1, 2)] == pytest.approx([1, 2])
+        assert "codebook_usage_level_1" not in numbers and int(histogram.counts.sum()) == 21, ranks
 
 
 def test_a_code_histogram_has_the_codes_of_its_network():

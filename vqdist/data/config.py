@@ -66,6 +66,9 @@ class View:
 STILL = View()
 """The centre, bicubic; of the random things the flip alone."""
 
+VIEW_OPTIONS = tuple(f.name for f in fields(View) if f.name != "center")
+"""Fields of a view that are options of training; the centres of publications are for measurements."""
+
 
 @dataclass(kw_only=True, frozen=True)
 class DataConfig:
@@ -115,7 +118,7 @@ class DataConfig:
     @property
     def view(self) -> View:
         """The view of an image while training."""
-        return View(**{f.name: getattr(self, f.name) for f in fields(View) if hasattr(self, f.name)})
+        return View(**{name: getattr(self, name) for name in VIEW_OPTIONS})
 
     @classmethod
     def part_options(cls) -> dict[tuple[str, str], Registry[Any]]:

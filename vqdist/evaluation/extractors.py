@@ -36,7 +36,7 @@ class FeatureExtractor(nn.Module):
         digest: 16 digits that tell networks apart; by default of the weights.
 
     Attributes:
-        kind: name of the network, where it is known, and else the file.
+        kind: name of the network, where it is known, and else that of the file.
         width: number of features, f.
         widths: of all that it sees, by name, see `KnownNetwork.outputs`.
 
@@ -49,7 +49,7 @@ class FeatureExtractor(nn.Module):
     ):
         super().__init__()
         self.network, self.name = network.eval(), name
-        self.kind: str = network.kind if isinstance(network, KnownNetwork) else name
+        self.kind: str = network.kind if isinstance(network, KnownNetwork) else Path(name).name
         self.digest = digest or digest_of(network)
         height, width = sides_of(image_size)
         images = torch.zeros(2, channels, height, width)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vqdist.data.config import CODES, View
+from vqdist.data.config import CODES, VIEW_OPTIONS
 from vqdist.draw_options import DrawOptions
 from vqdist.options import option
 from vqdist.trainers.config import TrainerConfig
 
 MOST_SAMPLES = 4096  # of a picture: they are drawn at once
 IMAGE_OPTIONS = (
-    *("augment", *(f.name for f in fields(View))),
+    *("augment", *VIEW_OPTIONS),
     *("exts", "on_bad_image", "max_bad_frac", "max_pixels"),
 )
 
