@@ -99,7 +99,7 @@ def kernel_distance(generated: Tensor, real: Tensor) -> dict[str, float]:
 
     Its own function computes in NumPy, which leaves a CUDA device idle, and each kernel anew in each subset.
     """
-    generated, real = generated.double(), real.double()
+    generated, real = generated.double(), real.to(generated.device).double()
     size = min(KID_SUBSET_SIZE, len(generated), len(real))
     subsets = 1 if len(generated) == len(real) == size else KID_SUBSETS  # there is one subset: the whole
     grams = _grams(generated, real) if max(len(generated), len(real)) ** 2 <= LARGEST_GRAM else None
@@ -153,7 +153,7 @@ def precision_and_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
 
     torch-fidelity's function computes the distances between both sets twice, and looks for neighbours on the host.
     """
-    generated, real = generated.double(), real.double()
+    generated, real = generated.double(), real.to(generated.device).double()
     radii, radii_of_real = _radii(generated), _radii(real)
     covered, precise = torch.zeros(len(real), dtype=torch.bool, device=real.device), 0
     for part, radius in zip(generated.split(ROWS), radii.split(ROWS), strict=True):

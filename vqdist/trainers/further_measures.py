@@ -94,7 +94,7 @@ class FurtherMeasures:
             raise UserError(f"reference {config.reference} does nothing, because inception scores need none")
         self.reference = ReferenceFile(config.reference)
         self.reference.check_made_by(extractor, image_size)
-        if not self.reference.has_moments:
+        if not (self.reference.has_moments or self.reference.has_features):
             return
         found = self.reference.reference(extractor.width, extractor.widths.get("spatial"))
         lacking = {"sfid"} if found.spatial is None else set()
