@@ -49,7 +49,7 @@ class FeatureExtractor(nn.Module):
     ):
         super().__init__()
         self.network, self.name = network.eval(), name
-        self.kind: str = network.kind if isinstance(network, KnownNetwork) else Path(name).name
+        self.kind: str = network.kind if isinstance(network, KnownNetwork) and network.kind else Path(name).name
         self.digest = digest or digest_of(network)
         height, width = sides_of(image_size)
         images = torch.zeros(2, channels, height, width)
@@ -92,8 +92,8 @@ def digest_of_weights(network: nn.Module) -> str:
 
 def digest_of(network: nn.Module) -> str:
     """Return 16 digits that tell an extractor apart: of its weights, and of the way that it looks at images."""
-    digest, kind = digest_of_weights(network), getattr(network, "kind", INCEPTION)
-    if kind in (INCEPTION, VGG16):  # of the weights alone, in files from before there were others
+    digest, kind = digest_of_weights(network), getattr(network, "kind", "")
+    if kind in ("", INCEPTION, VGG16):  # of the weights alone, in files from before there were others
         return digest
     # the size of DINOv2 is in its weights, and no network is known by two names otherwise
     name = DINOV2 if kind.startswith(DINOV2) else kind

@@ -39,10 +39,10 @@ class KnownNetwork(nn.Module):
     """Images (b, 1 | 3, h, w) in [0, 1] -> features (b, f); perhaps more that some measures need.
 
     Attributes:
-        kind: its name; what it does to the images first belongs to it.
+        kind: its name; what it does to the images first belongs to it. Empty for the weights alone.
     """
 
-    kind: str
+    kind: str = ""
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """Return `features` (b, f); where there are any, `spatial` (b, s) for sFID and `logits` (b, k) for IS."""
