@@ -67,16 +67,18 @@ def of_program() -> dict[str, str]:
     return {"vqdist": __version__, "commit": commit.stdout.strip() + ("+" if changed.stdout else "")}
 
 
-def of_features(extractor: Any, reference: Any) -> dict[str, Any]:
+def of_features(extractor: Any, reference: Any, splits: str = "10") -> dict[str, Any]:
     """Return what the protocol says of an extractor and of what is compared with.
 
     Args:
         extractor: a `FeatureExtractor` or None.
         reference: a `ReferenceFile` or None.
+        splits: of inception scores, which some extractors give.
     """
     said: dict[str, Any] = {}
     if extractor is not None:
         said |= {"features": extractor.kind, "features_hash": extractor.digest}
+        said |= {"inception_score_over": splits} if "logits" in extractor.widths else {}
     if reference is not None:
         said |= {"reference": str(reference.path), "reference_hash": reference.digest()}
         made = reference.protocol()

@@ -265,7 +265,7 @@ def test_a_start_says_what_validations_are_measured_on(tmp_path, weights, capsys
     assert main([*command, "--trust_features", "true"]) == 0
     evaluated = json.loads(capsys.readouterr().out)["protocol"]
     (said,) = protocols_of(tmp_path / "run")
-    assert said.pop("weights") == "averaged" and differences(said, evaluated) == {}
+    assert said["weights"] == "averaged" and differences(said, evaluated) == {}
     options = {"num_train_steps": 2, "use_ema": False, "allow_config_change": True}
     build_trainer(tmp_path / "run", **VALID, valid_images=9, **options, validate_with=[]).close()
     resumed = protocols_of(tmp_path / "run")[1]

@@ -69,9 +69,7 @@ class MeasuredRun:
             said |= {"lpips": self.lpips.net, "lpips_hash": digest_of_weights(self.lpips.network)}
         if self.weights is not None:
             said["weights"] = self.weights
-        said |= protocol.of_features(self.extractor, self.reference)
-        if self.extractor is not None and "logits" in self.extractor.widths:
-            said["inception_score_over"] = self.choices.splits
+        said |= protocol.of_features(self.extractor, self.reference, self.choices.splits)
         return said | self.asked.said(self.found(), self.choices)
 
     @property
