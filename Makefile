@@ -31,7 +31,7 @@ OPS = TORCH_EXTENSIONS_DIR="$$(cd $(VENV) && pwd)/torch_extensions"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-mutations test-nightly test-latest support-table reliability-table docs docs-pictures docs-notebook costs results lint quality style bench dalle-checkpoint digit-classifier \
+.PHONY: help install demo test test-fast test-dist test-faults test-cluster test-browser test-mutations test-nightly test-latest support-table reliability-table docs docs-pictures docs-notebook costs results lint quality style bench dalle-checkpoint digit-classifier \
   doctor train-vqgan train-dvae train-ar encode sample slurm-submit build clean
 
 # What a target of the user's work takes and cannot do without (`|` is "or"), and how it is called.
@@ -102,9 +102,9 @@ demo: install ## handwritten digits: a tokenizer, its codes, a prior over them, 
 	@echo; echo "digits drawn by the prior, a column each from 0 to 9: $(DEMO)/samples.png"
 
 # Files of tests side by side (a file's tests share what they set up), in the order of their names, one thread each.
-# Those of tests/cluster/ need root and packages of the system. Whoever names tests runs all of them, nightly ones too.
+# Those of tests/cluster/ and tests/browser/ need root and packages of the system. Whoever names tests runs all of them, nightly ones too.
 PYTEST = OMP_NUM_THREADS=1 $(OPS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-IN_PARTS = $(PYTEST) --ignore tests/cluster $(TESTS)
+IN_PARTS = $(PYTEST) --ignore tests/cluster --ignore tests/browser $(TESTS)
 ON_PUSH := $(if $(filter tests,$(TESTS)),not nightly,nightly or not nightly)
 
 test: install ## run the tests of every push: a quarter of an hour on two cores
@@ -123,12 +123,16 @@ test-cluster: install ## run the tests on a real Slurm, two nodes and MPI (root;
 	bash tests/cluster/install.sh
 	$(PYTEST) tests/cluster $(ARGS)
 
+test-browser: install ## run the tests of the page of `vqdist report` in a headless Chromium (root; installs it with apt)
+	bash tests/browser/install.sh
+	$(PYTEST) tests/browser $(ARGS)
+
 test-mutations: install ## undo promises of the design one by one, and see which test of every push notices
 	OMP_NUM_THREADS=1 $(OPS) $(BIN)/python tests/mutations/run.py $(ARGS)
 
 test-nightly: install ## run every test there is: those of every push, all backends, faults, clusters, mutations
 	$(IN_PARTS) $(ARGS)
-	$(MAKE) test-cluster test-mutations
+	$(MAKE) test-cluster test-browser test-mutations
 
 # setup.py leaves out the upper bounds where VQDIST_LATEST is set. The metadata that the installation leaves beside the
 # sources would hide those of $(VENV).
@@ -167,7 +171,7 @@ results: install ## measure what docs/results.md shows, and write it anew: DATA=
 docs-notebook: install ## run docs/tutorial.ipynb and store its outputs
 	$(BIN)/python -m benchmarks.notebook
 
-SHELL_FILES := .ci/run tests/cluster/install.sh launch/env.sh $(wildcard launch/slurm/*)
+SHELL_FILES := .ci/run tests/cluster/install.sh tests/browser/install.sh launch/env.sh $(wildcard launch/slurm/*)
 
 lint: install ## check style, types, layering, shell files and spelling, change nothing
 	$(BIN)/ruff check .

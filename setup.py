@@ -138,7 +138,7 @@ setup(
     # comes after the folder of a script, where a clone called vqdist would be found as a namespace package.
     package_dir={"": "."},
     cmdclass={"build_py": BuildWithConfigurations},
-    package_data={"vqdist": ["py.typed", "data/digits/*"]},
+    package_data={"vqdist": ["py.typed", "data/digits/*", "reports/page/*"]},
     install_requires=lifted(CORE),
     extras_require={extra: lifted(requirements) for extra, requirements in EXTRAS.items()},
     entry_points={"console_scripts": ["vqdist = vqdist.cli:main"]},

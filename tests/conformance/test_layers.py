@@ -61,6 +61,7 @@ PARTS = {
     "vqdist.checkpoint": {*LEAVES, "vqdist.backends", "vqdist.completion", "vqdist.manifest", "vqdist.ranks"},
     "vqdist.ranks": {*LEAVES, "vqdist.backends"},
     "vqdist.tracking": LEAVES,
+    "vqdist.reports": {*LEAVES, "vqdist.protocol"},
     "vqdist.metrics": {*LEAVES, "vqdist.backends", "vqdist.models"},
     "vqdist.evaluation": {*LEAVES, "vqdist.backends", "vqdist.metrics", "vqdist.models", "vqdist.objectives"},
 }

@@ -80,6 +80,13 @@ def test_wheel_holds_the_digits(wheel):
     assert all(wheel.read(name)[:2] == b"\x1f\x8b" for name in digits)
 
 
+def test_wheel_holds_the_page_of_a_report(wheel):
+    folder = ROOT / "vqdist" / "reports" / "page"
+    assert {path.suffix for path in folder.iterdir()} == {".html", ".css", ".js"}
+    for path in folder.iterdir():
+        assert wheel.read(f"vqdist/reports/page/{path.name}") == path.read_bytes()
+
+
 def test_wheel_holds_the_recipes_and_configurations(wheel):
     for kind, folder in SHIPPED.items():
         files = {path.name: path.read_bytes() for path in (ROOT / folder).iterdir()}
@@ -264,6 +271,14 @@ def test_tests_that_need_a_cluster_run_by_their_own_target_only():
     install, run = commands_of("test-cluster", "JOBS=3")
     assert install == "bash tests/cluster/install.sh"
     assert "pytest -n 3 --dist loadfile" in run and run.rstrip().endswith(" tests/cluster")
+
+
+def test_tests_that_need_a_browser_run_by_their_own_target_only():
+    for target in ("test", "test-fast", "test-dist"):
+        assert "--ignore tests/browser" in commands_of(target)[0]
+    install, run = commands_of("test-browser")
+    assert install == "bash tests/browser/install.sh" and run.rstrip().endswith(" tests/browser")
+    assert "test-browser" in " ".join(commands_of("test-nightly"))
 
 
 def commands_of(*arguments: str) -> list[str]:
