@@ -60,7 +60,7 @@ def parse(block: bytes) -> tuple[list[Rows], Places, list[tuple[int, int]]]:
     first = np.searchsorted(quotes, starts)
     counts = np.diff(np.append(first, len(quotes)))
     rows, others = [], [np.flatnonzero((counts < 2) | (counts % 2 == 1))]
-    for count in np.unique(counts):
+    for count in np.flatnonzero(np.bincount(counts)):
         if count >= 2 and count % 2 == 0:
             places = np.flatnonzero(counts == count)
             at = quotes[first[places][:, None] + np.arange(count)]
@@ -177,7 +177,7 @@ def _numbers(
         within = length > place
         digit = characters[place] - np.uint8(ord("0"))
         is_digit = (digit <= 9) & within
-        np.add(digits * 10, digit, out=digits, where=is_digit)
+        digits = np.where(is_digit, digits * 10 + digit, digits)
         fraction += is_digit & dotted
         dot = (characters[place] == ord(".")) & within
         is_regular &= is_digit | (dot & ~dotted) | ~within | (negative if place == 0 else False)

@@ -113,15 +113,15 @@ class RunRecord:
             UserError: the log or the configuration cannot be read, or nothing is logged yet.
         """
         self.problems = []
-        configuration = read_json(self.folder / "config.json")
-        self.model = str(configuration.get("model_type", ""))
-        self.options = flattened(configuration)
         self.events = self._lines(EVENTS, "event", str)
         self.evaluations = self._lines(protocol.EVALUATIONS, protocol.KEY, dict)[-MOST_EVALUATIONS:]
-        self.history.images_at = images_at(self._pieces(configuration))
+        self.history.images_at = images_at(self._pieces())
         self.history.read(to_the_end=to_the_end)
         if not self.history.lines:
             raise UserError(f"{self.history.file} has no log line: the run has not logged a step yet")
+        configuration = read_json(self.folder / "config.json")
+        self.model = str(configuration.get("model_type", ""))
+        self.options = flattened(configuration)
         if self.history.passed_over:
             self.problems.append(f"{self.history.passed_over} lines of {METRICS} are torn or not of a run")
 
@@ -147,7 +147,7 @@ class RunRecord:
         """The last step that a log line is of."""
         return max(self.history.trained.get("step", 0), self.history.validated.get("step", 0))
 
-    def _pieces(self, configuration: dict[str, Any]) -> list[tuple[float, float, float]]:
+    def _pieces(self) -> list[tuple[float, float, float]]:
         """Return (step, images until then, images of a step) of each part of the run; none where nothing says it."""
         pieces: list[tuple[float, float, float]] = []
         for start in self.starts:
