@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Modules beside this one, each with `run(quick, **options) -> list[Row]`; imported when they run.
 BENCHMARKS = (
     *("bare_loop", "muse", "dalle", "prior", "vq_ar", "encode", "traffic", "memory", "profile_step"),
-    *("checkpointing", "startup", "llamagen", "busy"),
+    *("checkpointing", "startup", "llamagen", "busy", "rfid"),
 )
 
 
