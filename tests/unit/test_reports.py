@@ -136,6 +136,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_lowest_highest_and_ends(tmp_path,
     assert (found.max(), found.min()) == (50, -60) and steps[found.argmax()] == 7_777
     assert (steps[0], steps[-1]) == (0, 19_999) and found[0] == pytest.approx(values[0])
     assert curve._held <= 5 * 128 + 5000
+    assert 0.4 < (steps < 10_000).mean() < 0.6  # the beginning has as many points as the end
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 99, 1000])

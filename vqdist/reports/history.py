@@ -35,12 +35,16 @@ def thinned(steps: Numbers, values: Numbers, most: int) -> tuple[Numbers, Number
     """
     if len(steps) <= most:
         return steps, values
-    inner = values[1:-1]
-    per_stretch = -(-len(inner) // ((most - 2) // 2))
-    padded = np.pad(inner, (0, -len(inner) % per_stretch), mode="edge").reshape(-1, per_stretch)
-    first = np.arange(len(padded)) * per_stretch
-    chosen = np.concatenate([first + padded.argmin(axis=1), first + padded.argmax(axis=1)])
-    chosen = np.unique(np.minimum(chosen, len(inner) - 1))
+    inner, count = values[1:-1], (most - 2) // 2
+    # by steps and not by points: what was thinned before is as far from its neighbours as what is new
+    share = (steps[1:-1] - steps[0]) / (steps[-1] - steps[0] or 1)
+    begin = np.flatnonzero(np.diff(np.minimum((share * count).astype(np.int64), count - 1), prepend=-1))
+    stretch = np.repeat(np.arange(len(begin)), np.diff(np.append(begin, len(inner))))
+    found = []
+    for extreme in (np.minimum, np.maximum):
+        equal = np.flatnonzero(inner == extreme.reduceat(inner, begin)[stretch])
+        found.append(equal[np.diff(stretch[equal], prepend=-1) > 0])
+    chosen = np.union1d(*found)
     places = np.concatenate([[0], chosen + 1, [len(steps) - 1]])
     return steps[places], values[places]
 
