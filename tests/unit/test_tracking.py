@@ -285,7 +285,7 @@ def test_wandb_gets_the_trained_model_and_everything_that_was_logged(tmp_path, o
     assert artifact.finalize and list(artifact.aliases) == ["latest"]
 
     files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
-    assert files.keys() == {"config.json", "export.json", "model.safetensors", "README.md"}
+    assert files.keys() == {"config.json", "export.json", "model.safetensors", "README.md", "pictures.png"}
     for entry in artifact.manifest.contents:
         content = files[entry.path].read_bytes()
         assert content == (run / "export" / entry.path).read_bytes() and len(content) == entry.size
