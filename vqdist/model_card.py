@@ -7,6 +7,7 @@ stays as it is.
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,7 +60,7 @@ def write_card(run: Path, export: Path) -> None:
     evaluated = evaluated if evaluated.get("step") == step else {}
     picture = _picture(run, step)
     with writing(export / PICTURE):
-        if picture is not None:
+        if picture is not None and not ((export / PICTURE).is_file() and _same(picture, export / PICTURE)):
             shutil.copyfile(picture, export / PICTURE)
     words = [
         f"Weights of step {step:,}.",
@@ -72,7 +73,9 @@ def write_card(run: Path, export: Path) -> None:
         ["## Pictures", "", f"![originals and what the model makes]({PICTURE})", ""] if picture is not None else []
     )
     index = [*_results(evaluated), *_results(validated)]
-    _write(path, with_numbers(text, "\n".join(words), index))
+    written = with_numbers(text, "\n".join(words), index)
+    if written != text:
+        _write(path, written)
 
 
 def carry_card(before: Path, new: Path) -> None:
@@ -116,6 +119,10 @@ def _read(path: Path) -> str:
         return read_small(path, LARGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}); mend it, or remove it") from error
+
+
+def _same(one: Path, other: Path) -> bool:
+    return filecmp.cmp(one, other, shallow=False)
 
 
 def _write(path: Path, text: str) -> None:

@@ -115,6 +115,32 @@ def test_options_of_the_codebook_are_completed(arguments, expected):
     assert options_of(*arguments).model.vq_kwargs == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected", "codebook"),
+    [
+        ([], "fsq", None),
+        (["--codebook_size", "1024"], "fsq", None),
+        (["--codebook_size", "512"], "vq", VQ_OPTIONS),
+        (["--model.vq_kwargs.decay", "0.7"], "vq", {**VQ_OPTIONS, "decay": 0.7}),
+        (["--model.lfq_kwargs.diversity_gamma", "2"], None, None),
+        (["--model.quantizer_kwargs.levels", "[8, 5]"], None, None),
+        (["--model.lookup_free_quantization", "true"], None, None),
+        (["--model.preset", "llamagen_vq16"], None, None),
+        (["--init_from", "runs/a"], None, None),
+    ],
+)
+def test_the_quantizer_that_nobody_says(arguments, expected, codebook):
+    options = options_of(*arguments)
+    assert options.model.quantizer == expected and options.model.vq_kwargs == codebook
+
+
+def test_a_run_that_began_without_a_word_on_the_quantizer_keeps_it(tmp_path):
+    for quantizer, size, expected in ((None, 1024, None), ("fsq", 1024, "fsq"), ("vq", 512, "vq")):
+        (tmp_path / "config.json").write_text(json.dumps({"model": {"quantizer": quantizer}, "trainer": {}}))
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+        assert options_of("--codebook_size", str(size), out=tmp_path).model.quantizer == expected
+
+
 def begun(folder, **trainer) -> None:
     """Write what a run of the time before these defaults had in its folder."""
     before = {name.removeprefix("trainer."): value for name, value in IN_PYTHON.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import pytest
 from scenarios import build_trainer
@@ -91,6 +93,18 @@ def test_every_so_many_lines_are_drawn_and_losses_by_default(monkeypatch):
     for step in range(1, 8):
         plot({"step": step, "recon_loss": 1 / step, "lr": 0.1})
     assert len(shown.pictures) == 3 and list(plot.curves) == ["recon_loss"]  # the first line, the third, the sixth
+
+
+def test_a_display_is_that_of_a_notebook_and_of_no_terminal(monkeypatch):
+    ipython = SimpleNamespace(display=SimpleNamespace(display=Shown()))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    for shell, found in (
+        (SimpleNamespace(kernel=1), ipython.display.display),
+        (SimpleNamespace(), None),
+        (None, None),
+    ):
+        ipython.get_ipython = lambda shell=shell: shell
+        assert curves._display() is found
 
 
 def test_without_a_notebook_nothing_is_displayed(capsys):

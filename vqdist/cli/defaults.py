@@ -25,6 +25,10 @@ OF_BEGINNING = "trainer.lr"  # of weights at random
 VQGAN_DEFAULTS = {OF_BEGINNING: 1e-3, "trainer.max_grad_norm": 1.0, **OF_PLAYERS}
 # of quantizer vq
 VQ_OPTIONS = {"codebook_dim": 32, "decay": 0.9, "threshold_ema_dead_code": 2}
+QUANTIZER = "model.quantizer"
+FSQ_SIZES = (2**8, 2**10, 2**12, 2**14, 2**16)
+"""Codebook sizes for which the paper of `fsq` has levels: those of `FSQ_LEVELS`, which torch comes with."""
+OF_OTHERS = ("model.lfq_kwargs", "model.quantizer_kwargs", "model.lookup_free_quantization")  # say another quantizer
 # of a codebook that does not follow the encoder by itself they were not measured
 OTHER_CODEBOOKS = ("learnable_codebook", "ema_update", "directional_reparam", "implicit_neural_codebook")
 VQ = "model.vq_kwargs"
@@ -32,8 +36,8 @@ NOTE = (
     "Some defaults are others than those of the Python classes, which keep muse-maskgit-pytorch's. They came of a "
     "search, see docs/defaults.md: a discriminator that joins late undoes nothing that was learnt, and codes stay in "
     f"use. Quantizer vq has {', '.join(f'{name} {value}' for name, value in VQ_OPTIONS.items())} where vq_kwargs says "
-    "nothing else. A run that was begun with the classes' defaults goes on with them. The quantizer that nobody says "
-    "is lfq, as in Python; in 300 steps on digits fsq learnt more with as many codes."
+    "nothing else. The quantizer that nobody says is fsq, or vq where fsq has no levels for codebook_size; in Python "
+    "it is lfq. A run that was begun with the classes' defaults goes on with them."
 )
 
 
@@ -50,6 +54,7 @@ def measured(config_class: type) -> dict[str, Choice]:
         found[option] = Choice(words, partial(_of_trainer, option, value, in_python))
     for name, value in VQ_OPTIONS.items():
         found[f"{VQ}.{name}"] = Choice(f"{value}", partial(_of_codebook, name, value))
+    found[QUANTIZER] = Choice("fsq, or vq where fsq has no levels for codebook_size; in Python lfq", _quantizer)
     return found
 
 
@@ -88,6 +93,25 @@ def _of_trainer(option: str, value: Any, in_python: Any, said: Said) -> Any:
     return None if isinstance(trainer, dict) and before == in_python else value
 
 
+def _quantizer(said: Said) -> str | None:
+    """Return the quantizer of a new codebook, where nobody says one nor has options of another than `vq`."""
+    begun = run_before(said).get("model")
+    if _says(said, QUANTIZER, "model.preset", "init_from", *OF_OTHERS) or (
+        isinstance(begun, dict) and begun.get("quantizer") is None
+    ):
+        return None
+    size = said.get("model.codebook_size")
+    return "fsq" if (size is None or size in FSQ_SIZES) and not _says(said, VQ) else "vq"
+
+
+def _says(said: Said, *options: str) -> bool:
+    """Return whether somebody says one of these options, or a part of one."""
+    return any(
+        value is not None and any(name == option or name.startswith(f"{option}.") for option in options)
+        for name, value in said.items()
+    )
+
+
 def _of_codebook(name: str, value: Any, said: Said) -> Any:
     given = _codebook_of(said)
     if not _is_vq(said) or name in given or any(other in given for other in OTHER_CODEBOOKS):
@@ -116,7 +140,6 @@ def _is_vq(said: Said) -> bool:
     """Return whether a new codebook is made, by quantizer vq: `init_from` gives the codebook, too."""
     if said.get("init_from") is not None:
         return False
-    quantizer = said.get("model.quantizer")
-    if quantizer is None and said.get("model.preset") is None:
-        return said.get("model.lookup_free_quantization") is False
-    return quantizer == "vq"
+    if said.get(QUANTIZER) is None and said.get("model.lookup_free_quantization") is False:
+        return said.get("model.preset") is None
+    return (said.get(QUANTIZER) or _quantizer(said)) == "vq"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -138,10 +139,6 @@ class LivePlot:
 
 def _display() -> Any:
     """Return IPython's `display` in a notebook; None anywhere else, a terminal of IPython too."""
-    try:
-        from IPython.core.getipython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        return None
-    shell = get_ipython()
-    return display if shell is not None and hasattr(shell, "kernel") else None
+    ipython: Any = sys.modules.get("IPython")  # a notebook has imported it
+    shell = None if ipython is None else ipython.get_ipython()
+    return ipython.display.display if hasattr(shell, "kernel") else None
