@@ -140,7 +140,7 @@ def of_emoji(found: Mapping[str, Any]) -> str:
     images = int(numbers["rows"][0]["images"])
     return f"""## Five quantizers and three networks
 
-Emoji of 64 pixels (Noto Emoji), {numbers["steps"]} steps of {numbers["batch_size"]} images at a rate of 0.001, L1
+Emoji of 64 pixels (Noto Emoji), {numbers["steps"]} steps of {numbers["batch_size"]} images at a rate of 0.001, L2
 alone, 16 x 16 codes of about 1,024. Numbers are those of {images} images that were held back, of two seeds side by
 side. After so few steps the tables say how a tokenizer begins, and not how it ends. {lpips} Images a second are
 those of training steps, by the CPU time of one core.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -95,7 +94,7 @@ def facts_of(found: Found, image_size: ImageSize | None = None) -> dict[str, Any
     facts |= {"resample": model.resample, "parameters": parameters_of(model)}
     facts |= _facts_of_codes(found, size)
     facts |= {"begun_from": (model.begun_from or {}).get("path"), **_published(found)}
-    facts |= {"licence": licence_of(found, facts.get("preset"))}
+    facts |= {"licence": licence_of(found)}
     evaluated = protocol.last_of(found.path) if found.kind == "run" else None
     facts |= {} if evaluated is None else {"evaluation": evaluated}
     return {name: value for name, value in facts.items() if value is not None}
@@ -153,7 +152,10 @@ def _facts_of_codes(found: Found, size: ImageSize | None) -> dict[str, Any]:
 
 
 def _published(found: Found) -> dict[str, Any]:
-    """Return the published configurations that a model has the shapes of; of several the first that its codes fit."""
+    """Return the published configuration that a model has the shapes of; of several the first that its codes fit.
+
+    Weights of any other training may have them, too: no hash of the published ones is known.
+    """
     from vqdist.models.presets import PRESETS
     from vqdist.models.published import presets_like
 
@@ -163,9 +165,8 @@ def _published(found: Found) -> dict[str, Any]:
     if not names or not _is_built_like(cast("VQGanVAE", found.model), names[0]):
         return {}
     preset = PRESETS[names[0]]
-    return {
-        "preset": {"name": names[0], "source": preset.source, "numbers": preset.numbers, "licence": preset.licence}
-    }
+    facts = {"name": names[0], "source": preset.source, "numbers": preset.numbers, "licence": preset.licence}
+    return {"shapes_of_preset": facts}
 
 
 def _is_built_like(model: VQGanVAE, name: str) -> bool:
@@ -186,15 +187,10 @@ def _is_built_like(model: VQGanVAE, name: str) -> bool:
     return kinds[0] == kinds[1]
 
 
-def licence_of(found: Found, preset: Mapping[str, str] | None = None) -> str:
-    """Return what is known of the terms of the weights.
-
-    Args:
-        found: the model.
-        preset: the published configuration that it has, see `facts_of`.
-    """
+def licence_of(found: Found) -> str:
+    """Return what is known of the terms of the weights."""
     if found.kind == "file":
-        return preset["licence"] if preset else "nothing in the file names one; see the project that it is of"
+        return "nothing in the file names one; see the project that it is of"
     card = find_export(found.path) / MODEL_CARD
     named = _licence_in(card) if card.is_file() else None
     return named or "none named; the owner of the weights chooses one, in the head of export/README.md"

@@ -34,6 +34,9 @@ KEY = "protocol"
 EVALUATIONS = "evaluations.jsonl"
 # the program; names of what a hash tells apart; and what follows from the other choices
 SAYS_NOTHING = ("vqdist", "commit", "data", "reference", "features", "name", "source", "differs")
+OF_EVERY_NUMBER = ("data_hash", "images", "image_size", "view", "pixels", "weights")
+OF_SAMPLES = ("fid", "sfid", "kid", "is", "precision", "recall")
+"""Measures of drawn images, by the features that an extractor sees; with an r in front those of reconstructions."""
 
 
 def of_images(dataset: Any, spec: Any) -> dict[str, Any]:
@@ -91,6 +94,23 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
     names = [name for name in dict.fromkeys([*first, *second]) if name not in SAYS_NOTHING]
     pairs = {name: (first.get(name), second.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def differences_of(number: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what two protocols say differently of all that a number depends on, as `rfid` does on the extractor."""
+    return {name: pair for name, pair in differences(first, second).items() if _concerns(name, number)}
+
+
+def _concerns(name: str, number: str) -> bool:
+    """Return whether a number depends on what a protocol says by this name."""
+    kinds = {number, number.removeprefix("r")} & {*OF_SAMPLES}
+    if name.startswith("lpips"):
+        return number == "lpips"
+    if name == "inception_score_over":
+        return "is" in kinds
+    if name.startswith(("features", "reference")):
+        return bool(kinds)
+    return name in OF_EVERY_NUMBER or number in OF_SAMPLES  # the rest is of drawing samples
 
 
 def keep(run: Path, step: int, numbers: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_reports import HOSTILE, falling, page_of_runs, run_at, two_runs  # noqa: F401
+from test_reports import HOSTILE, SAID, falling, page_of_runs, run_at, two_runs, validated  # noqa: F401
 
 from browser.chromium import DESKTOP, PHONE, Browser
 from vqdist.reports.record import RunRecord
@@ -92,6 +92,22 @@ def test_a_log_scale_and_the_axis_can_be_chosen(browser, two_runs, tmp_path):  #
     browser.press("+")
     first, last = map(float, browser.value(RANGE).split())
     assert last - first == pytest.approx(8 * 19 / 2)
+
+
+def test_a_number_that_was_measured_otherwise_has_a_note(browser, tmp_path):
+    runs = [validated(tmp_path / name, (0, {**SAID, "features_hash": name})) for name in ("a", "b")]
+    page_of_runs(runs, tmp_path / "a.html")
+    browser.open(f"file://{tmp_path / 'a.html'}")
+    note = "document.querySelector('.card[data-name=\"valid/{}\"] .note').textContent"
+    browser.place('.card[data-name="valid/rfid"] canvas')
+    said = "a and b cannot be compared: features_hash a and b"
+    assert browser.value(note.format("rfid")) == said and browser.value(note.format("psnr")) == ""
+    numbers = browser.value("document.getElementById('numbers').innerText")
+    assert "valid/rfid *" in numbers and f"* valid/rfid of {said}" in numbers and "valid/psnr *" not in numbers
+    browser.click("#runs input")
+    browser.place('.card[data-name="valid/rfid"] canvas')
+    assert browser.value(note.format("rfid")) == ""  # of one run there is nothing to compare
+    assert browser.complaints() == []
 
 
 def test_the_sliders_show_the_pictures_and_the_codes_of_a_step(browser, page):

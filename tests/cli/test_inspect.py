@@ -102,7 +102,7 @@ def test_the_head_of_the_model_card_names_the_licence(tmp_path, inspect):
         assert rows(inspect(folder))["licence"].startswith("none named")
 
 
-def test_a_published_file_has_the_numbers_of_its_preset(tmp_path, inspect, monkeypatch):
+def test_a_file_is_said_to_have_the_shapes_of_a_preset_and_not_to_be_it(tmp_path, inspect, monkeypatch):
     vae = VQGanVAE(dim=16, layers=2, quantizer="lfq", codebook_size=16, use_vgg_and_gan=False)
     vae.image_size = 16
     vae.save_pretrained(tmp_path / "export")
@@ -123,11 +123,14 @@ def test_a_published_file_has_the_numbers_of_its_preset(tmp_path, inspect, monke
     monkeypatch.setitem(PRESETS, "small", small)
     found = rows(inspect(tmp_path / "vae.pt", "--image_size", "16"))
     assert found["file of family muse_vqgan"].endswith("vae.pt: VQGanVAE")
-    assert found["preset"].startswith("small: ") and found["expected"] == "rFID 1.5, of the published weights"
-    assert found["licence"] == "theirs"
+    assert found["preset"].startswith("has the shapes of small: ")
+    assert found["if it is that file"] == "rFID 1.5; licence: theirs"
+    assert found["licence"].startswith("nothing in the file names one")  # anybody's training has these shapes
+    facts = json.loads(inspect(tmp_path / "vae.pt", "--image_size", "16", "--json"))
+    assert facts["shapes_of_preset"]["name"] == "small" and "preset" not in facts and facts["licence"] != "theirs"
     # of one's own weights the licence is one's own, however they are built
     found = rows(inspect(tmp_path / "export"))
-    assert found["preset"].startswith("small: ") and found["licence"].startswith("none named")
+    assert found["preset"].startswith("has the shapes of small: ") and found["licence"].startswith("none named")
 
 
 def test_a_prior_has_the_hash_of_its_tokenizer(export, tmp_path, inspect):

@@ -9,6 +9,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from scenarios import build_trainer
 
@@ -40,7 +41,19 @@ def test_curves_share_their_axes_and_have_names():
     assert {"low <b>", "high", "a & b", "0", "4"} <= set(texts)
 
 
-@pytest.mark.parametrize("points", [[], [(3, 1.0)], [(1, math.nan), (2, math.inf)], [(1, 2.0), (2, 2.0)]])
+@pytest.mark.parametrize(
+    "points",
+    [
+        [],
+        [(3, 1.0)],
+        [(1, math.nan), (2, math.inf)],
+        [(1, 2.0), (2, 2.0)],
+        [(1, 1e20)],
+        [(1, 5.0), (2, 5 + 1e-15)],
+        [(1, -1.7e308), (2, 1.7e308), (3, 1.0)],
+        [(0, 0.0), (1, 5e-324)],
+    ],
+)
 def test_few_equal_and_infinite_numbers_are_drawn(points):
     svg = curves_svg({"a": points})
     ElementTree.fromstring(svg)
@@ -56,6 +69,24 @@ def test_a_long_curve_is_thinned_to_its_end():
 def test_ticks_are_few_and_within(low, high):
     found = ticks(low, high)
     assert 2 <= len(found) <= 6 and low - 1e-9 * abs(low) <= found[0] and found[-1] <= high + 1e-9 * abs(high)
+
+
+def test_ticks_of_any_range_are_few_within_and_at_equal_distances():
+    """Of 5000 ranges at random, and of those whose length is near a step of the rule."""
+    random = np.random.default_rng(0)
+    lows = random.normal(size=5000) * 10.0 ** random.integers(-6, 7, 5000)
+    lengths = np.abs(lows) * 10.0 ** random.uniform(-6, 6, 5000)
+    ranges = [*zip(lows.tolist(), (lows + lengths).tolist(), strict=True)]
+    ranges += [(1, 1 + part * 10**power) for power in range(4) for part in np.linspace(0.9, 61, 200).tolist()]
+    ranges += [(1, 56), (0, 0.3), (0.1, 0.7), (-1e290, 1e290), (0, 1e-280)]
+    for low, high in ranges:
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high, (low, high, found)
+        distances = np.diff(found)
+        assert np.allclose(distances, distances[0], rtol=1e-6, atol=0), (low, high, found)
+        mantissa = float(f"{distances[0]:.3e}".split("e")[0])
+        assert mantissa in (1, 2, 5), (low, high, found)
+    assert ticks(0, 0.3) == [0, 0.1, 0.2, 0.3]  # as they are written, not 0.30000000000000004
 
 
 class Shown:

@@ -184,6 +184,103 @@ def test_images_and_hours_follow_the_starts_of_a_run(tmp_path):
     assert older.history.images_at(np.array([3])).tolist() == [96]
 
 
+KINDS_OF_LINES = {
+    "one set of keys": {},
+    "a number every fourth step": {"gradient_penalty": lambda step: step % 4 == 0},
+    "many sets of keys": {f"n{k}": lambda step, k=k: step % (k + 2) == 0 for k in range(5)},
+    "lines that are read one at a time": {"\u00e9": lambda step: step % 3 == 0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LINES)
+@pytest.mark.parametrize("block", [500, 2**20])
+def test_hours_are_those_of_the_steps_whatever_keys_the_lines_have(tmp_path, monkeypatch, kind, block):
+    monkeypatch.setattr(histories, "BLOCK", block)
+    speeds = np.random.default_rng(0).uniform(1, 100, 200).tolist()
+    lines = []
+    for step, speed in enumerate(speeds, 1):
+        more = {name: 1.0 for name, holds in KINDS_OF_LINES[kind].items() if holds(step)}
+        lines += [{"step": step, "images_per_second": speed, **more}] + [{"step": step, "valid/psnr": 1}] * (
+            step % 7 == 0
+        )
+    run = run_at(tmp_path, lines)
+    (run / "events.jsonl").write_text('{"step": 0, "event": "start", "images": 0, "images_per_step": 8}\n')
+    record = RunRecord(run, "run")
+    record.read()
+    steps, hours = record.history.hours.points(1000)
+    assert steps.tolist() == list(range(1, 201)) and (np.diff(hours) > 0).all()
+    assert np.allclose(hours, np.cumsum(8 / np.array(speeds)) / 3600)
+
+
+def test_the_first_steps_that_are_not_finite_are_kept_in_their_order(tmp_path):
+    lines = [{"step": n, "a": float("nan"), **({"b": 1} if n % 4 == 0 else {})} for n in range(1, 301)]
+    assert history_of(run_at(tmp_path, lines)).curves["a"].at == list(range(1, 101))
+
+
+# ------------------------------------------------------------------------------------------- validations
+
+
+def validated(folder: Path, *starts: tuple[int, dict | None], name: str = "rfid") -> Path:
+    """Write a run of 20 steps, validated at each fifth, that started at these steps with these protocols."""
+    lines = [{"step": n, f"valid/{name}": 3.0, "valid/psnr": 20.0, "valid/seconds": 1.0} for n in (5, 10, 15, 20)]
+    run = run_at(folder, [*falling(4), *lines])
+    events = [{"step": step, "event": "resume" if step else "start", "validation": said} for step, said in starts]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run
+
+
+SAID = {"data": "a", "data_hash": "aa", "images": 30, "weights": "live", "features": "x", "features_hash": "f0"}
+
+
+def differing_lines(capsys, *runs: Path) -> list[str]:
+    assert main(["report", *map(str, runs)]) == 0
+    return [line for line in capsys.readouterr().out.splitlines() if " of " in line and line.startswith("valid/")]
+
+
+def test_numbers_of_validations_say_in_what_they_were_measured_otherwise(tmp_path, capsys):
+    a = validated(tmp_path / "a", (0, SAID))
+    same = validated(tmp_path / "same", (0, {**SAID, "data": "the same elsewhere", "commit": "00"}))
+    assert differing_lines(capsys, a, same) == []
+    images = validated(tmp_path / "images", (0, {**SAID, "data_hash": "bb", "images": 40}))
+    (line,) = differing_lines(capsys, a, same, images)
+    assert line == ("valid/rfid, valid/psnr of a and images cannot be compared: data_hash aa and bb, images 30 and 40")
+    extractor = validated(tmp_path / "extractor", (0, {**SAID, "features_hash": "f1", "reference_hash": "r"}))
+    (line,) = differing_lines(capsys, a, extractor)
+    assert line == (
+        "valid/rfid of a and extractor cannot be compared: features_hash f0 and f1, reference_hash none and r"
+    )
+    both = validated(tmp_path / "both", (0, {**SAID, "weights": "averaged", "features_hash": "f1"}))
+    first, second = differing_lines(capsys, a, both)
+    assert first.startswith("valid/rfid of") and second.startswith("valid/psnr of") and "features" not in second
+    # numbers that need no such network, or that one run alone has
+    samples = validated(tmp_path / "samples", (0, {**SAID, "samples": 64, "lpips_hash": "l"}), name="lpips")
+    assert differing_lines(capsys, a, samples) == []
+    others = [validated(tmp_path / f"fid{n}", (0, {**SAID, "samples": n}), name="fid") for n in (8, 9)]
+    (line,) = differing_lines(capsys, *others)
+    assert line == "valid/fid of fid8 and fid9 cannot be compared: samples 8 and 9"
+
+
+def test_a_run_that_went_on_with_another_protocol_or_says_none_is_named(tmp_path, capsys):
+    changed = validated(tmp_path / "a", (0, SAID), (10, {**SAID, "features_hash": "f1"}), (20, {**SAID, "images": 1}))
+    (line,) = differing_lines(capsys, changed)
+    assert line == "valid/rfid of a until step 10 and after it cannot be compared: features_hash f0 and f1"
+    now = validated(tmp_path / "now", (0, {**SAID, "features_hash": "f1"}))
+    assert differing_lines(capsys, changed, now) == [line]  # its last numbers agree
+    before = validated(tmp_path / "before", (0, None))
+    (line,) = differing_lines(capsys, before, now)
+    assert line.startswith("valid/rfid, valid/psnr of now and before may differ: before does not say")
+    assert differing_lines(capsys, before, validated(tmp_path / "old")) == []
+
+
+def test_a_page_has_a_note_at_each_number_that_was_measured_otherwise(tmp_path):
+    a = validated(tmp_path / "a", (0, SAID))
+    b = validated(tmp_path / "b", (0, {**SAID, "features_hash": HOSTILE}))
+    page = page_of_runs([a, b], tmp_path / "a.html")
+    (found,) = data_in(page)["differing"]
+    assert (found["names"], found["runs"]) == (["valid/rfid"], [0, 1]) and HOSTILE not in page
+    assert found["note"].startswith("a and b cannot be compared: features_hash f0 and </script>")
+
+
 # ------------------------------------------------------------------------------------------- the table
 
 

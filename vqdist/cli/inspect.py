@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EPILOG = """examples:
   vqdist inspect runs/a                          what the run has come to: size by part, codes, hash, licence
-  vqdist inspect vq_ds16_c2i.pt                  the same of a file of another project, with the published numbers
+  vqdist inspect vq_ds16_c2i.pt                  the same of a file of another project, and whose shapes it has
   vqdist inspect runs/a --image photo.jpg        original, reconstruction, difference, code map and codes in use
 """
 PICTURE = Path("inspection.png")
@@ -134,9 +134,10 @@ def _rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, title in {"tokenizer_hash": "tokenizer", "codes_hash": "its codes", "begun_from": "begun from"}.items():
         if name in facts:
             yield title, facts[name]
-    if "preset" in facts:
-        yield "preset", f"{facts['preset']['name']}: {facts['preset']['source']}"
-        yield "expected", f"{facts['preset']['numbers']}, of the published weights"
+    if "shapes_of_preset" in facts:
+        preset = facts["shapes_of_preset"]
+        yield "preset", f"has the shapes of {preset['name']}: {preset['source']}"
+        yield "if it is that file", f"{preset['numbers']}; licence: {preset['licence']}"
     if "evaluation" in facts:
         yield "evaluated", _evaluation_in_words(facts["evaluation"])
     yield "licence", facts["licence"]

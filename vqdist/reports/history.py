@@ -40,13 +40,12 @@ def thinned(steps: Numbers, values: Numbers, most: int) -> tuple[Numbers, Number
     share = (steps[1:-1] - steps[0]) / (steps[-1] - steps[0] or 1)
     begin = np.flatnonzero(np.diff(np.minimum((share * count).astype(np.int64), count - 1), prepend=-1))
     stretch = np.repeat(np.arange(len(begin)), np.diff(np.append(begin, len(inner))))
-    found = []
+    kept = np.zeros(len(steps), dtype=bool)
+    kept[[0, -1]] = True
     for extreme in (np.minimum, np.maximum):
         equal = np.flatnonzero(inner == extreme.reduceat(inner, begin)[stretch])
-        found.append(equal[np.diff(stretch[equal], prepend=-1) > 0])
-    chosen = np.union1d(*found)
-    places = np.concatenate([[0], chosen + 1, [len(steps) - 1]])
-    return steps[places], values[places]
+        kept[equal[np.diff(stretch[equal], prepend=-1) > 0] + 1] = True
+    return steps[kept], values[kept]
 
 
 class Curve:
@@ -70,7 +69,7 @@ class Curve:
         self.count += len(values)
         if not finite.all():
             self.not_finite += int((~finite).sum())
-            self.at += steps[~finite][: NOT_FINITE_SHOWN - len(self.at)].astype(int).tolist()
+            self.at = sorted([*self.at, *steps[~finite].astype(int).tolist()])[:NOT_FINITE_SHOWN]
             steps, values = steps[finite], values[finite]
         self._parts.append((steps, values))
         self._held += len(steps)
@@ -116,6 +115,7 @@ class History:
         self.validated: dict[str, Any] = {}
         self._position, self._identity = 0, (0, 0)
         self._last_step = self._hours = 0.0
+        self._speeds: list[tuple[Numbers, Numbers]] = []  # of the block that is read
 
     def read(self, *, to_the_end: bool = True) -> None:
         """Take in the lines that are new; all of them again where the file is another one, as of a resumed run.
@@ -148,6 +148,7 @@ class History:
             for part in rows:
                 self._add_rows(part)
             self._add_lines(list(odd.values()))
+            self._add_hours()
             self._note_last(rows, odd, {place: block[slice(*lines[place])] for place in _last_places(rows)})
 
     def _note_last(self, rows: list[Rows], odd: dict[int, dict[str, Any]], raw: dict[int, bytes]) -> None:
@@ -193,14 +194,24 @@ class History:
         return sorted(self.curves, key=lambda name: name.startswith(VALID))
 
     def _add(self, name: str, steps: Numbers, values: Numbers) -> None:
+        if name == SPEED:
+            self._speeds.append((steps, values))
         if name not in self.curves and len(self.curves) >= MOST_CURVES:
             return
         self.curves.setdefault(name, Curve()).add(steps, values)
-        if name == SPEED and self.images_at is not None and len(steps):
-            self._add_hours(steps, values, self.images_at)
 
-    def _add_hours(self, steps: Numbers, speed: Numbers, images_at: Callable[[Numbers], Numbers]) -> None:
-        images = np.diff(images_at(np.concatenate([[self._last_step], steps])))
+    def _add_hours(self) -> None:
+        """Add up the hours of a block in the order of steps: its lines were taken in by their keys.
+
+        A step that is not past the last one adds nothing.
+        """
+        steps, speed = (np.concatenate([part[side] for part in self._speeds] or [np.empty(0)]) for side in (0, 1))
+        self._speeds = []
+        steps, first = np.unique(steps, return_index=True)
+        speed, steps = speed[first][steps > self._last_step], steps[steps > self._last_step]
+        if self.images_at is None or not len(steps):
+            return
+        images = np.diff(self.images_at(np.concatenate([[self._last_step], steps])))
         with np.errstate(divide="ignore", invalid="ignore"):
             hours = np.where((speed > 0) & (images > 0), images / speed / 3600, 0.0)
         total = self._hours + np.cumsum(hours)

@@ -17,6 +17,7 @@ from vqdist.errors import UserError, printable, shortened
 from vqdist.reports.history import Curve
 from vqdist.reports.record import MOST_EVENTS, Picture, RunRecord, as_data
 from vqdist.reports.table import numbers_of, shown
+from vqdist.reports.validations import Difference, differing_validations
 from vqdist.version import __version__
 
 TEMPLATE = Path(__file__).resolve().parent / "page"
@@ -50,6 +51,7 @@ def data_of(runs: list[RunRecord], pictures: int = PICTURES, source: Source = em
         "runs": [_run(run) for run in runs],
         "curves": _curves(runs),
         "numbers": _rows([numbers_of(run) for run in runs]),
+        "differing": [_difference(found) for found in differing_validations(runs)],
         "pictures": sheets,
         "charts": charts,
         "evaluations": _evaluations(runs),
@@ -113,6 +115,12 @@ def _rows(columns: list[dict[str, str]]) -> list[dict[str, Any]]:
         {"name": clean(name), "cells": [clean(column[name]) if name in column else None for column in columns]}
         for name in names
     ]
+
+
+def _difference(found: Difference) -> dict[str, Any]:
+    """Return numbers that cannot be compared: a line for the table, and a note for the curve of each."""
+    names, note = [clean(name) for name in found.names], clean(f"{found.of} {found.reason}", 600)
+    return {"names": names, "runs": list(found.runs), "note": note, "line": clean(found.line, 900)}
 
 
 def _sheets(run: RunRecord, most: int, source: Source) -> list[dict[str, Any]]:

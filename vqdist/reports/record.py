@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from vqdist import protocol
 from vqdist.errors import UserError, printable, shortened
 from vqdist.files import CHART_NUMBERS, EVENTS, METRICS, lines_of_metrics, read_json, read_small
-from vqdist.reports.history import History, Numbers
+from vqdist.reports.history import KEPT, History, Numbers
 
 PICTURE = re.compile(r"step_(\d{1,15})(_codes)?\.png")
 LARGEST_AS_IT_IS = 300_000
@@ -146,6 +146,27 @@ class RunRecord:
     def last_step(self) -> int:
         """The last step that a log line is of."""
         return max(self.history.trained.get("step", 0), self.history.validated.get("step", 0))
+
+    def validated_on(self, name: str) -> list[tuple[int, dict[str, Any]]]:
+        """Return what a number of validations was measured on, part by part of the run; nothing where it has none.
+
+        Returns:
+            The step after which each part begins, and its protocol, empty where nothing says it.
+        """
+        curve = self.history.curves.get(name)
+        if curve is None or not curve.count:
+            return []
+        parts: list[tuple[int, dict[str, Any]]] = []
+        for start in self.starts:
+            said = start.get("validation")
+            parts = [part for part in parts if part[0] < start["step"]]
+            parts.append((start["step"], said if isinstance(said, dict) else {}))
+        if not any(said for _, said in parts):
+            return [(0, {})]
+        steps, _ = curve.points(KEPT)
+        # a start follows the validation of its own step
+        places = np.searchsorted([step for step, _ in parts], steps, side="left") - 1
+        return [parts[place] for place in np.unique(np.maximum(places, 0))] or parts[-1:]
 
     def _pieces(self) -> list[tuple[float, float, float]]:
         """Return (step, images until then, images of a step) of each part of the run; none where nothing says it."""

@@ -10,6 +10,7 @@ from vqdist import protocol
 from vqdist.errors import printable
 from vqdist.reports.history import VALID, Numbers
 from vqdist.reports.record import RunRecord
+from vqdist.reports.validations import differing_validations
 
 EVALUATE = "evaluate/"
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -56,14 +57,17 @@ def differing(evaluated: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def table_of(runs: list[RunRecord]) -> tuple[list[dict[str, str]], list[str]]:
-    """Return a column for each run, and the lines that say why evaluations are not among the numbers."""
+    """Return a column for each run, and the lines that say which of their numbers cannot be compared.
+
+    Evaluations that cannot be are not among the numbers.
+    """
     columns = [numbers_of(run) for run in runs]
     evaluated = {str(run.folder): run.evaluations[-1] for run in runs if run.evaluations}
     lines = differing(evaluated)
     if not lines:
         for run, column in zip(runs, columns, strict=True):
             column |= evaluation_of(evaluated.get(str(run.folder)))
-    return columns, lines
+    return columns, [*(found.line for found in differing_validations(runs)), *lines]
 
 
 def printed(titles: list[str], columns: list[dict[str, str]]) -> str:

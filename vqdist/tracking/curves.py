@@ -13,17 +13,20 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 26, 26  # pixels around the curves
 MOST = 1000  # points of a drawn curve
+LARGEST = 1e290  # number that is drawn: of larger ones the difference may be none
 
 
 def curves_svg(curves: Mapping[str, Points], title: str = "", *, width: int = 640, height: int = 300) -> str:
     """Return a picture of curves laid over each other, with axes and a legend.
 
     Args:
-        curves: by name: points (x, y) by growing x; those that are not finite are left out.
+        curves: by name: points (x, y) by growing x; those that are not finite, or beyond 1e290, are left out.
         title: above it.
         width, height: in pixels; each line of the legend is beneath.
     """
-    drawn = {name: _thinned([p for p in points if all(map(math.isfinite, p))]) for name, points in curves.items()}
+    drawn = {
+        name: _thinned([p for p in points if all(abs(end) <= LARGEST for end in p)]) for name, points in curves.items()
+    }
     every = [point for points in drawn.values() for point in points] or [(0.0, 0.0)]
     ends = [_widened([point[axis] for point in every]) for axis in (0, 1)]
 
@@ -49,15 +52,30 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and the highest of values; a range around them where they are as good as equal."""
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    size = max(abs(low), abs(high))
+    margin = 0.0 if high - low > max(1e-9 * size, 1 / LARGEST) else max(0.5, size / 1000)
+    return low - margin, high + margin
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return round numbers from `low` to `high`, at most so many."""
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= most - 1)
-    return [step * number for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    """Return round numbers from `low` to `high` at equal distances, at least two.
+
+    The distance is 1, 2 or 5 times a power of ten: the smallest of which there are no more than `most`. It is at most
+    2.5 times the one before it, of which there are more. Two numbers are left at least, where `most` is 5 or more.
+    """
+    power = math.floor(math.log10((high - low) / most))
+    rounds = (_multiples(low, high, factor, power) for factor in (1, 2, 5, 10, 20))
+    return next(found for found in rounds if len(found) <= most)
+
+
+def _multiples(low: float, high: float, factor: int, power: int) -> list[float]:
+    """Return the multiples of `factor` times ten to `power` from `low` to `high`, as they are written in decimals."""
+    over, under = factor * 10 ** max(power, 0), 10 ** max(-power, 0)  # the quotient of integers is rounded once
+    first, last = (math.floor(end / over * under) for end in (low, high))
+    found = (number * over / under for number in range(first - 1, last + 2))
+    return [value for value in found if low <= value <= high]
 
 
 def _axes(ends: Sequence[tuple[float, float]], place: Any, width: int) -> str:

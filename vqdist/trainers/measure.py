@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from vqdist import protocol
 from vqdist.errors import UserError
 from vqdist.names import unknown
 
 VALID = "valid/"
-OF_SAMPLES = ("fid", "sfid", "kid", "is", "precision", "recall")
+OF_SAMPLES = protocol.OF_SAMPLES
 """Measures of drawn images, by the features that an extractor sees."""
 
 OF_FEATURES = tuple(f"r{name}" for name in OF_SAMPLES)

@@ -125,6 +125,8 @@
       if (dropped) notes.push(`${counted(dropped)} not above 0, which a log scale cannot show`);
       const unplaced = this.curve.runs.filter((points, run) => points && !this.lines[run]).length;
       if (unplaced) notes.push(`${unplaced} ${unplaced === 1 ? "run does" : "runs do"} not say its ${AXES[state.x]}`);
+      const compared = new Set(shown.map((one) => one.run));
+      notes.push(...data.differing.filter((one) => one.names.includes(this.name) && one.runs.every((run) => compared.has(run))).map((one) => one.note));
       this.note.textContent = notes.join("; ");
       const said = shown.filter((one) => one.line.y.length).map((one) => `${data.runs[one.run].name}: last ${words(one.line.y[one.line.y.length - 1])}`);
       this.canvas.setAttribute("aria-label", `${this.name} over ${AXES[state.x]}. ${said.join(", ")}`);
@@ -545,7 +547,9 @@
 
   function showTables() {
     const names = data.runs.map((run) => run.name);
-    fill("numbers", table(data.numbers, names));
+    const differs = new Set(data.differing.flatMap((one) => one.names));
+    const marked = data.numbers.map((row) => (differs.has(row.name) ? { ...row, name: `${row.name} *` } : row));
+    fill("numbers", table(marked, names), ...data.differing.map((one) => make("p", { class: "hint" }, `* ${one.line}`)));
     const tables = data.evaluations.flatMap((one, number) => [
       make("h3", {}, data.evaluations.length > 1 ? `Protocol ${number + 1}` : "One protocol"),
       make("p", { class: "quiet" }, one.protocol.map(([name, value]) => `${name}: ${value}`).join(", ")),
