@@ -8,6 +8,7 @@ stays as it is.
 from __future__ import annotations
 
 import filecmp
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,18 +17,20 @@ from typing import Any, NamedTuple, cast
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vqdist import protocol
-from vqdist.errors import UserError
+from vqdist.errors import UserError, printable, shortened
 from vqdist.export import MODEL_CARD, NUMBERS_BEGIN, NUMBERS_END, RECORD
 from vqdist.files import EVENTS, METRICS, lines_of_metrics, read_json, read_small, writing
 
 LARGEST = 2**20  # bytes
-VALID = "valid/"
+VALID, VALIDATION = "valid/", "validation"
 COUNTS = ("step", "images", "samples", "seconds", "time_share")  # numbers beside the measures
 PICTURE = "pictures.png"
 TITLES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "fid": "FID", "is": "Inception score"}
 TITLES |= {"kid": "KID", "rkid": "rKID", "sfid": "sFID", "rsfid": "rsFID", "ris": "rIS", "l1": "L1", "nll": "NLL"}
 RECONSTRUCTION = ("image-to-image", "Image reconstruction")
 GENERATION = ("unconditional-image-generation", "Image generation")
+OF_CLASSES = ("conditional-image-generation", "Class-conditional image generation")
+LONGEST = 400  # characters of a word in the card that comes from a file or an option
 
 
 class Cost(NamedTuple):
@@ -55,7 +58,10 @@ def write_card(run: Path, export: Path) -> None:
     text = _read(path)
     if NUMBERS_BEGIN not in text or NUMBERS_END not in text or not isinstance(step, int):
         return
-    validated, cost = _of_metrics(run, step)
+    starts = list(_starts(run))
+    validated, cost = _of_metrics(run, step, starts)
+    if validated:
+        validated[protocol.KEY] = _validation_of(starts, step)
     evaluated = protocol.last_of(run) or {}
     evaluated = evaluated if evaluated.get("step") == step else {}
     picture = _picture(run, step)
@@ -66,13 +72,17 @@ def write_card(run: Path, export: Path) -> None:
         f"Weights of step {step:,}.",
         "",
         *_numbers(validated, evaluated),
-        *_protocol(evaluated),
+        *_protocol(VALIDATION, validated),
+        *_protocol("evaluation", evaluated),
         *_cost(cost, step),
     ]
     words += (
         ["## Pictures", "", f"![originals and what the model makes]({PICTURE})", ""] if picture is not None else []
     )
-    index = [*_results(evaluated), *_results(validated)]
+    index = [
+        *_results(evaluated, _task(export, evaluated)),
+        *_results(validated, _task(export, validated), VALIDATION),
+    ]
     written = with_numbers(text, "\n".join(words), index)
     if written != text:
         _write(path, written)
@@ -135,11 +145,11 @@ def _write(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------- what is known of a run
 
 
-def _of_metrics(run: Path, step: int) -> tuple[dict[str, Any], Cost]:
+def _of_metrics(run: Path, step: int, starts: list[dict[str, Any]]) -> tuple[dict[str, Any], Cost]:
     """Return the validation of a step, and what the training up to it has taken."""
     validated: dict[str, Any] = {}
     hours: dict[str, float] = {}
-    starts, before = list(_starts(run)), 0
+    starts, before = [start for start in starts if _counts(start)], 0
     for line in _lines(run / METRICS):
         if line["step"] > step:
             break
@@ -163,11 +173,19 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _starts(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the starts and resumptions of a run that say how many images a step takes."""
-    for line in _lines(run / EVENTS):
-        counts = [line.get(name) for name in ("images", "images_per_step", "processes")]
-        if line.get("event") in ("start", "resume") and all(type(count) is int for count in counts):
-            yield line
+    """Yield the starts and resumptions of a run."""
+    return (line for line in _lines(run / EVENTS) if line.get("event") in ("start", "resume"))
+
+
+def _counts(start: Mapping[str, Any]) -> bool:
+    """Return whether a start says how many images a step takes."""
+    return all(type(start.get(name)) is int for name in ("images", "images_per_step", "processes"))
+
+
+def _validation_of(starts: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """Return what the validation of a step was measured on; empty of runs that did not note it yet."""
+    said = (_last_start(starts, step) or {}).get("validation")
+    return said if isinstance(said, dict) else {}
 
 
 def _last_start(starts: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
@@ -194,13 +212,13 @@ def _measures(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(validated: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[str]:
-    columns = {"validation": _measures(validated), "evaluation": _measures(evaluated)}
+    columns = {VALIDATION: _measures(validated), "evaluation": _measures(evaluated)}
     columns = {title: numbers for title, numbers in columns.items() if numbers}
     if not columns:
         return []
     names = list(dict.fromkeys(name for numbers in columns.values() for name in numbers))
     rows = [
-        f"| {TITLES.get(name, name)} | "
+        f"| {TITLES.get(name) or _plain(name)} | "
         + " | ".join(f"{numbers[name]:.4g}" if name in numbers else "" for numbers in columns.values())
         + " |"
         for name in names
@@ -209,17 +227,42 @@ def _numbers(validated: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list
     return ["## Numbers", "", *head, *rows, ""]
 
 
-def _protocol(evaluated: Mapping[str, Any]) -> list[str]:
-    """Return what the evaluation was measured on; the validation's images are a share of the run's own, or named."""
-    said = _said_of(evaluated)
-    rows = [f"| {name} | {value} |" for name, value in said.items()]
-    return ["## Protocol of the evaluation", "", "| | |", "| --- | --- |", *rows, ""] if rows else []
+def _protocol(kind: str, found: Mapping[str, Any]) -> list[str]:
+    """Return what a validation or an evaluation was measured on."""
+    rows = [f"| {_plain(name)} | {_plain(value)} |" for name, value in _said_of(found).items()]
+    return [f"## Protocol of the {kind}", "", "| | |", "| --- | --- |", *rows, ""] if rows else []
 
 
-def _said_of(evaluated: Mapping[str, Any]) -> dict[str, Any]:
+def _said_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return a protocol without paths of this machine: hashes say which files they were."""
-    said = dict(evaluated.get(protocol.KEY) or {})
-    return said | {name: Path(str(said[name])).name for name in ("data", "reference", "features") if name in said}
+    said = dict(found.get(protocol.KEY) or {})
+    said |= {name: _name_of(str(said[name])) for name in ("data", "reference", "features") if name in said}
+    return {_tame(name): _tame(value) for name, value in said.items()}
+
+
+def _name_of(given: str) -> str:
+    """Return the last part of a path; of a dictionary in words, of each path in it."""
+    if given.startswith("{"):
+        return re.sub(r"(?<=['\"])[^'\"]*/(?=[^'\"/]+/?['\"])", "", given)
+    return Path(given).name or "images"
+
+
+def _tame(value: Any) -> Any:
+    """Return a value with its words on one line, and without the comments that mark a part of the card."""
+    if isinstance(value, Mapping):
+        return {_tame(name): _tame(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tame(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    return shortened(printable(value), LONGEST).replace("<!--", "< !--").replace("-->", "-- >")
+
+
+def _plain(value: Any) -> str:
+    """Return a value as one line of Markdown that shows it: no HTML, no link or picture, no end of a table's cell."""
+    text = shortened(printable(str(value)), LONGEST)
+    text = re.sub(r"[\\`*\[\]|]", r"\\\g<0>", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _cost(cost: Cost, step: int) -> list[str]:
@@ -228,25 +271,41 @@ def _cost(cost: Cost, step: int) -> list[str]:
     rows = [f"- {cost.images:,} images seen in {step:,} steps"]
     for device, hours in cost.hours.items():
         kind = "CPU" if device.startswith("cpu") else "GPU"
-        rows.append(f"- {hours:.3g} {kind} hours of training steps ({device}); saving and validation are not in them")
+        rows.append(
+            f"- {hours:.3g} {kind} hours of training steps ({_plain(device)}); saving and validation are not in them"
+        )
     return ["## Training cost", "", *rows, ""]
 
 
-def _results(found: Mapping[str, Any]) -> Iterator[EvalResult]:
-    """Yield the entries of the metric index: one a number, each with the protocol as the arguments of its data."""
-    said = _said_of(found)
-    name, split = (said["data"], None) if said else ("the run's own images", "validation")
-    kind, task = GENERATION if {"nll", "fid"} & found.keys() else RECONSTRUCTION
-    args = said or {"images": found.get("images")}
+def _task(export: Path, found: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the task of these numbers, as the Hub names it and in words."""
+    if not {"nll", "fid"} & found.keys():
+        return RECONSTRUCTION
+    config = export / "config.json"
+    classes = read_json(config).get("num_classes") if config.is_file() else None
+    return OF_CLASSES if classes else GENERATION
+
+
+def _results(found: Mapping[str, Any], task: tuple[str, str], config: str | None = None) -> Iterator[EvalResult]:
+    """Yield the entries of the metric index: one a number, each with the protocol as the arguments of its data.
+
+    Args:
+        found: numbers and protocol; of runs from before that did not note one, it is a share of the run's own images.
+        task: its type and name.
+        config: keeps numbers of the same data apart, which the index would put together otherwise.
+    """
+    said = _said_of(found) or {"data": "the run's own images", "split": VALIDATION, "images": found.get("images")}
+    name = str(said.get("data", "images"))
     for metric, value in _measures(found).items():
         yield EvalResult(
-            task_type=kind,
-            task_name=task,
+            task_type=task[0],
+            task_name=task[1],
             dataset_type=name,
             dataset_name=name,
-            dataset_split=split,
-            dataset_args=args,
-            metric_type=metric,
-            metric_name=TITLES.get(metric, metric),
+            dataset_config=config,
+            dataset_split=said.get("split"),
+            dataset_args=said,
+            metric_type=_tame(metric),
+            metric_name=TITLES.get(metric) or _tame(metric),
             metric_value=value,
         )

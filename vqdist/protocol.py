@@ -5,10 +5,13 @@ A protocol is a flat dictionary that is written beside the numbers; it says:
 - `data`, `data_hash`, `images`: the images as they were named, a hash of the list of their names, and their number.
 - `image_size`, `view`: height and width, and how an image comes to them: crop, resize and its filter.
 - `pixels`: `float`, or `8 bits` where reconstructions (or samples) are rounded as if they had been written to files.
+- `split`: `validation` where the images are a share of those to train on.
 - `features`, `features_hash`: the extractor, and a hash of its weights; `inception_score_over`: the splits of IS.
 - `reference`, `reference_hash`: the file of statistics in place of the images' own; of those that say it also
   `reference_images` and `reference_view`.
 - `samples`, and options of drawing, of a generator.
+- `samples_pixels`, `samples_inception_score_over`: of a model that both reconstructs and draws, where its samples are
+  measured by other choices than its reconstructions.
 - `lpips`, `lpips_hash`: the network of LPIPS, and a hash of its weights.
 - `weights`: `averaged` or `live`, as the export says it.
 - `name`, `source`, `differs`: the published protocol that was asked for, and in what it was not kept to: by name the
@@ -31,6 +34,7 @@ from vqdist.sizes import sides_of
 from vqdist.version import __version__
 
 KEY = "protocol"
+OF_SAMPLES = "samples_"
 EVALUATIONS = "evaluations.jsonl"
 # the program; names of what a hash tells apart; and what follows from the other choices
 SAYS_NOTHING = ("vqdist", "commit", "data", "reference", "features", "name", "source", "differs")
@@ -85,8 +89,14 @@ def of_features(extractor: Any, reference: Any, splits: str = "10") -> dict[str,
     if reference is not None:
         said |= {"reference": str(reference.path), "reference_hash": reference.digest()}
         made = reference.protocol()
-        said |= {f"reference_{name}": made[name] for name in ("images", "view") if name in made}
+        said |= of_making(made)
     return said
+
+
+def of_making(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file of statistics says of its making, as far as it is a number of images and words of a view."""
+    kinds = {"images": int, "view": str}
+    return {f"reference_{name}": made[name] for name, kind in kinds.items() if isinstance(made.get(name), kind)}
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -180,10 +180,20 @@ def test_a_thousand_samples_unless_said(runs, evaluate):
     assert evaluate("vq_ar", *features(runs))["samples"] == 1000
 
 
-@pytest.mark.parametrize("given", [("--lpips", "vgg"), ("--round_pixels", "true")])
+@pytest.mark.parametrize("given", [("--lpips", "vgg"), ("--round_pixels", "true"), ("--round_pixels", "false")])
 def test_a_model_that_reconstructs_nothing_takes_no_options_of_it(given, runs, capsys):
     assert main(["evaluate", str(runs / "prior"), "--data", DATA, *given]) == 2
     assert f"{given[0]} is given but a Prior reconstructs no images" in capsys.readouterr().err
+
+
+def test_samples_of_a_prior_are_rounded(runs, capsys):
+    options = ["evaluate", str(runs / "prior"), "--data", DATA, *features(runs), "--num_samples", "24"]
+    found = {}
+    for rounding in ("false", "down"):
+        assert main([*options, "--round_pixels", rounding]) == 0
+        found[rounding] = json.loads(capsys.readouterr().out)
+    assert found["down"]["protocol"]["pixels"] == "8 bits, truncated"
+    assert found["down"]["fid"] != found["false"]["fid"] and found["down"]["nll"] == found["false"]["nll"]
 
 
 @pytest.mark.parametrize("count", [10, 100, 250])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from varied_codes import vary_codes
 
 from vqdist import Tokenizer
 from vqdist.cli import main
+from vqdist.cli.measuring import GeneratorRun
+from vqdist.cli.protocols import Asked
 from vqdist.conventions import CONVENTIONS
 from vqdist.data.config import View
 from vqdist.data.dataset import ImageDataset
 from vqdist.export import RECORD
+from vqdist.sampling import DrawOptions
 
 COUNT, SIDE = 24, 16
 
@@ -108,6 +112,26 @@ def test_samples_have_their_own_choices(place, vqdist):
     assert protocol["differs"]["images"] == [8, 50_000] and protocol["differs"]["compared_with"][0] == "images"
     _, protocol, _ = vqdist("evaluate", str(place / "vq_ar"), *options)
     assert protocol["samples"] == 8 and protocol["name"] == "titok"
+    assert (protocol["pixels"], protocol["samples_pixels"]) == ("8 bits", "8 bits, truncated")
+    differs = protocol["differs"]
+    assert (differs["images"], differs["samples_images"]) == ([COUNT, 50_000], [8, 50_000])
+    assert "compared_with" not in differs and differs["samples_compared_with"] == ["images", "statistics"]
+    _, protocol, _ = vqdist("evaluate", str(place / "vq_ar"), *options, "--round_pixels", "down")
+    assert protocol["pixels"] == "8 bits, truncated" and "samples_pixels" not in protocol
+    assert protocol["differs"]["pixels"][0] == "8 bits, truncated" and "samples_pixels" not in protocol["differs"]
+    _, protocol, _ = vqdist("evaluate", str(place / "vq_ar"), *options[:2], "--num_samples", "8")
+    assert not [name for name in protocol if name.startswith("samples_")]  # both by the same choices
+
+
+def test_inception_scores_of_reconstructions_and_samples_have_their_own_splits():
+    seen = SimpleNamespace(kind="inception", digest="00", widths={"logits": 5}, to=lambda device: None)
+    options = SimpleNamespace(data=SimpleNamespace(folder="synthetic:8"), seed=None)
+    for name, splits in (("titok", ("1", "5000 images")), ("taming", ("10 shuffled", None))):
+        data = ImageDataset("synthetic:8", SIDE, augment=False)
+        run = GeneratorRun(options, build_vq_ar(), data, seen, asked=Asked(CONVENTIONS[name]))
+        run.num_samples, run.draw_options = 8, DrawOptions()
+        said = run.protocol()
+        assert (said["inception_score_over"], said.get("samples_inception_score_over")) == splits
 
 
 def test_statistics_and_fidelity_look_at_images_as_a_publication_does(place, vqdist, tmp_path, capsys):

@@ -228,3 +228,60 @@ def test_a_torn_archive_is_one_line(tmp_path):
             ReferenceFile(tmp_path / "torn.npz").reference(600)
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def _resaved(path: Path, **changed) -> ReferenceFile:
+    """Write a file of statistics again, with these arrays in place of its own; None leaves one out."""
+    with np.load(path) as file:
+        arrays = {**dict(file), **changed}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return ReferenceFile(path)
+
+
+def test_spatial_statistics_in_another_order_are_refused(tmp_path):
+    path = written(tmp_path, features(30)).path
+    with np.load(path) as file:
+        assert str(file["order_s"]) == "row, column, channel"
+    before = _resaved(path, order_s=None)  # as vqdist wrote it when its order was torch's
+    said = message_of(before.reference, 6, 4)
+    assert "in the order channel, row, column, and" in said and "make the file anew with `vqdist statistics`" in said
+    assert before.reference(6).spatial is None  # of an extractor without spatial features
+    assert "in the order column, row" in message_of(_resaved(path, order_s=np.array("column, row")).reference, 6, 4)
+    adm = _resaved(path, order_s=None, protocol=None)  # whose files say neither
+    assert adm.reference(6, 4).spatial is not None
+    assert "pickled" in message_of(_resaved(path, order_s=np.array(None, dtype=object)).reference, 6, 4)
+
+
+@pytest.mark.parametrize("form", [torch.bfloat16, torch.float16, torch.float64, "parameter"])
+def test_tensors_of_any_precision_and_parameters_are_statistics(form, tmp_path):
+    moments = Moments.of(features(30).features)
+    mean, covariance = moments.mean, moments.covariance
+    if form == "parameter":
+        mean, covariance = nn.Parameter(mean), nn.Parameter(covariance)
+    else:
+        mean, covariance = mean.to(form), covariance.to(form)
+    torch.save({"mu": mean, "sigma": covariance}, tmp_path / "a.pt")
+    read = ReferenceFile(tmp_path / "a.pt").reference(6).moments
+    assert torch.equal(read.mean, mean.detach().double()) and torch.equal(
+        read.covariance, covariance.detach().double()
+    )
+    torch.save(covariance, tmp_path / "b.pt")  # features alone
+    assert torch.equal(ReferenceFile(tmp_path / "b.pt").reference(6).features, covariance.detach().double())
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        ({"weight": torch.zeros(2, dtype=torch.bfloat16)}, "holds weight; expected mu and sigma"),
+        (nn.Linear(2, 2).state_dict(keep_vars=True), "holds bias, weight; expected mu and sigma"),
+        ({"mu": torch.eye(6)[0].to_sparse(), "sigma": torch.eye(6)}, "mu in .*torch.sparse_coo.*; give dense numbers"),
+        (torch.eye(6).to_sparse(), "features in .*torch.sparse_coo.*; give dense numbers"),
+        (
+            nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16)),
+            r"features of shape \(3, 5\), but the extractor gives 6",
+        ),
+    ],
+)
+def test_weights_of_a_model_are_no_statistics(content, pattern, tmp_path):
+    torch.save(content, tmp_path / "model.pt")
+    assert_refused(tmp_path / "model.pt", pattern)

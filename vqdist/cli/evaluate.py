@@ -230,8 +230,8 @@ def _evaluate_parser():
         "--round_pixels",
         type=bool | str | None,
         default=None,
-        help="Round reconstructions to 8 bits before all measures, as where they are written to files first: true, or "
-        "`down` to cut off. By default as --protocol says, or false.",
+        help="Round reconstructions and samples to 8 bits before all measures, as where they are written to files "
+        "first: true, or `down` to cut off. By default as --protocol says, or false.",
     )
     parser.add_argument(
         "--num_samples",
@@ -357,7 +357,8 @@ def _open_reference(
     file = ReferenceFile(options.reference)
     file.check_made_by(extractor, model.image_size)
     if file.has_moments or file.has_features:
-        file.reference(extractor.width)  # of another extractor: said before anything is computed
+        # of another extractor, or another order: said before anything is computed
+        file.reference(extractor.width, extractor.widths.get("spatial"))
     return file
 
 
@@ -384,13 +385,12 @@ def _open_tokenizer(model: TokenizerModel, options, choices: Asked) -> Tokenizer
 
 
 def _refuse_reconstructing(options, model: AutoregressiveModel) -> None:
-    """Raise `UserError` for what is about reconstructions, of a model that makes none."""
-    for name in ("lpips", "round_pixels"):
-        if getattr(options, name):
-            raise UserError(
-                f"--{name} is given but {an(type(model).__name__)} reconstructs no images; leave it out, or evaluate "
-                "its tokenizer"
-            )
+    """Raise `UserError` for what is about reconstructions, of a model that makes none; samples can be rounded."""
+    none = f"is given but {an(type(model).__name__)} reconstructs no images"
+    if options.lpips:
+        raise UserError(f"--lpips {none}; leave it out, or evaluate its tokenizer")
+    if options.round_pixels is not None and options.features is None:
+        raise UserError(f"--round_pixels {none}, and draws samples for --features only; give them, or leave it out")
 
 
 def _open_generator(model: AutoregressiveModel, options, choices: Asked) -> GeneratorRun:

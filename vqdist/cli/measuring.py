@@ -70,7 +70,7 @@ class MeasuredRun:
         if self.weights is not None:
             said["weights"] = self.weights
         said |= protocol.of_features(self.extractor, self.reference, self.choices.splits)
-        return said | self.asked.said(self.found(), self.choices)
+        return said | self.asked.said(self.found(), self.choices, self.found_of_samples())
 
     @property
     def choices(self) -> Choices:
@@ -87,6 +87,10 @@ class MeasuredRun:
             found["features"] = self.extractor.kind
             found["compared_with"] = IMAGES if self.reference is None else STATISTICS
         return found
+
+    def found_of_samples(self) -> dict[str, Any]:
+        """Return it of samples that are drawn beside reconstructions; empty where there are none."""
+        return {}
 
     def feature_set(self, count: int, **options: Any) -> FeatureSet:
         """Return what collects the features of so many images; only where there is an extractor."""
@@ -203,12 +207,10 @@ class GeneratorRun(MeasuredRun):
     def numbers(self) -> dict[str, float]:
         """Of its predictions, of its reconstructions if it has a codebook of its own, and of its samples."""
         from vqdist.evaluation import evaluate_prediction
-        from vqdist.models.tokenizer import TokenizerNetwork
 
         numbers = evaluate_prediction(self.network, self.items_and_labels(), self.backend)
-        if isinstance(self.network, TokenizerNetwork):
-            network = cast(TokenizerNetwork, self.network)
-            numbers |= self.reconstruction_numbers(network, self.network.image_size)
+        if self.reconstructs:
+            numbers |= self.reconstruction_numbers(cast("TokenizerNetwork", self.network), self.network.image_size)
         if self.extractor is not None:
             numbers |= self.fidelity_numbers()
         return numbers
@@ -229,23 +231,38 @@ class GeneratorRun(MeasuredRun):
         return {**fidelity(drawn, self.compared_with(), splits=splits), "samples": self.num_samples}
 
     @property
-    def choices(self) -> Choices:
-        """Those of samples; of a model that reconstructs, and draws none, of its reconstructions."""
+    def reconstructs(self) -> bool:
+        """Return whether the model has a codebook of its own."""
         from vqdist.models.tokenizer import TokenizerNetwork
 
-        reconstructs_alone = self.extractor is None and isinstance(self.network, TokenizerNetwork)
-        return self.asked.reconstructions if reconstructs_alone else self.asked.samples
+        return isinstance(self.network, TokenizerNetwork)
+
+    @property
+    def choices(self) -> Choices:
+        """Those of samples; of a model that reconstructs, of its reconstructions."""
+        return self.asked.reconstructions if self.reconstructs else self.asked.samples
 
     def found(self) -> dict[str, Any]:
-        """Return also the number of samples, as that of the images that are measured."""
-        return super().found() | ({} if self.extractor is None else {"images": self.num_samples})
+        """Return also the number of samples, as that of the images that are measured, where nothing else is."""
+        drawn = self.extractor is not None and not self.reconstructs
+        return super().found() | ({"images": self.num_samples} if drawn else {})
+
+    def found_of_samples(self) -> dict[str, Any]:
+        if self.extractor is None or not self.reconstructs:
+            return {}
+        found = {name: value for name, value in super().found().items() if name in vars(self.asked.samples)}
+        return found | {"images": self.num_samples, "pixels": self.asked.pixels(self.asked.samples)}
 
     def protocol(self) -> dict[str, Any]:
-        """Return also how the samples were drawn."""
+        """Return also how the samples were drawn, and in what they are measured otherwise than reconstructions."""
+        said = super().protocol()
         if self.extractor is None:
-            return super().protocol()
+            return said
+        samples = self.asked.samples
+        choices = {"pixels": self.asked.pixels(samples), "inception_score_over": samples.splits}
+        others = {name: value for name, value in choices.items() if said.get(name, value) != value}
         drawn = {"samples": self.num_samples, "seed": self.options.seed or 0, **asdict(self.draw_options)}
-        return {**super().protocol(), **drawn}
+        return {**said, **drawn, **{f"{protocol.OF_SAMPLES}{name}": value for name, value in others.items()}}
 
     def features_of_samples(self) -> Features:
         """Return the features of images that the model draws."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vqdist import protocol
 from vqdist.backends.environment import rank_of_launcher
 from vqdist.conventions import CONVENTIONS, FLOAT, IMAGES, PIXELS, TEN, Choices, Convention, convention, described
 from vqdist.data.config import View
@@ -50,16 +51,21 @@ class Asked:
             return View(resample=resample)
         return View(center=self.convention.center, resample=self.convention.resample)
 
-    def said(self, found: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
+    def said(
+        self, found: Mapping[str, Any], choices: Choices, drawn: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Return what the stored protocol says of a named one, and say on rank 0 where it was not kept to.
 
         Args:
             found: choices as they came out, by the names of `Convention.differences`.
             choices: of reconstructions or of samples.
+            drawn: choices of samples beside reconstructions, of a model that has both.
         """
         if self.convention is None:
             return {}
         differs = self.convention.differences(found, choices)
+        of_samples = self.convention.differences(drawn or {}, self.samples)
+        differs |= {f"{protocol.OF_SAMPLES}{name}": pair for name, pair in of_samples.items()}
         if differs and rank_of_launcher() == 0:
             listed = ", ".join(f"{name} {value} for {published}" for name, (value, published) in differs.items())
             print(f"vqdist: this differs from protocol {self.convention.name}: {listed}", file=sys.stderr)

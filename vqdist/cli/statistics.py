@@ -77,6 +77,7 @@ def fidelity(arguments: list[str]) -> int:
     _check_options(options, [options.samples, options.reference])
     with loading("torch"):
         from vqdist.evaluation.fidelity import fidelity as compare
+        from vqdist.protocol import of_making
 
         looking = _Looking(options, choices, [options.samples, options.reference])
     samples, protocol = looking.at(options.samples)
@@ -84,7 +85,7 @@ def fidelity(arguments: list[str]) -> int:
     splits = choices.samples.splits
     numbers: dict[str, Any] = {**compare(samples, reference, splits=splits), "samples": len(samples)}
     said: dict[str, Any] = {"reference": options.reference, "reference_hash": of_reference.get("data_hash")}
-    said |= {f"reference_{name}": of_reference[name] for name in ("images", "view") if name in of_reference}
+    said |= of_making(of_reference)
     if samples.logits is not None:
         said["inception_score_over"] = splits
     kind = STATISTICS if _is_file(options.reference) else IMAGES

@@ -86,7 +86,8 @@ class Inception(KnownNetwork):
     """Images (b, 1 | 3, h, w) in [0, 1] -> the (b, 2048) pooled features of FID's Inception, from 8-bit pixels.
 
     Spatial features are the first 7 channels of the first branch of the fourth 17x17 block, which the ADM evaluator
-    knows as mixed_6/conv: (b, 2023). Logits (b, 1008) lack the bias, as in torch-fidelity and the ADM evaluator.
+    knows as mixed_6/conv: (b, 2023), by row, then column, then channel, as it flattens them. Logits (b, 1008) lack
+    the bias, as in torch-fidelity and the ADM evaluator.
     """
 
     def __init__(self, kind: str, weights: Mapping[str, Tensor], said: str):
@@ -116,7 +117,8 @@ class Inception(KnownNetwork):
             features, logits = self.look(in_8_bits(images))
         finally:
             hook.remove()
-        return {"features": features, "spatial": seen[0][:, :SPATIAL_CHANNELS].flatten(1), "logits": logits}
+        spatial = seen[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return {"features": features, "spatial": spatial, "logits": logits}
 
     def look(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and logits of pixels up to 255, resized as TensorFlow 1 does (bilinear, not antialiased)."""

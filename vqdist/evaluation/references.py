@@ -1,9 +1,10 @@
 """The statistics of a set of images as a file, so that a large set is looked at once.
 
 A file has the names of the ADM evaluator: `mu`, `sigma` of the features, `mu_s`, `sigma_s` of the spatial ones. Beside
-them lie `features` of some of the images, and what they were made of. Files of pytorch-fid and clean-fid are read, too
-(`mu` and `sigma`, or `feats`), of torch-fidelity (a .pt of `mu` and `sigma`, or of features alone), and reference
-batches of ADM (`arr_0`, images in 8 bits).
+them lie `features` of some of the images, and what they were made of. `order_s` says in which order the spatial ones
+are flattened: a file of vqdist without it has another order, and is refused. Files of pytorch-fid and clean-fid are
+read, too (`mu` and `sigma`, or `feats`), of torch-fidelity (a .pt of `mu` and `sigma`, or of features alone), and
+reference batches of ADM (`arr_0`, images in 8 bits).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from vqdist.sizes import ImageSize, sides_of
 
 IMAGES = "arr_0"  # as np.savez calls what has no name
 FEATURES = ("features", "feats")  # ours, and those of clean-fid's files for KID
+SPATIAL = ("mu_s", "sigma_s")
+ORDER, ROWS_FIRST = "order_s", "row, column, channel"  # of spatial features, as the ADM evaluator flattens them
 LARGEST = 64 << 30  # bytes that an array of a file may take, unpacked
 
 
@@ -67,12 +70,13 @@ class Reference:
         """
         arrays = {"mu": self.moments.mean, "sigma": self.moments.covariance}
         if self.spatial is not None:
-            arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
+            arrays |= dict(zip(SPATIAL, (self.spatial.mean, self.spatial.covariance), strict=True))
         if self.features is not None and keep:
             count = min(keep, len(self.features))
             arrays["features"] = self.features[torch.arange(count) * len(self.features) // count]
         content: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
         content["protocol"] = np.array(json.dumps({**self.protocol, "images": self.images}))
+        content |= {} if self.spatial is None else {ORDER: np.array(ROWS_FIRST)}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".tmp")
         with open(partial, "wb") as file:
@@ -132,14 +136,15 @@ class ReferenceFile:
         """Return the statistics, for an extractor of so many features and spatial features.
 
         Raises:
-            UserError: they are of another extractor, or not finite.
+            UserError: they are of another extractor, or not finite; or their spatial features are in another order.
         """
         if not self.has_moments:
             return Reference.of(Features(self._needed_features(width)), self.protocol())
         moments = self._moments("mu", "sigma", width)
         spatial = None
-        if spatial_width is not None and {"mu_s", "sigma_s"} <= set(self._arrays or ()):
-            spatial = self._moments("mu_s", "sigma_s", spatial_width)
+        if spatial_width is not None and set(SPATIAL) <= set(self._arrays or ()):
+            self._check_order()
+            spatial = self._moments(*SPATIAL, spatial_width)
         features = self._features(width)
         protocol = self.protocol()
         images = protocol.get("images")
@@ -188,7 +193,7 @@ class ReferenceFile:
 
     def _array(self, name: str) -> np.ndarray:
         if self._arrays is None:
-            return self._tensors[name]
+            return _as_array(self._tensors[name], name, self.path)
         shape, dtype = self._arrays[name]
         if dtype.hasobject:
             raise UserError(f"{name} in {self.path} is pickled, which is not read; give an array of numbers")
@@ -209,6 +214,16 @@ class ReferenceFile:
         if not tensor.isfinite().all():
             raise UserError(f"{name} in {self.path} is not finite; make the statistics anew")
         return tensor
+
+    def _check_order(self) -> None:
+        """Raise `UserError` unless spatial features are flattened as ADM's, whose files do not say it."""
+        names = self._arrays or {}
+        order = str(self._array(ORDER)) if ORDER in names else None
+        if order != ROWS_FIRST and (order is not None or "protocol" in names):
+            raise UserError(
+                f"{SPATIAL[0]} in {self.path} is in the order {order or 'channel, row, column'}, and {ROWS_FIRST} is "
+                "that of the ADM evaluator and of the extractor; make the file anew with `vqdist statistics`"
+            )
 
     def _moments(self, mean: str, covariance: str, width: int) -> Moments:
         moments = Moments(self._numbers(mean), self._numbers(covariance))
@@ -293,8 +308,8 @@ def _npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return found
 
 
-def _torch_statistics(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of torch-fidelity's cache: a dict of numpy arrays or tensors, or a tensor of features."""
+def _torch_statistics(path: Path) -> dict[str, np.ndarray | Tensor]:
+    """Return what torch-fidelity's cache holds: a dict of numpy arrays or tensors, or a tensor of features."""
     inert: list[Any] = [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype("float64"))]
     try:
         with torch.serialization.safe_globals(inert):
@@ -305,14 +320,28 @@ def _torch_statistics(path: Path) -> dict[str, np.ndarray]:
             f"{path} is neither an .npz nor the statistics of torch-fidelity ({reason}); pickled objects are not read"
         ) from error
     if isinstance(content, Tensor) and content.ndim == 2:
-        return {FEATURES[0]: content.numpy()}
+        return {FEATURES[0]: content}
     if not isinstance(content, Mapping):
         return {}
     return {
-        str(name): value.numpy() if isinstance(value, Tensor) else value
+        str(name): value
         for name, value in content.items()
         if isinstance(value, (Tensor, np.ndarray)) and value.dtype != object
     }
+
+
+def _as_array(value: np.ndarray | Tensor, name: str, path: Path) -> np.ndarray:
+    """Return numbers of any precision, also those of a parameter, as numpy has them."""
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        held = value.detach()
+        return (held.double() if held.is_floating_point() else held).numpy()
+    except Exception as error:  # sparse, quantized or without storage: torch raises almost anything
+        raise UserError(
+            f"{name} in {path} is a tensor of {value.dtype} ({value.layout}), which numpy cannot hold; give dense "
+            "numbers"
+        ) from error
 
 
 def _check_images(head: tuple[tuple[int, ...], np.dtype], path: Path) -> None:

@@ -46,6 +46,11 @@ LOG = logging.getLogger(__name__)  # where nobody handles it, a warning is one l
 FIRST_TYPE = "vqgan"  # of a config.json that names none: they were written before there were others
 
 
+def _in_code(value: Any) -> str:
+    """Return a value as JSON that neither ends a cell of a Markdown table nor the code in it."""
+    return json.dumps(value, default=str).replace("|", "\\|").replace("`", "\\u0060")
+
+
 def _is_of_network(error: Exception) -> bool:
     """Return whether an error says that the hub did not answer, or refused; the library has changed over time."""
     roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
@@ -156,9 +161,7 @@ class PretrainedModel(PyTorchModelHubMixin):
     def _words_of_card(self) -> str:
         name = type(self).__name__
         facts = {"model_type": self.model_type, "image_size": self.image_size, **self.configuration()}
-        rows = [
-            f"| {fact} | `{json.dumps(value, default=str)}` |" for fact, value in facts.items() if value is not None
-        ]
+        rows = [f"| {fact} | `{_in_code(value)}` |" for fact, value in facts.items() if value is not None]
         own = type(self).__module__.partition(".")[0] == "vqdist"
         module = "vqdist" if own else type(self).__module__
         return "\n".join(

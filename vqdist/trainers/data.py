@@ -132,8 +132,9 @@ class RunData:
 
     def protocol_of_valid(self) -> dict[str, Any]:
         """Return what a protocol says of the images to validate on; a part of a set has a hash of its own."""
-        given = self.config.valid if self.config.valid is not None else self.config.folder
+        given = self.config.valid if self.own_valid else self.config.folder
         said = protocol.of_images(self.valid, "a dataset" if given is None else given)
+        said |= {} if self.own_valid else {"split": "validation"}
         if len(self.split.valid) == len(self.valid):
             return said
         part = f"{said['data_hash']} {self.split.valid.tolist()}"
