@@ -34,10 +34,10 @@ from vqdist.sizes import sides_of
 from vqdist.version import __version__
 
 KEY = "protocol"
-OF_SAMPLES = "samples_"
+SAMPLES = "samples_"  # before a choice of samples that is another one for reconstructions
 EVALUATIONS = "evaluations.jsonl"
 # the program; names of what a hash tells apart; and what follows from the other choices
-SAYS_NOTHING = ("vqdist", "commit", "data", "reference", "features", "name", "source", "differs")
+SAYS_NOTHING = ("vqdist", "commit", "data", "reference", "features", "split", "name", "source", "differs")
 OF_EVERY_NUMBER = ("data_hash", "images", "image_size", "view", "pixels", "weights")
 OF_SAMPLES = ("fid", "sfid", "kid", "is", "precision", "recall")
 """Measures of drawn images, by the features that an extractor sees; with an r in front those of reconstructions."""
@@ -108,7 +108,15 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
 
 def differences_of(number: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what two protocols say differently of all that a number depends on, as `rfid` does on the extractor."""
-    return {name: pair for name, pair in differences(first, second).items() if _concerns(name, number)}
+    found = differences(_choices_of(number, first), _choices_of(number, second))
+    return {name: pair for name, pair in found.items() if _concerns(name, number)}
+
+
+def _choices_of(number: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a protocol with the choices of samples in place of those of reconstructions where a number is of them."""
+    both = {name: value for name, value in said.items() if not name.startswith(SAMPLES)}
+    of_samples = {name.removeprefix(SAMPLES): value for name, value in said.items() if name.startswith(SAMPLES)}
+    return {**both, **(of_samples if number in OF_SAMPLES else {})}
 
 
 def _concerns(name: str, number: str) -> bool:

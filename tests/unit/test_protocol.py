@@ -20,6 +20,17 @@ def test_protocols_differ_by_what_changes_a_number():
     assert protocol.differences(PROTOCOL, fewer) == {"images": (10, 9), "reference_hash": (None, "r")}
 
 
+def test_each_number_is_compared_by_the_choices_of_its_own_kind():
+    both = {**PROTOCOL, "pixels": "8 bits", "samples_pixels": "8 bits, truncated", "samples": 10}
+    drawn = {**PROTOCOL, "pixels": "8 bits, truncated", "samples": 10}
+    assert protocol.differences_of("fid", both, drawn) == {}
+    assert protocol.differences_of("psnr", both, drawn) == {"pixels": ("8 bits", "8 bits, truncated")}
+    assert protocol.differences_of("psnr", both, {**both, "samples_pixels": "float", "split": "validation"}) == {}
+    scores = [{"inception_score_over": "1", "samples_inception_score_over": over} for over in ("10", "5000 images")]
+    assert protocol.differences_of("ris", *scores) == {}
+    assert protocol.differences_of("is", *scores) == {"inception_score_over": ("10", "5000 images")}
+
+
 @pytest.fixture
 def runs(tmp_path) -> list[Path]:
     """Return two runs that have logged a step."""

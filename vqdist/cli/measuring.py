@@ -262,7 +262,7 @@ class GeneratorRun(MeasuredRun):
         choices = {"pixels": self.asked.pixels(samples), "inception_score_over": samples.splits}
         others = {name: value for name, value in choices.items() if said.get(name, value) != value}
         drawn = {"samples": self.num_samples, "seed": self.options.seed or 0, **asdict(self.draw_options)}
-        return {**said, **drawn, **{f"{protocol.OF_SAMPLES}{name}": value for name, value in others.items()}}
+        return {**said, **drawn, **{f"{protocol.SAMPLES}{name}": value for name, value in others.items()}}
 
     def features_of_samples(self) -> Features:
         """Return the features of images that the model draws."""

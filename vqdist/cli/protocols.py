@@ -65,7 +65,7 @@ class Asked:
             return {}
         differs = self.convention.differences(found, choices)
         of_samples = self.convention.differences(drawn or {}, self.samples)
-        differs |= {f"{protocol.OF_SAMPLES}{name}": pair for name, pair in of_samples.items()}
+        differs |= {f"{protocol.SAMPLES}{name}": pair for name, pair in of_samples.items()}
         if differs and rank_of_launcher() == 0:
             listed = ", ".join(f"{name} {value} for {published}" for name, (value, published) in differs.items())
             print(f"vqdist: this differs from protocol {self.convention.name}: {listed}", file=sys.stderr)
