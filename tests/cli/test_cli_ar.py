@@ -85,8 +85,8 @@ def test_mistakes_of_training_are_one_line(tokenizer, prior, tmp_path, capsys, m
     train = ["train", "prior", "--data", "synthetic:64", "--out", tmp_path / "run", *SMALL, *SHORT]
     cases = {
         "--tokenizer is missing; give the run of a tokenizer": train,
-        "no such folder: ": [*train, "--tokenizer", "ABSENT"],
-        "nowhere; expected one with config.json": [*train, "--tokenizer", tmp_path.name + "/nowhere"],
+        "no such run, export or file: ": [*train, "--tokenizer", "ABSENT"],
+        "nowhere; expected a run folder": [*train, "--tokenizer", tmp_path.name + "/nowhere"],
         "has no export/ yet; train it to its first": [*train, "--tokenizer", begun],
         "num_images_save 5000 is not possible; it must be at least 1 and at most 4096": [
             *train,
@@ -266,7 +266,7 @@ def test_mistakes_of_sampling_are_one_line(prior, tokenizer, tmp_path, capsys):
         "has no export/ yet; train it to its first checkpoint": [tmp_path / "begun"],
         "is not the one that the run was trained over": [prior, "--tokenizer", other],
         "has its codebook in itself; leave it out": [vq_ar, "--tokenizer", other],
-        "no such folder": [tmp_path / "ABSENT"],
+        "no such run, export or file": [tmp_path / "ABSENT"],
         "nearest: temperature": [prior, "--temprature", 1],
     }
     for message, arguments in cases.items():

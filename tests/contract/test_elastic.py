@@ -204,7 +204,15 @@ def test_checkpoints_from_before_it_was_written_say_it_with_the_configuration(tm
     trainer = begun(tmp_path)
     as_if_saved_by(2, manifest_of(trainer))
     content = json.loads(manifest_of(trainer).read_text())
-    for name in ("global_batch", "validation_broken_off", "picture_broken_off", "skipped", "version", "sha256"):
+    for name in (
+        "global_batch",
+        "validation_broken_off",
+        "picture_broken_off",
+        "skipped",
+        "version",
+        "sha256",
+        "best",
+    ):
         del content[name]
     manifest_of(trainer).write_text(json.dumps(content))
     assert build_dvae_trainer(tmp_path, batch_size=2, grad_accum_every=4).config.grad_accum_every == 8

@@ -257,6 +257,7 @@ def test_mistakes(tmp_path, options, said):
 
 
 NAMES = {"vqgan": build_trainer, "dvae": build_dvae_trainer, "multiscale": partial(build_trainer, **MULTISCALE_VQ)}
+NAMES["residual"] = partial(build_trainer, quantizer="residual_vq", model={"vq_kwargs": {"kmeans_init": False}})
 NAMES |= {kind: partial(build_ar_trainer, kind=kind) for kind in AR_MODELS}
 
 

@@ -217,8 +217,11 @@ def test_a_damaged_export_is_one_line(model_type, damage, message, tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("absent", r"^no such folder: absent; expected one with config.json and model.safetensors, as export/$"),
-        ("runs/e/export", r"^no such folder: runs/e/export; expected"),
+        (
+            "absent",
+            r"^no such run, export or file: absent; expected a run folder, ",
+        ),
+        ("runs/e/export", r"^no such run, export or file: runs/e/export; expected"),
         (
             "absent/export",
             r"^absent/export is no folder here, and no model of that name was found on the Hugging Face",

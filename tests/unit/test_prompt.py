@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
@@ -101,5 +102,5 @@ def test_signatures_show_the_values_that_hold(trainer):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_help_explains_each_option(trainer):
     text = inspect.getdoc(trainer)
-    for name in trainer.config_class.__dataclass_fields__:
+    for name in (field.name for field in dataclasses.fields(trainer.config_class)):
         assert f"    {name}: " in text, name

@@ -248,11 +248,11 @@ def test_weights_of_another_shape_are_not_loaded_in_part(tmp_path):
     [
         (
             "{tmp}/absent",
-            r"^no such folder: .*/absent; expected one with config.json and model.safetensors, as export/$",
+            r"^no such run, export or file: .*/absent; expected a run folder, ",
         ),
-        ("absent", r"^no such folder: absent; expected one with config.json"),
-        ("./absent/export", r"^no such folder: absent/export; expected"),
-        ("runs/e/export", r"^no such folder: runs/e/export; expected"),
+        ("absent", r"^no such run, export or file: absent; expected a run folder, one with config.json"),
+        ("./absent/export", r"^no such run, export or file: absent/export; expected"),
+        ("runs/e/export", r"^no such run, export or file: runs/e/export; expected"),
         (
             "absent/export",
             r"^absent/export is no folder here, and no model of that name was found on the Hugging Face",

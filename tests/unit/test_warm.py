@@ -16,7 +16,8 @@ from launching import environment, run, torchrun, warmed
 REPORT = (
     "import json, os, sys; print(json.dumps([sys.argv, sys.path[0], os.getcwd(), os.environ.get('SAID'), __name__]))"
 )
-WAITS = "import time; print('here', flush=True); time.sleep(100)"
+# in short pieces: a signal that comes just before a sleep is seen after it
+WAITS = "import time; print('here', flush=True); [time.sleep(0.1) for _ in range(1000)]"
 
 
 def python(*words: str, **options):

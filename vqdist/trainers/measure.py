@@ -23,7 +23,7 @@ OF_FEATURES = tuple(f"r{name}" for name in OF_SAMPLES)
 
 LPIPS = "lpips"
 _LPIPS = re.compile(r"lpips(?:-(vgg|alex|squeeze))?(?::(.+))?")
-_OF_A_SCALE = re.compile(r"_scale_\d+$")
+_OF_A_PART = re.compile(r"_(scale|level)_\d+$")
 
 LOWER = (
     *("l1", LPIPS, "fid", "sfid", "kid", "rfid", "rsfid", "rkid"),
@@ -86,7 +86,7 @@ def measure_of(given: str, default: Measure | None = None) -> Measure:
     for known in (OF_RECONSTRUCTIONS, OF_PREDICTIONS):
         if known.name == name:
             return known if default is None else replace(known, advice=default.advice)
-    kind = _OF_A_SCALE.sub("", name)
+    kind = _OF_A_PART.sub("", name)
     if kind not in (*LOWER, *HIGHER):
         raise unknown("number of a validation to compare steps by", name, (*LOWER, *HIGHER), "; see docs/metrics.md")
     advice = OF_RECONSTRUCTIONS.advice if default is None else default.advice

@@ -21,8 +21,9 @@ QUALITY = ("l1", "psnr", "psnr_per_image", "ssim", "ssim_luma")
 
 def names_of_reconstruction(network: TokenizerNetwork) -> set[str]:
     """Return the names of the numbers that `evaluate_reconstruction` gives of a network, but for that of images."""
-    scales = [f"codebook_usage_scale_{number + 1}" for number in range(len(network.scales or ()))]
-    return {*QUALITY, "codebook_usage", "codebook_perplexity", *scales}
+    kind, parts = ("scale", len(network.scales)) if network.scales is not None else ("level", network.num_levels)
+    of_parts = {f"codebook_{name}_{kind}_{number + 1}" for name in ("usage", "perplexity") for number in range(parts)}
+    return {*QUALITY, "codebook_usage", "codebook_perplexity", *(of_parts if kind == "scale" or parts > 1 else ())}
 
 
 class TokenizerTrainer(Trainer):
