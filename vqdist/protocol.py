@@ -99,17 +99,27 @@ def of_making(made: Mapping[str, Any]) -> dict[str, Any]:
     return {f"reference_{name}": made[name] for name, kind in kinds.items() if isinstance(made.get(name), kind)}
 
 
+def telling(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells a protocol from others: no names of what a hash tells apart, and not the program."""
+    return {name: value for name, value in said.items() if name not in SAYS_NOTHING}
+
+
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what two protocols say differently, by name; what one does not say at all is None there."""
-    names = [name for name in dict.fromkeys([*first, *second]) if name not in SAYS_NOTHING]
-    pairs = {name: (first.get(name), second.get(name)) for name in names}
+    first, second = telling(first), telling(second)
+    pairs = {name: (first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def differences_of(number: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what two protocols say differently of all that a number depends on, as `rfid` does on the extractor."""
-    found = differences(_choices_of(number, first), _choices_of(number, second))
-    return {name: pair for name, pair in found.items() if _concerns(name, number)}
+    return differences(of_number(number, first), of_number(number, second))
+
+
+def of_number(number: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a protocol says of all that a number depends on, without names of what a hash tells apart."""
+    choices = telling(_choices_of(number, said))
+    return {name: value for name, value in choices.items() if _concerns(name, number)}
 
 
 def _choices_of(number: str, said: Mapping[str, Any]) -> dict[str, Any]:

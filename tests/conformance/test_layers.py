@@ -21,7 +21,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 LEAVES = {
     *("vqdist.errors", "vqdist.files", "vqdist.options", "vqdist.parts", "vqdist.registries", "vqdist.storage"),
     *("vqdist.classes", "vqdist.draw_options", "vqdist.locations", "vqdist.sizes", "vqdist.version"),
-    *("vqdist.importing", "vqdist.names", "vqdist.conventions"),
+    *("vqdist.importing", "vqdist.names", "vqdist.conventions", "vqdist.extractor_names"),
 }
 PARTS = {
     "vqdist.errors": set(),
@@ -36,6 +36,7 @@ PARTS = {
     "vqdist.classes": {"vqdist.errors"},
     "vqdist.sizes": {"vqdist.errors", "vqdist.options"},
     "vqdist.draw_options": {"vqdist.errors"},
+    "vqdist.extractor_names": {"vqdist.errors"},
     "vqdist.locations": {"vqdist.errors", "vqdist.files"},
     "vqdist.protocol": {"vqdist.errors", "vqdist.files", "vqdist.sizes", "vqdist.version"},
     "vqdist.declared": set(),

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from scenarios import (
     AR_MODELS,
     MULTISCALE,
+    QUIET,
     build_ar_trainer,
     build_dvae_trainer,
     build_tokenizer,
     build_trainer,
+    build_vae,
     evaluated_weights,
     largest_difference,
 )
@@ -91,6 +93,19 @@ def test_a_small_fall_is_no_warning_and_a_recovery_withdraws_one(tmp_path, capsy
     assert not trainer.report.warnings
 
 
+@pytest.mark.parametrize("worst", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_count_for_patience(tmp_path, worst, capsys):
+    trainer = run_at(tmp_path, {1: 10.0, 2: worst, 3: 9.9, 4: worst}, num_train_steps=9, patience=2)
+    trainer.train()
+    assert trainer.step == 3 and f"warning: valid/psnr is {worst} at step 2" in capsys.readouterr().err
+    never = run_at(tmp_path / "never", dict.fromkeys(range(9), worst), num_train_steps=9, patience=3)
+    never.train()
+    assert never.step == 3 and never.best.reason.startswith("valid/psnr was not a finite number in 3 validations")
+    never.close()
+    again = run_at(tmp_path / "never", num_train_steps=9, patience=3)
+    assert again.has_ended_early and again.best.standing.waited == 3
+
+
 @pytest.mark.parametrize("worst", [math.nan, math.inf, None])
 def test_numbers_that_compare_nothing_are_passed_over(tmp_path, worst):
     trainer = run_at(tmp_path, {1: 10.0, 2: worst, 3: 11.0, 4: 9.5})
@@ -160,10 +175,33 @@ def test_a_record_that_is_lost_is_written_anew_from_the_checkpoint(tmp_path):
     assert run_at(tmp_path).best.step == 2 and json.loads(record.read_text()) == said
 
 
-def test_an_export_of_the_best_step_that_is_damaged_does_not_count(tmp_path):
+@pytest.mark.parametrize("lost", ["removed", "damaged"])
+def test_weights_of_the_best_step_that_are_lost_leave_its_number(tmp_path, lost, capsys):
     stopped_after(run_at(tmp_path), 3)
-    (tmp_path / FOLDER / "model.safetensors").write_bytes(b"cut")
-    assert run_at(tmp_path).best.step == -1
+    if lost == "removed":
+        shutil.rmtree(tmp_path / FOLDER)
+    else:
+        (tmp_path / FOLDER / "model.safetensors").write_bytes(b"cut")
+    trainer = run_at(tmp_path, {4: 13.0, 5: 14.5, 6: 1.0}, num_train_steps=6)
+    assert (trainer.best.step, trainer.best.value, trainer.best.is_another) == (2, 14.0, False)
+    said = capsys.readouterr().err
+    assert (
+        "does not hold the weights of step 2, the best one, and no checkpoint does; the next step that is better th"
+        in said
+    )
+    weights = weights_by_step(trainer)
+    assert trainer.best.step == 5 and is_export(tmp_path / FOLDER, weights[5])
+
+
+def test_a_run_that_patience_has_ended_stays_ended_without_its_best_weights(tmp_path):
+    values = {step: 1.0 if step > 1 else 2.0 for step in range(1, 10)}
+    options = {"num_train_steps": 9, "patience": 2}
+    first = run_at(tmp_path, values, **options)
+    first.train()
+    first.close()
+    shutil.rmtree(tmp_path / FOLDER)
+    again = run_at(tmp_path, values, **options)
+    assert again.has_ended_early and list(again.steps()) == [] and again.step == 3
 
 
 # --------------------------------------------------------------------------------------- a number by its name
@@ -186,7 +224,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, capsys):
     weights = weights_by_step(trainer)
     assert checkpoints_of(tmp_path) == [2, 4] and is_export(tmp_path / FOLDER, weights[2])  # lower is better
     assert "with l1 0.1; " in capsys.readouterr().err
-    assert json.loads((tmp_path / RECORD).read_text()) == {"step": 2, "value": 0.1, "measure": "l1"}
+    said = json.loads((tmp_path / RECORD).read_text())
+    assert said == {"step": 2, "value": 0.1, "measure": "l1", "protocol": trainer.best.standing.protocol}
     trainer.load(tmp_path / "checkpoints" / "step_00000002")
     again = evaluated_weights(trainer)
     assert trainer.step == 2 and all(torch.equal(again[name], weights[2][name]) for name in again)
@@ -224,12 +263,32 @@ def test_weights_of_the_best_step_come_from_its_checkpoint(tmp_path, lost):
     assert largest_difference(evaluated_weights(resumed), weights[3])[0] == 0  # and the run is where it was
 
 
-def test_another_number_begins_anew(tmp_path):
+@pytest.mark.parametrize("other", [True, False, "psnr", "valid/ssim"])
+def test_another_number_would_let_the_best_checkpoint_go(tmp_path, other):
     stopped_after(named_at(tmp_path), 3)
-    resumed = run_at(tmp_path, {4: 5.0}, keep_best="psnr")
-    assert resumed.best.step == -1
-    resumed.train()
-    assert resumed.best.step == 4 and checkpoints_of(tmp_path) == [2, 3, 4]  # keep_checkpoints is null there
+    with pytest.raises(
+        UserError, match=f"keeps the best checkpoint by valid/l1, and keep_best {other} would let it go"
+    ):
+        named_at(tmp_path, keep_best=other)
+    assert checkpoints_of(tmp_path) == [2, 3] and (tmp_path / FOLDER).is_dir()
+    assert named_at(tmp_path, keep_best="l1").best.value == 0.1  # another spelling
+
+
+def test_another_number_that_is_allowed_begins_anew(tmp_path, capsys):
+    first = named_at(tmp_path, num_train_steps=5)
+    weights = {step: evaluated_weights(first) for step, _ in zip(range(1, 4), first.steps())}
+    first.close()
+    allowed = {"keep_best": "psnr", "keep_checkpoints": 1, "allow_config_change": "keep_best", "num_train_steps": 5}
+    resumed = run_at(tmp_path, {4: 5.0, 5: 4.0}, **allowed)
+    assert f"until the next validation {tmp_path / FOLDER} keeps step 2" in capsys.readouterr().err
+    assert checkpoints_of(tmp_path) == [2, 3] and is_export(tmp_path / FOLDER, weights[2])
+    more = [(checkpoints_of(tmp_path), resumed.best.step) for _ in resumed.steps() if not resumed.checkpoints.settle()]
+    assert more == [([4], 4), ([4, 5], 4)]
+
+
+def test_any_number_may_be_named_later(tmp_path):
+    stopped_after(run_at(tmp_path), 3)
+    assert run_at(tmp_path, keep_best="valid/l1").best.step == 2  # its weights stay until the next validation
 
 
 @pytest.mark.parametrize(
@@ -277,6 +336,36 @@ def test_measures_of_features_have_their_direction():
     assert not measure_of("valid/lpips").higher
     rfid = measure_of("valid/rfid", OF_RECONSTRUCTIONS)
     assert rfid.has_fallen(2.6, 2.0) and not rfid.has_fallen(2.4, 2.0) and not rfid.has_fallen(1.0, 2.0)
+
+
+class Own(VQGanVAETrainer):
+    """A trainer with a validation of its own."""
+
+    def evaluate(self):
+        return {"psnr": PSNR[self.step]}
+
+
+class Named(Own):
+    def validation_names(self):
+        return {"psnr"}
+
+
+@pytest.mark.parametrize("kind", [Own, Named])
+def test_a_validation_of_ones_own_measures_what_it_names(tmp_path, kind, capsys):
+    def build(**options):
+        given = {"num_train_steps": 2, "validate_every": 1, "results_folder": str(tmp_path), **options}
+        return kind(build_vae(use_gan=False), **{**QUIET, **given})
+
+    with pytest.raises(
+        UserError, match=f"^validate_with names lpips, and {kind.__name__} does not say in validation_"
+    ):
+        build(validate_with="lpips")
+    if kind is Named:
+        with pytest.raises(UserError, match="^keep_best valid/l1 is none of the numbers of a validation"):
+            build(keep_best="valid/l1")
+        return
+    build(keep_best="valid/l1").train()  # what its validations give is not known
+    assert capsys.readouterr().err.count("warning: keep_best names l1, and validations have psnr: no step is ke") == 1
 
 
 # --------------------------------------------------------------------------------------- patience
@@ -365,7 +454,8 @@ def test_two_ranks_keep_what_one_process_keeps(tmp_path):
     run_as_the_ranks(tmp_path / "one").train()
     one, two = (load_file(tmp_path / run / FOLDER / "model.safetensors") for run in ("one", "two"))
     assert largest_difference(one, two)[0] < 1e-5
-    assert json.loads((tmp_path / "two" / RECORD).read_text()) == {"step": 2, "value": 14.0, "measure": "psnr"}
+    one, two = (json.loads((tmp_path / run / RECORD).read_text()) for run in ("one", "two"))
+    assert one == two and (one["step"], one["value"], one["measure"]) == (2, 14.0, "psnr")
 
 
 # ------------------------------------------------------------------------------------------------------ codes in use

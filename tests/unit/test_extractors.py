@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vqdist import UserError
 from vqdist.evaluation import dinov2
 from vqdist.evaluation.extractors import FeatureExtractor, load_extractor
-from vqdist.evaluation.networks import CLASSIFIERS, KNOWN, Classifier, in_8_bits
+from vqdist.evaluation.networks import KNOWN, Classifier, in_8_bits
+from vqdist.extractor_names import CLASSIFIERS, DINOV2_SIZES, NAMES
 
 WIDTH, BLOCKS, PATCHES = 128, 2, 9  # of a small DINOv2 with the published names
 
@@ -161,7 +162,7 @@ def test_images_for_dinov2_are_resized_as_pillow_does(side, tmp_path):
 
 @pytest.mark.parametrize("size, parameters", [("vits14", 22_056_576), ("vitb14", 86_580_480), ("vitl14", 304_368_640)])
 def test_published_sizes_have_the_published_number_of_parameters(size, parameters):
-    width, depth = dinov2.SIZES[size]
+    width, depth = DINOV2_SIZES[size]
     with torch.device("meta"):
         network = dinov2.VisionTransformer(
             width=width, depth=depth, patch=14, positions=37**2, hidden=4 * width, gated=False
@@ -194,6 +195,10 @@ def test_a_name_wants_its_size(tmp_path):
     for name, size in (("dinov2", "1024, 24"), ("dinov2_vits14", "384, 12")):
         said = message_of(load, f"{name}:{path}")
         assert "holds DINOv2 of width 128, 2 blocks" in said and size in said
+
+
+def test_every_name_has_a_network():
+    assert tuple(KNOWN) == NAMES
 
 
 def test_dinov2_without_a_file_says_which(tmp_path):

@@ -133,7 +133,7 @@ LINES = [
     (f"{TRAIN} --trainer.optimizer adamm", "no optimizer 'adamm'; nearest: adam"),
     (f"{TRAIN} --validate_with rfidd,lpips", "there is no measure 'rfidd'; nearest: rfid"),
     (f"{TRAIN} --validate_with lpips:/nowhere.pth", "no such file: /nowhere.pth, which validate_with lpips names"),
-    (f"{TRAIN} --validate_with rfid --features /nowhere.pth", "no such file: /nowhere.pth, which features names"),
+    (f"{TRAIN} --validate_with rfid --features /nowhere.pth", "--features /nowhere.pth is neither a file nor a known"),
     (f"{TRAIN} --keep_best valid/psnrr", "by 'psnrr'; nearest: psnr"),
     (f"{TRAIN} --patience 0", "patience 0 is not possible"),
     (f"{TRAIN} --data.valid /nowhere/valid", "no such folder: /nowhere/valid"),

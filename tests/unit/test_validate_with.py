@@ -10,6 +10,7 @@ import pytest
 import torch
 from launching import ROOT, torchrun
 from scenarios import build_ar_trainer, build_trainer, largest_difference, train_steps
+from test_best import checkpoints_of
 from torch import nn
 from torchvision.models import squeezenet1_1
 from workers.measures_worker import build, measured, write_extractor
@@ -19,9 +20,11 @@ from vqdist import UserError
 from vqdist.cli import main
 from vqdist.evaluation.extractors import FeatureExtractor, KnownNetwork
 from vqdist.evaluation.references import Reference
-from vqdist.protocol import differences
+from vqdist.extractor_names import NAMES
+from vqdist.protocol import differences, of_number
 from vqdist.trainers import further_measures
 from vqdist.trainers.measure import OF_FEATURES, asked_for
+from vqdist.trainers.vqgan_config import VQGanTrainerConfig
 
 VALID = {"valid": "synthetic:30", "valid_frac": 0.05}
 
@@ -134,6 +137,20 @@ def test_samples_are_drawn_at_every_so_many_validations_and_at_the_end(tmp_path,
     lines = [line for line in lines_of(tmp_path) if "valid/nll" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["step"] for line in lines if "valid/fid" in line] == [2, 4, 5]
+
+
+def test_samples_are_drawn_where_patience_ends_a_run(tmp_path, weights):
+    more = {"validate_with": "fid", "validate_samples": 8, "validate_samples_every": 4, "validate_every": 1}
+    options = {**more, **VALID, **write_extractor(weights), "num_train_steps": 9, "patience": 2}
+    trainer = build_ar_trainer(tmp_path, **options)
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda: {**evaluate(), "nll": 2.0}
+    numbers = trainer.train()
+    lines = [line for line in lines_of(tmp_path) if "valid/nll" in line]
+    assert [(line["step"], "valid/fid" in line) for line in lines] == [(1, False), (2, False), (3, False), (3, True)]
+    assert {f"valid/{name}": value for name, value in numbers.items()}.items() <= lines[-1].items()
+    assert numbers["nll"] == 2.0 and numbers["fid"] > 0
+    assert trainer.train() == numbers and len(lines_of(tmp_path)) == len(lines) + 3  # and not once more
 
 
 def test_the_best_step_by_a_measure_of_samples_is_kept(tmp_path, weights):
@@ -273,6 +290,50 @@ def test_a_start_says_what_validations_are_measured_on(tmp_path, weights, capsys
     assert resumed["data_hash"] != said["data_hash"]
 
 
+def test_a_number_that_is_measured_on_something_else_is_compared_anew(tmp_path, weights, capsys):
+    options = {"validate_with": "fid", "validate_samples": 8, "keep_best": "valid/fid", "keep_checkpoints": 1}
+    options |= {"validate_every": 1, "save_model_every": 1, "patience": 9, **VALID, **write_extractor(weights)}
+    fid = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 6.0}
+
+    def build_at(steps, **more):
+        trainer = build_ar_trainer(tmp_path, **{**options, "num_train_steps": steps, **more})
+        trainer.evaluate = lambda: {"fid": fid[trainer.step]}
+        return trainer
+
+    first = build_at(5)
+    assert [step for step, _ in zip(range(1, 4), first.steps())] == [1, 2, 3]
+    first.close()
+    same = build_at(5, batch_size=2, grad_accum_every=2)  # the same number
+    assert (same.best.step, same.best.value, same.best.standing.waited) == (2, 1.0, 1)
+    same.close()
+    capsys.readouterr()
+    others = build_at(5, validate_samples=9)
+    assert capsys.readouterr().err.count("warning: valid/fid is compared anew from step 3 on") == 1
+    assert others.best.standing.waited == 0 and checkpoints_of(tmp_path) == [2, 3]
+    assert json.loads((tmp_path / "export_best" / "export.json").read_text())["step"] == 2
+    others.train()
+    assert (others.best.step, others.best.value, others.best.standing.waited) == (4, 5.0, 1)
+    assert checkpoints_of(tmp_path) == [4, 5]
+    assert json.loads((tmp_path / "best.json").read_text())["value"] == 5.0
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("psnr", {"weights", "data_hash"}),
+        ("lpips", {"weights", "data_hash", "lpips_hash"}),
+        ("rfid", {"weights", "data_hash", "features_hash", "reference_hash"}),
+        ("ris", {"weights", "data_hash", "features_hash", "reference_hash", "inception_score_over"}),
+        ("fid", {"weights", "data_hash", "features_hash", "reference_hash", "samples", "seed", "top_k"}),
+    ],
+)
+def test_a_number_is_measured_on_what_its_own_networks_see(name, changes):
+    keys = ["weights", "data_hash", "lpips_hash", "features_hash", "reference_hash", "inception_score_over"]
+    keys += ["samples", "seed", "top_k", "features", "reference", "data", "vqdist", "commit"]
+    said = dict.fromkeys(keys, 1)
+    assert {key for key in keys if of_number(name, {**said, key: 2}) != of_number(name, said)} == changes
+
+
 def test_a_start_says_how_samples_are_drawn(tmp_path, weights):
     options = {"validate_with": "fid", "validate_samples": 8, "sample_top_k": 5, **write_extractor(weights)}
     build_ar_trainer(tmp_path, **options).close()
@@ -289,7 +350,12 @@ MISTAKES = [
     ({"validate_with": "rfidd"}, "^there is no measure 'rfidd'; nearest: rfid"),
     ({"validate_with": "lpips,lpips-alex"}, r"^validate_with names LPIPS more than once \(lpips, lpips-alex\)"),
     ({"validate_with": "lpips:nowhere.pth"}, "^no such file: nowhere.pth, which validate_with lpips names"),
-    ({"validate_with": "rfid", "features": "nowhere.pth"}, "^no such file: nowhere.pth, which features names"),
+    (
+        {"validate_with": "rfid", "features": "nowhere.pth"},
+        "^--features nowhere.pth is neither a file nor a known network",
+    ),
+    ({"validate_with": "rfid", "features": "inceptionn"}, "^--features inceptionn is neither .*inception_clean"),
+    ({"validate_with": "rfid", "features": "dinov2:a.pth"}, "^--features dinov2:a.pth names a.pth, which is no file"),
     ({"validate_with": "rfid", "reference": "nowhere.npz"}, "^no such file: nowhere.npz, which reference names"),
     ({"validate_with": "lpips", "features": "vgg16"}, "^features vgg16 does nothing, because validate_with names"),
     ({"reference": "a.npz"}, "^reference a.npz does nothing, because validate_with names nothing like rfid"),
@@ -313,6 +379,14 @@ def test_a_mistake_is_one_line_before_anything_is_written(tmp_path, weights, opt
     with pytest.raises(UserError, match=said) as error:
         build_trainer(tmp_path / "run", **given)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_extractor_of_evaluate_is_taken(tmp_path, name):
+    (tmp_path / "weights.pth").touch()
+    for features in (name, f"{name}:{tmp_path}/weights.pth"):
+        config = {"num_train_steps": 1, "batch_size": 4, "folder": "synthetic:8", "image_size": 16}
+        assert VQGanTrainerConfig(**config, validate_with=["rfid"], features=features).check_values() is None
 
 
 def _offline(*args, **kwargs):

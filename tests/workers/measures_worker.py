@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scenarios import build_ar_trainer, build_trainer
@@ -82,10 +84,23 @@ def refuse_other_weights(folder: Path, rank: str, **options: Any) -> None:
         build(folder / "differing", "vqgan", features=str(path), trust_features=True, **options)
 
 
+def take_other_paths(folder: Path, rank: str, **options: Any) -> None:
+    """Assert that extractor and reference may lie at other paths on each rank, as on each host's own disk."""
+    own = folder / f"disk_{rank}" / f"named_{rank}"
+    own.mkdir(parents=True)
+    features = shutil.copy(write_extractor(folder)["features"], own / f"{rank}.pt")
+    reference = own / f"{rank}.npz"
+    np.savez(reference, mu=np.zeros(6), sigma=np.eye(6))
+    given = {"validate_with": "rfid", "features": str(features), "reference": str(reference)}
+    trainer = build(folder / "copied", "vqgan", **given, num_train_steps=1, **options)
+    assert trainer.evaluate()["rfid"] > 0
+
+
 def main() -> None:
     folder, name, *kinds = Path(sys.argv[1]), sys.argv[2], *sys.argv[3:]
     if name == "accelerate":
         refuse_other_weights(folder, os.environ["RANK"], batch_size=2, **backend_of(name))
+        take_other_paths(folder, os.environ["RANK"], batch_size=2, **backend_of(name))
     for kind in kinds:
         trainer = build(folder, kind, batch_size=2, **backend_of(name))
         found = measured(trainer)

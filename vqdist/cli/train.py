@@ -369,7 +369,7 @@ def _print_summary(trainer, numbers: dict[str, float]) -> None:
     print(f"  {'model':<{width}}  {trainer.run_folder / 'export'}")
     if trainer.best.is_another:
         print(f"  {'best':<{width}}  {trainer.best.folder}")
-    for step in trainer.best.standing.kept_steps:
+    for step in trainer.best.standing.kept_steps & {*trainer.checkpoints.steps()}:
         print(f"  {'checkpoint':<{width}}  {trainer.checkpoints.path(step)}")
     for warning in trainer.report.warnings.values():
         print(f"warning: {warning}")

@@ -17,11 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
+from vqdist.extractor_names import DINOV2_SIZES
 
 HEAD, SIDE = 64, 224  # width of a head; pixels of the images that it sees
 OFFSET = 0.1  # of the scale by which positions are stretched; the published weights are used with it
-SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24), "vitg14": (1536, 40)}
-"""Width and number of blocks of the published networks, which have patches of 14 pixels."""
 
 # names of Hub repositories, as regular expressions, and those of the published files
 RENAMED = {
@@ -162,7 +161,7 @@ def load(weights: Mapping[str, Tensor], said: str, size: str | None = None) -> V
     Args:
         weights: with the names of the published files or of a Hub repository.
         said: the file, for messages.
-        size: one of `SIZES` that it has to be; null for any.
+        size: one of `DINOV2_SIZES` that it has to be; null for any.
 
     Raises:
         UserError: a tensor is missing, of another shape or too many; or the network is of another size.
@@ -176,8 +175,8 @@ def load(weights: Mapping[str, Tensor], said: str, size: str | None = None) -> V
             f"{said} does not hold the weights of DINOv2 ({error} is missing or of another shape)"
         ) from error
     found = (shape["width"], shape["depth"])
-    if size is not None and (found != SIZES[size] or shape["patch"] != 14):
-        width, depth = SIZES[size]
+    if size is not None and (found != DINOV2_SIZES[size] or shape["patch"] != 14):
+        width, depth = DINOV2_SIZES[size]
         raise UserError(
             f"{said} holds DINOv2 of width {found[0]}, {found[1]} blocks and patches of {shape['patch']} pixels; "
             f"dinov2_{size} has {width}, {depth} and 14"

@@ -19,11 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqdist.errors import UserError, an
-from vqdist.evaluation.networks import DINOV2, INCEPTION, KNOWN, VGG16, KnownNetwork, kind_of
+from vqdist.evaluation.networks import KNOWN, KnownNetwork, kind_of
+from vqdist.extractor_names import DINOV2, INCEPTION, LISTED, VGG16, name_and_file
 from vqdist.files import sha256_of
 from vqdist.sizes import ImageSize, sides_of
-
-LISTED = ", ".join(KNOWN)
 
 
 class FeatureExtractor(nn.Module):
@@ -115,7 +114,7 @@ def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_cod
         UserError: there is no such file, it holds no weights of a known network and no program that may be run, or the
             extractor does not do that; or the weights can neither be found nor downloaded.
     """
-    name, path = _name_and_file(spec)
+    name, path = name_and_file(spec)
     if name is None and path is not None and _is_program(path):
         network: nn.Module = _load_torchscript(path, trust_code)
         digest = sha256_of(path)[:16]  # of a program, as frozen weights are part of its code
@@ -123,18 +122,6 @@ def load_extractor(spec: str, *, channels: int, image_size: ImageSize, trust_cod
     if channels not in (1, 3):
         raise UserError(f"the images have {channels} channels; {spec} sees 1 (repeated) or 3")
     return FeatureExtractor(_known_network(spec, name, path), spec, channels=channels, image_size=image_size)
-
-
-def _name_and_file(spec: str) -> tuple[str | None, Path | None]:
-    """Return the name of a network and the file with its weights, of which one may be left out."""
-    name, _, file = spec.partition(":")
-    if name not in KNOWN:
-        name, file = "", spec
-    path = Path(file).expanduser() if file else None
-    if path is not None and not path.is_file():
-        found = f"{spec} names {path}, which is no file" if name else f"{spec} is neither a file nor a known network"
-        raise UserError(f"--features {found}; known are {LISTED}, each also with its weights as in {VGG16}:FILE")
-    return name or None, path
 
 
 def _known_network(spec: str, name: str | None, path: Path | None) -> KnownNetwork:

@@ -18,21 +18,10 @@ from torch import Tensor, nn
 
 from vqdist.errors import UserError
 from vqdist.evaluation import dinov2
+from vqdist.extractor_names import CLASSIFIERS, CLEAN, DINOV2, DINOV2_SIZES, INCEPTION, VGG16
 from vqdist.objectives.frozen import IMAGENET_MEAN, IMAGENET_STD, download_weights
 
-INCEPTION, CLEAN, VGG16, DINOV2 = "inception", "inception_clean", "vgg16", "dinov2"
 SPATIAL_CHANNELS = 7  # of the layer that sFID looks at, as the ADM evaluator has it
-# torchvision's networks, and the layer of each that gives classes
-CLASSIFIERS = {
-    "inception_v3": "fc",
-    "resnet50": "fc",
-    "convnext_tiny": "classifier.2",
-    "convnext_small": "classifier.2",
-    "convnext_base": "classifier.2",
-    "convnext_large": "classifier.2",
-    "vit_b_16": "heads.head",
-    "vit_l_16": "heads.head",
-}
 
 
 class KnownNetwork(nn.Module):
@@ -177,7 +166,7 @@ class DinoV2(KnownNetwork):
     def __init__(self, kind: str, weights: Mapping[str, Tensor], said: str):
         super().__init__()
         size = "vitl14" if kind == DINOV2 else kind.partition("_")[2]
-        self.network = dinov2.load(weights, said, size if size in dinov2.SIZES else None)
+        self.network = dinov2.load(weights, said, size if size in DINOV2_SIZES else None)
         self.kind = f"{DINOV2}_{size}"
         self.normalised = Normalised()
 
@@ -250,7 +239,7 @@ def kind_of(weights: Mapping[str, Tensor]) -> str | None:
         return INCEPTION
     if dinov2.is_dinov2(weights):
         width = dinov2.published_names(weights)["cls_token"].shape[-1]
-        sizes = {of: size for size, (of, _) in dinov2.SIZES.items()}
+        sizes = {of: size for size, (of, _) in DINOV2_SIZES.items()}
         return f"{DINOV2}_{sizes.get(width, width)}"
     first = weights.get("features.0.weight")
     return VGG16 if first is not None and first.shape == (64, 3, 3, 3) else None
@@ -305,6 +294,6 @@ KNOWN = {
     INCEPTION: Known(Inception, _inception_weights),
     CLEAN: Known(CleanInception, _inception_weights),
     VGG16: Known(Vgg16, _classifier_weights),
-    **{name: Known(DinoV2, _no_download) for name in (DINOV2, *(f"{DINOV2}_{size}" for size in dinov2.SIZES))},
+    **{name: Known(DinoV2, _no_download) for name in (DINOV2, *(f"{DINOV2}_{size}" for size in DINOV2_SIZES))},
     **{name: Known(Classifier, _classifier_weights) for name in CLASSIFIERS},
 }

@@ -47,7 +47,6 @@ class VAR(
     scale_lengths: tuple[int, ...]
     num_codes: int
     level_of: Tensor  # (L,), the scale of each code
-    sees: Tensor  # (L, L), whether a code's own scale is that of another code or a later one
 
     def __init__(
         self,

@@ -250,9 +250,24 @@ class ARTrainer(Trainer):
                     )
                 )
             if self.config.measures.of_samples and self._draws_now:
-                count = self.config.validate_samples
-                numbers |= self.further.of_samples(self._drawn(network, count), count, self._valid_items)
+                numbers |= self._measured_samples(network)
         return numbers
+
+    def _measured_samples(self, network: AutoregressiveModel) -> dict[str, float]:
+        count = self.config.validate_samples
+        return self.further.of_samples(self._drawn(network, count), count, self._valid_items)
+
+    def validate_end(self) -> dict[str, float]:
+        """Return the numbers of the last step; one that `patience` makes the last may have been without samples."""
+        numbers = super().validate_end()
+        if not numbers or not self.has_ended_early or numbers.keys() >= {*self.config.measures.of_samples}:
+            return numbers
+
+        def evaluate() -> dict[str, float]:
+            with self.averaged_model() as network:
+                return {**numbers, **self._measured_samples(network)}
+
+        return self.report.validate(evaluate)
 
     def _valid_items(self) -> Iterator[Tensor]:
         return (item for item, *_ in self.valid_batches())
@@ -262,7 +277,7 @@ class ARTrainer(Trainer):
         """Return whether the validation of this step is one of those that draw samples."""
         config = self.config
         every = config.validate_every * config.validate_samples_every
-        always = config.validate_samples_every == 1 or not every or self.step >= self.num_train_steps
+        always = config.validate_samples_every == 1 or not every or self.step >= self.last_step
         return always or self.step % every == 0
 
     def _drawn(self, network: AutoregressiveModel, count: int) -> Iterator[Tensor]:

@@ -161,7 +161,10 @@ class Trainer(RunOwner):
         return {**said, "weights": weights, **self.further.protocol()}
 
     def validation_names(self) -> set[str] | None:
-        """Return the names of the numbers that `evaluate` gives, by which steps can be compared; None: not known."""
+        """Return the names of the numbers that `evaluate` gives, by which steps can be compared; None: not known.
+
+        A subclass with an `evaluate` of its own says them, too, or has none of `validate_with`.
+        """
         return None
 
     @abstractmethod
@@ -354,13 +357,16 @@ class Trainer(RunOwner):
         self.best.note(numbers)
         return numbers
 
+    def validate_end(self) -> dict[str, float]:
+        """Return the numbers of the last step, and measure what was not."""
+        evaluated_at, numbers = self.report.last_evaluation
+        return numbers if evaluated_at == self.step else self.run_evaluation()
+
     def finish(self) -> dict[str, float]:
         """Save, measure and draw the end of the run, if that was not done at this very step."""
         self.resume.checkpoint_unless_saved()  # first, in case that whoever stops the run has little patience
         self.resume.export_unless_done()  # resumed at its end: whoever killed it may have done so before the export
-        evaluated_at, numbers = self.report.last_evaluation
-        if evaluated_at != self.step:
-            numbers = self.run_evaluation()
+        numbers = self.validate_end()
         if self.report.validation_broken_off:
             self.early_end.stop_now(self.stop.number)
         if self.report.pictured != self.step:
@@ -416,7 +422,13 @@ class Trainer(RunOwner):
         if not count:
             more = ("keep_best",) if named else ()
             config.refuse_set("validate_with", "patience", *more, because="there are no images to validate on")
-        known = self.validation_names()
+        known = self._known_names()
+        for name in config.measures.names:
+            if name not in (known or ()):
+                raise UserError(
+                    f"validate_with names {name}, and {type(self).__name__} does not say in validation_names that its "
+                    "evaluate measures it; leave it out, or see docs/extend.md"
+                )
         self.compared = measure_of(str(config.keep_best), self.measure) if named else self.measure
         if named and known is not None and cast(Measure, self.compared).name not in known:
             raise UserError(
@@ -430,6 +442,15 @@ class Trainer(RunOwner):
             count=count,
             has_images=isinstance(self.data.valid, ImageDataset),
         )
+
+    def _known_names(self) -> set[str] | None:
+        """Return `validation_names`; None where a subclass has another `evaluate` and does not say what it gives."""
+        for owner in type(self).__mro__:
+            if "validation_names" in vars(owner):
+                return self.validation_names()
+            if "evaluate" in vars(owner):
+                return None
+        return None
 
     def _meet_ranks(self) -> None:
         """Start the process group; make sure that all ranks train this run."""
@@ -463,7 +484,10 @@ class Trainer(RunOwner):
         self.feed = Feed(
             self.backend, self.progress, self.stop, self.report, bad_images, lambda at: trainer._train_batches(at)
         )
-        standing = standing_of(self.compared, self.measure, self.config.keep_best)
+        said: dict[str, Any] | None = {} if len(self.split.valid) else None
+        if self.is_main and said is not None:
+            said = self.report.validation_protocol = self.validation_protocol()
+        standing = standing_of(self.compared, self.measure, self.config.keep_best, said, self.backend)
         self.resume = Resume(
             self.run, self.backend, self.networks, self.progress, self.report, self.guard, self, standing
         )
@@ -484,8 +508,6 @@ class Trainer(RunOwner):
         if (overlap := self.data.overlap()) is not None:
             self.report.alert(overlap)
         self.run.write_configuration()
-        if self.is_main and len(self.split.valid):
-            self.report.validation_protocol = self.validation_protocol()
         self.report.open(cast(list[Any], self.config.trackers), self.run.configuration())
 
     # ------------------------------------------------------------------------------------- data

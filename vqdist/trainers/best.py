@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,11 +11,18 @@ from typing import Any
 
 import torch
 
+from vqdist import protocol
 from vqdist.backends import Backend
 from vqdist.errors import UserError
 from vqdist.export import mend_export, remove_export, step_of_export
 from vqdist.files import read_json, write_json
-from vqdist.trainers.measure import OF_PREDICTIONS, OF_RECONSTRUCTIONS, VALID, Measure
+from vqdist.trainers.measure import (
+    OF_PREDICTIONS,
+    OF_RECONSTRUCTIONS,
+    OF_SAMPLES,
+    VALID,
+    Measure,
+)
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.report import Report
 from vqdist.trainers.run import Run
@@ -103,10 +112,12 @@ class Best:
         self._written = self.step >= 0 and exported == self.step
         if self.step >= 0 and not self._written and self.step != self.progress.step:
             self._written = newest and self.standing.keeps_checkpoint and self._export_of(self.step, self.folder)
-            if not self._written:
-                self.standing.forget()
+            if not self._written and exported <= self.progress.step:  # a later one is of a step to be made again
+                self._say_lost()
         if self._written and (step, value) != (self.step, self.value):  # of steps that are to be made again, or lost
             self._record()
+        if self.standing.is_anew:
+            self._say_anew()
 
     def _counts(self, step: int, exported: int) -> bool:
         """Return whether best.json says more than the checkpoint: an older one, or one from before the validation."""
@@ -123,7 +134,7 @@ class Best:
         try:
             record = read_json(self.run.folder / RECORD)
             step, value = int(record["step"]), float(record["value"])
-            own = record.get("measure", self.standing.default) == self.standing.measure
+            own = self.standing.is_own(record)
         except (UserError, AttributeError, KeyError, TypeError, ValueError):
             return -1, math.nan, exported
         return step if own else -1, value, exported
@@ -141,9 +152,13 @@ class Best:
         Args:
             numbers: of the validation; without the one that is compared nothing happens.
         """
-        if self.measure is None or not math.isfinite(value := self._of_rank_0(numbers)):
+        if self.measure is None:
             return
-        if self.step >= 0 and self.measure.gain(value, self.value) <= 0:
+        if (value := self._of_rank_0(numbers)) is None:
+            self._say_missing(self.measure.name, numbers)
+            return
+        # any number is better than one that cannot be compared
+        if not math.isfinite(value) or self.measure.gain(value, self.value) <= 0:
             self.standing.wait_at(self.progress.step)
             self._say_fall(self.measure, value)
             return
@@ -152,11 +167,13 @@ class Best:
         if self.keeps:
             self._write()
 
-    def _of_rank_0(self, numbers: Mapping[str, float]) -> float:
+    def _of_rank_0(self, numbers: Mapping[str, float]) -> float | None:
         """Return its number on every rank: hosts round differently, and all must come to one decision."""
         name = self.measure.name if self.measure is not None else ""
-        row = torch.tensor([numbers.get(name, math.nan)], dtype=torch.float64, device=self.backend.device)
-        return float(self.backend.gather(row)[0])
+        found = numbers.get(name)
+        row = [float(found is not None), math.nan if found is None else found]
+        given, value = self.backend.gather(torch.tensor(row, dtype=torch.float64, device=self.backend.device))[0]
+        return float(value) if given else None
 
     def _write(self) -> None:
         self._export(self.folder)
@@ -164,19 +181,50 @@ class Best:
         self._written = True
 
     def _record(self) -> None:
-        """Say it in best.json, for people and programs."""
+        """Say it in best.json, for people and programs; a step that is only held until the next keeps its record."""
+        if not math.isfinite(self.value):
+            return
         record = {"step": self.step, "value": self.value, "measure": self.standing.measure}
+        record["protocol"] = self.standing.protocol
         self.run.write_on_main(lambda: write_json(self.run.folder / RECORD, record))
 
     def _say_fall(self, measure: Measure, value: float) -> None:
+        kept = f". {self.folder} has the weights of step {self.step}" if self._written else ""
+        if not math.isfinite(value):
+            self.report.warn(
+                "validation",
+                f"{VALID}{measure.name} is {value} at step {self.progress.step}, which is not better than any; look "
+                f"at the losses{kept}",
+            )
+            return
         if not measure.has_fallen(value, self.value):
             self.report.withdraw("validation")
             return
-        kept = f". {self.folder} has the weights of step {self.step}" if self.keeps else ""
         self.report.warn(
             "validation",
             f"{VALID}{measure.name} is {measure.shown(value)} at step {self.progress.step}, and was "
             f"{self.value:.4g} at step {self.step}; {measure.advice}{kept}",
+        )
+
+    def _say_missing(self, name: str, numbers: Mapping[str, float]) -> None:
+        """Say that a number which somebody named is none of a validation; samples are not drawn at each."""
+        if isinstance(self.run.config.keep_best, str) and name not in OF_SAMPLES and numbers:
+            found = ", ".join(sorted(numbers))
+            self.report.warn("keep_best", f"keep_best names {name}, and validations have {found}: no step is kept")
+
+    def _say_lost(self) -> None:
+        than = f"better than {self.value:.4g}" if math.isfinite(self.value) else "compared"
+        self.report.alert(
+            f"{self.folder} does not hold the weights of step {self.step}, the best one, and no checkpoint does; the "
+            f"next step that is {than} takes its place"
+        )
+
+    def _say_anew(self) -> None:
+        """Say that numbers of before cannot be compared with those to come."""
+        held = f"; until the next validation {self.folder} keeps step {self.step}" if self._written else ""
+        self.report.alert(
+            f"{VALID}{self.standing.measure} is compared anew from step {self.progress.step} on: so far it was "
+            f"another number, or measured on something else, as events.jsonl says{held}"
         )
 
     @property
@@ -196,10 +244,10 @@ class Best:
     def reason(self) -> str:
         """The reason for the end of a run that has given up."""
         standing, patience = self.standing, self.run.config.patience
-        return (
-            f"{VALID}{standing.measure} was not better than {standing.value:.4g}, that of step {standing.step}, in "
-            f"{standing.waited} validations (patience {patience})"
-        )
+        than = "a finite number"
+        if math.isfinite(standing.value):
+            than = f"better than {standing.value:.4g}, that of step {standing.step},"
+        return f"{VALID}{standing.measure} was not {than} in {standing.waited} validations (patience {patience})"
 
     @property
     def is_another(self) -> bool:
@@ -214,20 +262,29 @@ class Best:
             self.run.write_on_main(lambda: remove_export(self.folder))
             self._written = False
             return
+        value = f" {self.measure.shown(self.value)}" if math.isfinite(self.value) else " of before"
         self.report.print(
-            f"the best validation was that of step {self.step}, with {self.measure.name} "
-            f"{self.measure.shown(self.value)}; {self.folder} has its weights, and export/ those of step "
-            f"{self.progress.step}"
+            f"the best validation was that of step {self.step}, with {self.measure.name}{value}; {self.folder} has "
+            f"its weights, and export/ those of step {self.progress.step}"
         )
 
 
-def standing_of(measure: Measure | None, default: Measure | None, keep_best: Any) -> Standing:
-    """Return the standing of a new run.
+def standing_of(
+    measure: Measure | None, default: Measure | None, keep_best: Any, said: Mapping[str, Any] | None, backend: Backend
+) -> Standing:
+    """Return the standing of a new run; every rank calls this.
 
     Args:
         measure: by which steps are compared.
         default: that of the trainer, by which runs from before were compared.
         keep_best: the option; the name of a number keeps the checkpoint, too.
+        said: the protocol of validations, of which that of rank 0 counts; None without images to validate on.
+        backend: of the run.
     """
+    named = measure is not None and isinstance(keep_best, str)
     names = [None if one is None else one.name for one in (measure, default)]
-    return Standing(names[0], names[1], keeps_checkpoint=measure is not None and isinstance(keep_best, str))
+    if said is None:
+        return Standing(names[0], names[1], keeps_checkpoint=named)
+    words = json.dumps(protocol.of_number(names[0] or "", said), sort_keys=True, default=str)
+    mark = torch.tensor([int(hashlib.sha256(words.encode()).hexdigest()[:15], 16)], device=backend.device)
+    return Standing(names[0], names[1], f"{int(backend.gather(mark)[0]):015x}", keeps_checkpoint=named)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from vqdist.data.config import DataConfig
 from vqdist.errors import UserError
+from vqdist.extractor_names import name_and_file
 from vqdist.options import check_options, check_types, default_options, in_one_form, option
 from vqdist.parts import Spec, arguments_of, is_same, recorded, unknown
 from vqdist.schedules import SCHEDULES, factor_of
@@ -27,7 +28,6 @@ from vqdist.trainers.measure import Asked, asked_for, measure_of
 PRECISIONS = ("fp32", "bf16")
 # options that are arguments of the schedules that vqdist has
 SCHEDULE_OPTIONS = {"lr_min_ratio": "min_ratio", "lr_decay_share": "decay_share", "lr_decay_rate": "decay_rate"}
-EXTRACTORS = ("inception", "vgg16")  # whose weights are downloaded
 C = TypeVar("C", bound="TrainerConfig")
 
 
@@ -98,8 +98,9 @@ class TrainerConfig(DataConfig):
     each with `:FILE` for its weights), `rfid`, `rsfid`, `rkid`, `ris`, `rprecision`, `rrecall`; of a model that draws
     images also of its samples: `fid`, `sfid`, `kid`, `is`, `precision`, `recall`."""
     features: str = option("inception", free=True, own=True)
-    """Extractor of rfid, fid and the like in validate_with, as `evaluate` has it: `inception`, `vgg16`, a file with
-    the weights of one of them, or, with trust_features, a TorchScript file."""
+    """Extractor of rfid, fid and the like in validate_with, as `evaluate` has it: `inception`, `inception_clean`,
+    `vgg16`, `dinov2:FILE`, a network of torchvision as `resnet50`, each also with its weights as in `vgg16:FILE`; a
+    file with the weights of a known network; or, with trust_features, a TorchScript file."""
     trust_features: bool = option(False, free=True)
     """Let features be a TorchScript file. That is a program: it can read and write your files."""
     reference: str | None = option(None, free=True, own=True)
@@ -194,8 +195,8 @@ class TrainerConfig(DataConfig):
         asked = self.measures
         if not asked.of_features:
             self.refuse_set("features", "trust_features", "reference", because="validate_with names nothing like rfid")
-        elif self.features not in EXTRACTORS:
-            _check_file("features", self.features)
+        else:
+            name_and_file(self.features)
         if asked.weights is not None:
             _check_file("validate_with lpips", asked.weights)
         if self.reference is not None:

@@ -131,8 +131,8 @@ class FurtherMeasures:
             )
 
     def _digest(self) -> str:
-        said = [str(value) for value in self.protocol().values()]
-        return hashlib.sha256(" ".join(said).encode()).hexdigest()
+        said = protocol.telling(self.protocol())  # files may have other paths on other hosts
+        return hashlib.sha256(str(sorted(said.items())).encode()).hexdigest()
 
     def protocol(self) -> dict[str, Any]:
         """Return what belongs to a protocol of networks and reference, see `vqdist.protocol`."""

@@ -27,6 +27,7 @@ from vqdist.parts import called
 from vqdist.ranks import on_main
 from vqdist.trainers.config import TrainerConfig, differing_keys
 from vqdist.trainers.global_batch import NEEDED_TO_RESUME, GlobalBatch, global_batch_of
+from vqdist.trainers.measure import VALID
 from vqdist.trainers.overwrite import begun_by_this_launch, mark_begun, remove_run
 
 __all__ = ["NEEDED_TO_RESUME", "Run"]
@@ -171,6 +172,7 @@ class Run:
             self.model.follow_before(before["model"])
         if self.config.allow_config_change is True:
             return
+        self._refuse_other_best(before["trainer"].get("keep_best"))
         # an option that did not exist when the run began has had its default's meaning
         before["trainer"] = {**default_options(type(self.config)), **before["trainer"]}
         self.config.follow_before(before["trainer"])
@@ -188,6 +190,16 @@ class Run:
             raise UserError(
                 f"{self.folder} holds a run with another configuration ({'; '.join(lines)}); give another run "
                 "folder, or resume it all the same with --trainer.allow_config_change true"
+            )
+
+    def _refuse_other_best(self, before: Any) -> None:
+        """Raise `UserError` if the best checkpoint, which the run keeps by a name, would go."""
+        now = self.config.keep_best
+        named = [one.removeprefix(VALID) if isinstance(one, str) else one for one in (before, now)]
+        if isinstance(before, str) and named[0] != named[1] and not self.config.may_change("keep_best"):
+            raise UserError(
+                f"{self.folder} keeps the best checkpoint by {before}, and keep_best {now} would let it go; give "
+                f"--trainer.keep_best {before}, or --trainer.allow_config_change keep_best"
             )
 
     def _is_allowed(self, key: str) -> bool:
