@@ -280,10 +280,20 @@ def test_another_number_that_is_allowed_begins_anew(tmp_path, capsys):
     first.close()
     allowed = {"keep_best": "psnr", "keep_checkpoints": 1, "allow_config_change": "keep_best", "num_train_steps": 5}
     resumed = run_at(tmp_path, {4: 5.0, 5: 4.0}, **allowed)
-    assert f"until the next validation {tmp_path / FOLDER} keeps step 2" in capsys.readouterr().err
+    assert f"until a later step is validated {tmp_path / FOLDER} keeps step 2" in capsys.readouterr().err
     assert checkpoints_of(tmp_path) == [2, 3] and is_export(tmp_path / FOLDER, weights[2])
     more = [(checkpoints_of(tmp_path), resumed.best.step) for _ in resumed.steps() if not resumed.checkpoints.settle()]
     assert more == [([4], 4), ([4, 5], 4)]
+
+
+def test_a_run_at_its_end_keeps_its_best_step_though_it_is_measured_anew(tmp_path, capsys):
+    first = run_at(tmp_path)
+    weights = weights_by_step(first)
+    first.close()
+    again = run_at(tmp_path, {4: 0.5}, keep_best="psnr", valid_images=9, allow_config_change="valid_images")
+    assert again.train() == {"psnr": 0.5}
+    assert "warning: valid/psnr is compared anew from step 4 on" in capsys.readouterr().err
+    assert again.best.is_another and is_export(tmp_path / FOLDER, weights[2])
 
 
 def test_any_number_may_be_named_later(tmp_path):

@@ -71,6 +71,7 @@ class Best:
         self._export = export
         self._export_of = export_of
         self._written = False  # whether the folder holds the weights of the best step
+        self._restored_at = -1
 
     @property
     def step(self) -> int:
@@ -100,7 +101,7 @@ class Best:
         Args:
             newest: whether the newest checkpoint of the run was loaded, so that others of it can be, and it again.
         """
-        self._written = False
+        self._written, self._restored_at = False, self.progress.step
         if not self.keeps:
             return
         self.run.write_on_main(lambda: mend_export(self.folder))
@@ -157,6 +158,8 @@ class Best:
         if (value := self._of_rank_0(numbers)) is None:
             self._say_missing(self.measure.name, numbers)
             return
+        if self.standing.is_anew and self.step != self.progress.step == self._restored_at:
+            return  # a run at its end, which is only measured once more, keeps the step that was its best
         # any number is better than one that cannot be compared
         if not math.isfinite(value) or self.measure.gain(value, self.value) <= 0:
             self.standing.wait_at(self.progress.step)
@@ -221,7 +224,7 @@ class Best:
 
     def _say_anew(self) -> None:
         """Say that numbers of before cannot be compared with those to come."""
-        held = f"; until the next validation {self.folder} keeps step {self.step}" if self._written else ""
+        held = f"; until a later step is validated {self.folder} keeps step {self.step}" if self._written else ""
         self.report.alert(
             f"{VALID}{self.standing.measure} is compared anew from step {self.progress.step} on: so far it was "
             f"another number, or measured on something else, as events.jsonl says{held}"
