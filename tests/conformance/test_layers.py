@@ -21,7 +21,7 @@ TREES = {module: ast.parse(path.read_text()) for module, path in PATHS.items()}
 LEAVES = {
     *("vqdist.errors", "vqdist.files", "vqdist.options", "vqdist.parts", "vqdist.registries", "vqdist.storage"),
     *("vqdist.classes", "vqdist.draw_options", "vqdist.locations", "vqdist.sizes", "vqdist.version"),
-    *("vqdist.importing", "vqdist.names", "vqdist.conventions", "vqdist.extractor_names"),
+    *("vqdist.importing", "vqdist.names", "vqdist.conventions", "vqdist.extractor_names", "vqdist.precision"),
 }
 PARTS = {
     "vqdist.errors": set(),
@@ -44,6 +44,7 @@ PARTS = {
     "vqdist.options": {"vqdist.errors"},
     "vqdist.seeding": LEAVES,
     "vqdist.allocator": set(),
+    "vqdist.precision": set(),
     "vqdist.stopping": LEAVES,
     "vqdist.leaving": {*LEAVES, "vqdist.stopping"},
     "vqdist.schedules": {*LEAVES, "vqdist.parts"},

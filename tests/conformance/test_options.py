@@ -35,6 +35,7 @@ from scenarios import (
 from torch import Tensor, nn
 
 from vqdist import DiscreteVAETrainer, UserError, VQGanVAE, VQGanVAETrainer
+from vqdist import precision as precision_of_float32
 from vqdist.cli.train import train_options
 from vqdist.data import loader
 from vqdist.models.networks.conv import ConvEncoder, ResidualBlock
@@ -355,10 +356,14 @@ def tf32(tmp_path, monkeypatch):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for allowed, precision in ((True, "high"), (False, "highest")):
-            setup.allow_tf32(torch.device("cuda"), allowed)
+            precision_of_float32.allow_tf32(torch.device("cuda"), allowed)
             assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (precision, allowed)
-        setup.allow_tf32(torch.device("cpu"), True)
+        precision_of_float32.allow_tf32(torch.device("cpu"), True)
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        precision_of_float32.allow_tf32(torch.device("cuda"))
+        with precision_of_float32.without_tf32():
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]

@@ -28,11 +28,13 @@ def encode(arguments: list[str]) -> int:
         from vqdist.backends import create_backend
         from vqdist.backends.peers import naming_lost_peers
         from vqdist.encoding import CodeWriter
+        from vqdist.precision import allow_tf32
 
         tokenizer, dataset = _open(options)
     writer = CodeWriter(tokenizer, dataset, options.out, batch_size=options.batch_size, shard_size=options.shard_size)
     backend = create_backend(options.backend, dist_timeout=options.dist_timeout, exchange_timeout=EXCHANGE_TIMEOUT)
     keep_freed_memory(backend.device)
+    allow_tf32(backend.device)  # codes as those that training makes of the same images
     with naming_lost_peers(), _progress_bar(backend) as progress:
         numbers = writer.write(backend, num_workers=options.num_workers, progress=progress)
     if backend.is_main:

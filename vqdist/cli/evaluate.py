@@ -63,6 +63,7 @@ def evaluate(arguments: list[str]) -> int:
         from vqdist.backends import create_backend
         from vqdist.backends.peers import naming_lost_peers
         from vqdist.models.autoregressive import AutoregressiveModel
+        from vqdist.precision import allow_tf32
 
         model, step = _load(options)
     of_codes: dict[str, bool] = {}
@@ -73,6 +74,7 @@ def evaluate(arguments: list[str]) -> int:
         of_codes = _said_of_codes(cast("TokenizerModel", model), _image_size(options))
     measured.weights = _weights_of(find_export(options.run))
     backend = create_backend(options.backend)
+    allow_tf32(backend.device)  # as in training
     with naming_lost_peers():
         numbers = measured.on(backend).numbers()
     if backend.is_main:

@@ -62,6 +62,7 @@ def sample(arguments: list[str]) -> int:
         from vqdist.backends import create_backend
         from vqdist.backends.peers import naming_lost_peers
         from vqdist.drawing import SampleFolder, draw_batches, gather_images, weights_mark
+        from vqdist.precision import allow_tf32
         from vqdist.ranks import on_main
 
         model = open_generator(options.run, options.trust_code)
@@ -71,6 +72,7 @@ def sample(arguments: list[str]) -> int:
     drawn = draw_options(options, model)
     labels = _labels(model, options)
     backend = create_backend(options.backend)
+    allow_tf32(backend.device)  # as in training
     model.to(backend.device)
     draw = partial(draw_batches, model, labels, drawn, seed=options.seed, batch_size=options.batch_size)
     with naming_lost_peers():

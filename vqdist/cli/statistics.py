@@ -139,6 +139,7 @@ class _Looking:
     def __init__(self, options: Any, choices: Asked, specs: list[Any]):
         from vqdist.backends import create_backend
         from vqdist.evaluation.extractors import load_extractor
+        from vqdist.precision import allow_tf32
 
         self.options, self.choices, self.view = options, choices, choices.view(View().resample)
         self.image_size = _image_size(options.image_size, specs, choices)
@@ -149,6 +150,7 @@ class _Looking:
             trust_code=options.trust_features,
         )
         self.backend: Backend = create_backend(options.backend)
+        allow_tf32(self.backend.device)
         self.extractor.to(self.backend.device)
 
     def at(self, spec: Any) -> tuple[Features, dict[str, Any]]:

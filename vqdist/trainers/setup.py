@@ -11,6 +11,7 @@ from vqdist.allocator import keep_freed_memory
 from vqdist.backends import Backend, Engine, create_backend
 from vqdist.errors import UserError
 from vqdist.models.pretrained import PretrainedModel
+from vqdist.precision import allow_tf32
 from vqdist.trainers.average import MovingAverage
 from vqdist.trainers.config import TrainerConfig
 
@@ -48,13 +49,6 @@ def place_network(model: PretrainedModel, backend: Backend, config: TrainerConfi
             "use ZeRO 0, 1, 2, DDP or FSDP2"
         )
     return memory_format
-
-
-def allow_tf32(device: torch.device, allowed: bool) -> None:
-    """Let matrix products and convolutions on a CUDA device round to TensorFloat-32, or not; nothing elsewhere."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        torch.backends.cudnn.allow_tf32 = allowed  # torch allows it from the start: false must be said, too
 
 
 def make_average(engine: Engine, config: TrainerConfig) -> MovingAverage | None:

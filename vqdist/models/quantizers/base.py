@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqdist.errors import UserError
+from vqdist.precision import without_tf32
 
 
 class Quantized(NamedTuple):
@@ -168,18 +169,8 @@ def checked(given: Any, features: Tensor, quantizer: Quantizer) -> Quantized:
 @contextlib.contextmanager
 def float32_arithmetic(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32 within: the library itself turns off CUDA autocast only, and not around projections."""
-    try:
-        previous = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set per backend through torch.backends, which torch lets nobody mix with this
-        previous = None
-    with torch.autocast(device_type=device.type, enabled=False):
-        if previous is not None:
-            torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            if previous is not None:
-                torch.set_float32_matmul_precision(previous)
+    with torch.autocast(device_type=device.type, enabled=False), without_tf32():
+        yield
 
 
 def is_distributed() -> bool:
