@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from campaign import PATIENCE, WORKERS, content_of, differences, error_of, finish, start, undisturbed, wait_until
-from launching import last_step, run, torchrun
+from launching import free_port, last_step, run, torchrun
 from scenarios import build_trainer, train_steps
 
 from vqdist.trainers.overwrite import MARK
@@ -55,6 +55,21 @@ def test_torchruns_restart_neither_goes_on_with_the_old_run_nor_removes_the_new_
     assert [int(step) for step in re.findall(r"begins at step (\d+)", done.stdout)] == begins
     assert last_step(tmp_path) == 5
     assert json.loads((tmp_path / "config.json").read_text())["trainer"]["lr"] != 0.5
+
+
+@pytest.mark.nightly
+def test_a_host_that_has_joined_as_rank_0_removes_nothing_and_a_second_trainer_begins_anew_on_all_ranks(tmp_path):
+    done = torchrun([str(WORKERS / "joined_worker.py"), str(tmp_path)])
+    begins = {"first": 0, "second": 0, "joined": 2, "refusing": 3, "strange": 0}
+    found = re.findall(r"(\w+) begins at step (\d+)", done.stdout)
+    assert sorted(found) == sorted((name, str(step)) for name, step in begins.items() for _ in range(2))
+
+
+def test_each_launch_from_one_process_is_a_launch_of_its_own(tmp_path):
+    """Also where it is older than what it has begun before, as a notebook's kernel is."""
+    command = [sys.executable, str(WORKERS / "kernel_worker.py"), str(tmp_path), str(free_port())]
+    run(command, warm=False)
+    assert (tmp_path / "found").read_text().split() == ["False", "True", "False", "True"]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -12,6 +12,7 @@ import pytest
 from scenarios import build_trainer, train_steps
 
 from vqdist import UserError
+from vqdist.backends.local import LocalBackend
 from vqdist.trainers import overwrite
 from vqdist.trainers.overwrite import MARK, begun_by_this_launch
 
@@ -73,6 +74,86 @@ def test_a_restart_refuses_the_old_run_without_resume(attempt, again):
     attempt({})
     with pytest.raises(UserError, match="holds a run, and resume is false"):
         attempt(again, resume=False)
+
+
+@pytest.mark.parametrize("again", [AGAIN, REQUEUED], ids=["torchrun", "slurm"])
+@pytest.mark.parametrize("configuration", ["whole", "damaged", "older"])
+def test_a_restart_does_not_remove_a_run_that_may_be_its_own_from_before_there_were_marks(
+    attempt, tmp_path, again, configuration
+):
+    attempt(SLURM, steps=2)
+    (tmp_path / MARK).unlink()
+    path = tmp_path / "config.json"
+    if configuration == "damaged":
+        path.write_text("{")
+        with pytest.raises(UserError, match=r"config\.json"):
+            attempt(again)
+    if configuration == "older":
+        content = json.loads(path.read_text())
+        del content["trainer"]["overwrite"]
+        path.write_text(json.dumps(content))
+    if configuration != "damaged":
+        assert attempt(again) == 2
+    assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
+
+
+@pytest.mark.parametrize("again", [AGAIN, REQUEUED], ids=["torchrun", "slurm"])
+def test_a_restart_without_resume_refuses_a_run_from_before_there_were_marks(attempt, tmp_path, again):
+    attempt(SLURM)
+    (tmp_path / MARK).unlink()
+    with pytest.raises(UserError, match="holds a run, and resume is false"):
+        attempt(again, resume=False)
+
+
+@pytest.mark.parametrize("name", ["job-8c1f", "77"])
+def test_a_job_that_is_started_again_as_a_whole_goes_on_under_a_run_id_of_its_own(attempt, tmp_path, name):
+    named = {"TORCHELASTIC_RUN_ID": name}
+    assert attempt(named, steps=2) == 0
+    launched_now(tmp_path)
+    assert attempt(named) == 2
+    assert attempt({"TORCHELASTIC_RUN_ID": f"{name}0"}) == 0
+
+
+def test_another_rank_that_knows_the_run_keeps_this_one_from_removing_it(attempt, tmp_path, monkeypatch):
+    """On a host that has joined since, this one finds another launch's."""
+    attempt(TORCHRUN, steps=2)
+    launched_now(tmp_path)
+    asked: list[bool] = []
+
+    def any_of_two(_backend, flag: bool) -> bool:
+        asked.append(flag)
+        return flag or len(asked) == 1
+
+    monkeypatch.setattr(LocalBackend, "any", any_of_two)
+    assert attempt(TORCHRUN) == 2 and asked[0] is False
+    assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
+
+
+def test_a_worker_that_a_kernel_forks_has_begun_nothing_yet(attempt, tmp_path, monkeypatch):
+    attempt(TORCHRUN)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert begun_by_this_launch(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("/logs/none_a/attempt_0/0/error.json", "/logs/none_a/attempt_1/0/error.json", True),
+        ("/logs/none_a/attempt_0/0/error.json", "/logs/none_b/attempt_1/0/error.json", False),
+        ("/logs/none_a/attempt_0/0/error.json", "/logs/b/error.json", True),
+        ("", "/logs/none_b/attempt_1/0/error.json", True),
+    ],
+    ids=["restart", "another launch", "another layout", "no logs before"],
+)
+def test_a_launch_is_told_from_one_before_of_the_same_process_by_its_logs(tmp_path, monkeypatch, before, now, same):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for count, path in enumerate((before, now)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path)
+        if not count:
+            overwrite.mark_begun(tmp_path)
+            overwrite._begun_here.clear()
+    assert begun_by_this_launch(tmp_path) == same
 
 
 @pytest.mark.parametrize("launch", [{}, SLURM, TORCHRUN], ids=["none", "slurm", "torchrun"])

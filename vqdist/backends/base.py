@@ -154,9 +154,11 @@ class Backend(ABC):
         local_rank: index of this process on its node.
         world_size: number of processes.
         device: where this rank's tensors live.
+        grad_accum_every: micro-batches per optimizer step, of the engines to come.
     """
 
     name: str
+    grad_accum_every: int
     rank: int
     local_rank: int
     world_size: int

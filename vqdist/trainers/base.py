@@ -109,7 +109,7 @@ class Trainer(RunOwner):
     ):
         self.config, self.model = build_config(self.config_class, options), model
         self._open_run(dataset, valid_dataset)
-        self._meet_ranks()
+        self._meet_ranks(dataset, valid_dataset)
         self._set_up_networks()
         self._go_on()
 
@@ -399,10 +399,10 @@ class Trainer(RunOwner):
 
     # ------------------------------------------------------------------------------------- set-up, in this order
 
-    def _open_run(self, dataset: Dataset | None, valid_dataset: Dataset | None) -> None:
+    def _open_run(self, dataset: Dataset | None, valid_dataset: Dataset | None, *, begun: bool = False) -> None:
         """Check all that can be checked by one process: model, options, folder, data."""
         self.check_model()
-        self.run = Run(self.config, self.model)
+        self.run = Run(self.config, self.model, begun=begun)
         self.config = self.run.config
         self.progress = Progress()
         train, valid = self._open_data(dataset, valid_dataset)
@@ -452,10 +452,13 @@ class Trainer(RunOwner):
                 return None
         return None
 
-    def _meet_ranks(self) -> None:
+    def _meet_ranks(self, dataset: Dataset | None, valid_dataset: Dataset | None) -> None:
         """Start the process group; make sure that all ranks train this run."""
         self.backend = make_backend(self.config)
         uncaught.listen()
+        if self.run.settle(self.backend):
+            self._open_run(dataset, valid_dataset, begun=True)
+            self.backend.grad_accum_every = self.config.grad_accum_every
         self.run.open(self.backend)
 
     def _set_up_networks(self) -> None:

@@ -135,7 +135,8 @@ class TrainerConfig(DataConfig):
     """Go on with the run that is in the run folder; false refuses a folder with a run."""
     overwrite: bool = option(False, free=True)
     """Remove the run that is in the run folder and begin anew. A launcher's restart of the command goes on with the
-    run that it began."""
+    run that it began. A job that is started again as a whole removes that run, unless torchrun has `--rdzv-id` or
+    Slurm requeued it."""
     trackers: list[Any] | str = option(default_factory=list, free=True, part="vqdist.registries.SINKS")
     """Also log to `tensorboard`, `wandb` or own sinks (class_path, init_args); metrics.jsonl is always written."""
     backend: str = option("auto", free=True)

@@ -28,7 +28,7 @@ from vqdist.ranks import on_main
 from vqdist.trainers.config import TrainerConfig, differing_keys
 from vqdist.trainers.global_batch import NEEDED_TO_RESUME, GlobalBatch, global_batch_of
 from vqdist.trainers.measure import VALID
-from vqdist.trainers.overwrite import begun_by_this_launch, mark_begun, remove_run
+from vqdist.trainers.overwrite import begun_by_this_launch, mark_begun, note_begun, remove_run
 
 __all__ = ["NEEDED_TO_RESUME", "Run"]
 
@@ -43,6 +43,7 @@ class Run:
     Args:
         config: as the user gave it.
         model: to train.
+        begun: whether another rank has said that this launch has begun the run.
 
     Attributes:
         folder: of the run.
@@ -55,16 +56,15 @@ class Run:
         is_anew: whether a run that is in the folder is none of this one's, and is removed when this one opens.
     """
 
-    def __init__(self, config: TrainerConfig, model: PretrainedModel):
+    def __init__(self, config: TrainerConfig, model: PretrainedModel, *, begun: bool = False):
         self.model = model
         self.folder = _folder_of(config)
-        begins = (config.overwrite or not config.resume) and not begun_by_this_launch(self.folder)
-        self.is_anew = config.overwrite and begins
-        self._begins = begins
-        if begins and not self.is_anew and self.has_begun():
-            raise UserError(
-                f"{self.folder} holds a run, and resume is false; give another run folder, or --overwrite to remove it"
-            )
+        asked = config.overwrite or not config.resume
+        self._is_own = asked and (begun or begun_by_this_launch(self.folder, overwrites=config.overwrite))
+        self._begins = asked and not self._is_own
+        self.is_anew = config.overwrite and self._begins
+        if world_size_of_launcher() == 1:  # else `settle` asks the other ranks first
+            self._refuse_to_go_on()
         self.told_batch, self.config = self._with_global_batch(config)
         self.lock: FolderLock | None = None
         self.data = self.all_data = ""
@@ -81,8 +81,33 @@ class Run:
         self.data, self.all_data, self.valid_data = data, all_data or data, valid
         self._refuse_other_configuration()
 
+    def settle(self, backend: Backend) -> bool:
+        """Agree over ranks on whose run is there, before `open`; every rank calls this.
+
+        A rank on a host that has joined since cannot know that this launch has begun the run: one that knows it
+        keeps all ranks from removing it, and from refusing it.
+
+        Returns:
+            Whether this rank took the run for one to remove, and has to make another `Run`, with `begun`.
+
+        Raises:
+            UserError: a run is there, no rank knows it, and the options say to refuse it.
+        """
+        if not backend.any(self._is_own):
+            self._refuse_to_go_on()
+            return False
+        was_anew, self.is_anew, self._begins = self.is_anew, False, False
+        return was_anew
+
+    def _refuse_to_go_on(self) -> None:
+        """Raise `UserError` if a run is there that this one is neither to go on with nor to remove."""
+        if self._begins and not self.is_anew and self.has_begun():
+            raise UserError(
+                f"{self.folder} holds a run, and resume is false; give another run folder, or --overwrite to remove it"
+            )
+
     def open(self, backend: Backend) -> None:
-        """Make sure that all ranks train this run, and lock the folder; every rank calls this.
+        """Make sure that all ranks train this run, and lock the folder; every rank calls this after `settle`.
 
         Raises:
             UserError: ranks got other options, see another folder or other images, or somebody else trains here.
@@ -90,6 +115,8 @@ class Run:
         self.backend = backend
         self._check_same_options()
         self._check_shared_folder()
+        if self._begins:
+            note_begun(self.folder)
         self.is_anew = False
 
     def close(self) -> None:
