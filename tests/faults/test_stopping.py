@@ -259,7 +259,7 @@ def test_a_signal_ends_a_rank_that_waits_for_another(tmp_path):
     began = time.monotonic()
     os.kill(process.pid, signal.SIGUSR1)
     errors = finish(process)
-    assert process.returncode == 75 and time.monotonic() - began < 20
+    assert process.returncode == 75 and time.monotonic() - began < 30  # then Slurm kills
     assert errors.count("vqdist: stopped by SIGUSR1 (rank 0) before training began") == 1 and "Traceback" not in errors
 
 
