@@ -10,7 +10,7 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -86,6 +86,15 @@ def write_card(run: Path, export: Path) -> None:
     written = with_numbers(text, "\n".join(words), index)
     if written != text:
         _write(path, written)
+
+
+def write_cards(run: Path, exports: Iterable[Path], alert: Callable[[str], None]) -> None:
+    """Bring the cards of a run's exports up to date; one that cannot be is told to `alert`: no reason to fail."""
+    for export in exports:
+        try:
+            write_card(run, export)
+        except UserError as error:
+            alert(f"the card of {export} has no numbers: {error}")
 
 
 def carry_card(before: Path, new: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,24 +213,3 @@ def test_a_served_page_follows_the_run(browser, two_runs):  # noqa: F811
         assert browser.complaints() == []
         server.shutdown()
     browser.wait("document.getElementById('made').textContent.includes('has ended')", 30)
-
-
-@pytest.fixture(scope="module")
-def documented() -> Path | None:
-    """Return the folder of two runs whose screenshots stand in docs/images, if it is asked for."""
-    folder = os.environ.get("VQDIST_WRITE_SCREENSHOTS")
-    return Path(folder) if folder else None
-
-
-def test_screenshots_for_the_documentation(browser, documented, tmp_path):
-    """Write docs/images/report_*.png from the runs in the folder that VQDIST_WRITE_SCREENSHOTS names."""
-    if documented is None:
-        pytest.skip("VQDIST_WRITE_SCREENSHOTS names no folder of runs")
-    page_of_runs(sorted(path.parent for path in documented.glob("*/metrics.jsonl")), tmp_path / "a.html")
-    images = Path(__file__).resolve().parents[2] / "docs" / "images"
-    browser.open(f"file://{tmp_path / 'a.html'}", (1100, 700))
-    browser.picture(images / "report_curves.png")
-    browser.open(f"file://{tmp_path / 'a.html'}", PHONE, "dark")
-    browser.value("document.getElementById('pictures').scrollIntoView()")
-    browser.settle()
-    browser.picture(images / "report_phone.png")

@@ -36,8 +36,9 @@ from vqdist.completion import MANIFEST
 from vqdist.options import names_with
 from vqdist.schedules import learning_rate
 from vqdist.stopping import Stopped
-from vqdist.trainers.base import Trainer, mark_last
+from vqdist.trainers.base import Trainer
 from vqdist.trainers.config import TrainerConfig, differing_keys
+from vqdist.trainers.feed import mark_last
 
 
 def logged(trainer: VQGanVAETrainer) -> list[dict]:

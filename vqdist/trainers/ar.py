@@ -35,8 +35,9 @@ from vqdist.sampling import DrawOptions, uniform_per_image
 from vqdist.seeding import derive_seed
 from vqdist.tracking import Tracker
 from vqdist.trainers.ar_config import IMAGE_OPTIONS, ARTrainerConfig
-from vqdist.trainers.base import Trainer, mark_last
+from vqdist.trainers.base import Trainer
 from vqdist.trainers.data import Images
+from vqdist.trainers.feed import mark_last
 from vqdist.trainers.measure import LPIPS, OF_FEATURES, OF_PREDICTIONS
 from vqdist.trainers.tokenizer import names_of_reconstruction
 

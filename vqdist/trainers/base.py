@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,8 +18,7 @@ from vqdist.backends import Engine
 from vqdist.backends.peers import naming_lost_peers
 from vqdist.data.dataset import ImageDataset
 from vqdist.data.loader import Batch
-from vqdist.errors import UserError
-from vqdist.model_card import write_card
+from vqdist.model_card import write_cards
 from vqdist.models.pretrained import PretrainedModel
 from vqdist.seeding import OwnGenerators
 from vqdist.stopping import BrokenOff
@@ -32,7 +31,7 @@ from vqdist.trainers.early_end import EarlyEnd
 from vqdist.trainers.feed import Feed
 from vqdist.trainers.finite import FiniteGuard
 from vqdist.trainers.further_measures import FurtherMeasures
-from vqdist.trainers.measure import Measure, measure_of
+from vqdist.trainers.measure import Measure, compared_by, known_names, refuse_unmeasured
 from vqdist.trainers.networks import Networks
 from vqdist.trainers.owner import RunOwner
 from vqdist.trainers.progress import Progress
@@ -42,18 +41,6 @@ from vqdist.trainers.run import Run
 from vqdist.trainers.setup import make_average, make_backend, place_network
 from vqdist.trainers.steps import Left, Steps
 from vqdist.trainers.stop_request import StopRequest
-
-T = TypeVar("T")
-
-
-def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Yield each item with whether it is the last."""
-    iterator = iter(items)
-    item = next(iterator)
-    for following in iterator:
-        yield item, False
-        item = following
-    yield item, True
 
 
 class Trainer(RunOwner):
@@ -381,21 +368,13 @@ class Trainer(RunOwner):
         if self.best.standing.keeps_checkpoint:
             self.checkpoints.remove_old()  # one that was the best before the validation of the last step
         self.report.print_bad_images()
-        self._write_cards()
+        if self.is_main:
+            write_cards(self.run.folder, (self.run.folder / "export", self.best.folder), self.report.alert)
         if self.tracker is not None:
             self.tracker.artifact(self.run.folder / "export")
         self.report.note_end(reason)
         self.report.close()
         return numbers
-
-    def _write_cards(self) -> None:
-        """Write the numbers of the run into the cards of its exports, on rank 0; a card is no reason to fail."""
-        if self.is_main:
-            for export in (self.run.folder / "export", self.best.folder):
-                try:
-                    write_card(self.run.folder, export)
-                except UserError as error:
-                    self.report.alert(f"the card of {export} has no numbers: {error}")
 
     # ------------------------------------------------------------------------------------- set-up, in this order
 
@@ -422,19 +401,9 @@ class Trainer(RunOwner):
         if not count:
             more = ("keep_best",) if named else ()
             config.refuse_set("validate_with", "patience", *more, because="there are no images to validate on")
-        known = self._known_names()
-        for name in config.measures.names:
-            if name not in (known or ()):
-                raise UserError(
-                    f"validate_with names {name}, and {type(self).__name__} does not say in validation_names that its "
-                    "evaluate measures it; leave it out, or see docs/extend.md"
-                )
-        self.compared = measure_of(str(config.keep_best), self.measure) if named else self.measure
-        if named and known is not None and cast(Measure, self.compared).name not in known:
-            raise UserError(
-                f"keep_best {config.keep_best} is none of the numbers of a validation ({', '.join(sorted(known))}); "
-                "give one of them, or name it in validate_with, too"
-            )
+        known = known_names(self)
+        refuse_unmeasured(config.measures.names, known, type(self).__name__)
+        self.compared = compared_by(config.keep_best, self.measure, known)
         self.further = FurtherMeasures(
             config,
             channels=self.model.channels,
@@ -442,15 +411,6 @@ class Trainer(RunOwner):
             count=count,
             has_images=isinstance(self.data.valid, ImageDataset),
         )
-
-    def _known_names(self) -> set[str] | None:
-        """Return `validation_names`; None where a subclass has another `evaluate` and does not say what it gives."""
-        for owner in type(self).__mro__:
-            if "validation_names" in vars(owner):
-                return self.validation_names()
-            if "evaluate" in vars(owner):
-                return None
-        return None
 
     def _meet_ranks(self, dataset: Dataset | None, valid_dataset: Dataset | None) -> None:
         """Start the process group; make sure that all ranks train this run."""

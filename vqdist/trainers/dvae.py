@@ -19,8 +19,8 @@ from vqdist.models.dvae import DiscreteVAE
 from vqdist.sampling import gumbel_noise_per_image
 from vqdist.schedules import linear_ramp, temperature
 from vqdist.seeding import derive_seed
-from vqdist.trainers.base import mark_last
 from vqdist.trainers.dvae_config import DiscreteVAETrainerConfig
+from vqdist.trainers.feed import mark_last
 from vqdist.trainers.tokenizer import TokenizerTrainer
 
 

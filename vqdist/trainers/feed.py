@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from vqdist.backends import Backend
 from vqdist.data.loader import Batch
@@ -13,6 +14,8 @@ from vqdist.trainers.bad_images import BadImages
 from vqdist.trainers.progress import Progress
 from vqdist.trainers.report import Report
 from vqdist.trainers.stop_request import StopRequest
+
+T = TypeVar("T")
 
 
 class Feed:
@@ -120,3 +123,13 @@ class Feed:
         batches, self._batches = self._batches, None
         if batches is not None:
             batches.close()
+
+
+def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield each item with whether it is the last."""
+    iterator = iter(items)
+    item = next(iterator)
+    for following in iterator:
+        yield item, False
+        item = following
+    yield item, True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vqdist import protocol
 from vqdist.errors import UserError
@@ -91,6 +91,54 @@ def measure_of(given: str, default: Measure | None = None) -> Measure:
         raise unknown("number of a validation to compare steps by", name, (*LOWER, *HIGHER), "; see docs/metrics.md")
     advice = OF_RECONSTRUCTIONS.advice if default is None else default.advice
     return Measure(name, kind in HIGHER, 0.25, "", advice, is_share=True)
+
+
+def known_names(trainer: Any) -> set[str] | None:
+    """Return a trainer's `validation_names`; None where its class has an `evaluate` of other numbers."""
+    for owner in type(trainer).__mro__:
+        if "validation_names" in vars(owner):
+            return trainer.validation_names()
+        if "evaluate" in vars(owner):
+            return None
+    return None
+
+
+def refuse_unmeasured(asked: Sequence[str], known: set[str] | None, trainer: str) -> None:
+    """Raise `UserError` for a measure of `validate_with` that the validations of a trainer will not have.
+
+    Args:
+        asked: measures by name.
+        known: see `known_names`.
+        trainer: name of its class.
+    """
+    for name in asked:
+        if name not in (known or ()):
+            raise UserError(
+                f"validate_with names {name}, and {trainer} does not say in validation_names that its evaluate "
+                "measures it; leave it out, or see docs/extend.md"
+            )
+
+
+def compared_by(keep_best: str | bool, default: Measure | None, known: set[str] | None) -> Measure | None:
+    """Return the measure by which steps are compared: the one that `keep_best` names, or that of the trainer.
+
+    Args:
+        keep_best: of the configuration.
+        default: the trainer's own.
+        known: see `known_names`.
+
+    Raises:
+        UserError: `keep_best` names what no validation will have.
+    """
+    if not isinstance(keep_best, str):
+        return default
+    measure = measure_of(keep_best, default)
+    if known is not None and measure.name not in known:
+        raise UserError(
+            f"keep_best {keep_best} is none of the numbers of a validation ({', '.join(sorted(known))}); give one of "
+            "them, or name it in validate_with, too"
+        )
+    return measure
 
 
 class Asked(NamedTuple):

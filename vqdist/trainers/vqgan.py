@@ -23,7 +23,7 @@ from vqdist.models.proxy import ByTarget, ProxyCodes
 from vqdist.models.vqgan import VQGanVAE
 from vqdist.objectives.adversarial import LeCam
 from vqdist.schedules import ever_positive, linear_ramp, weight_at
-from vqdist.trainers.base import mark_last
+from vqdist.trainers.feed import mark_last
 from vqdist.trainers.freezing import freeze, frozen_parts
 from vqdist.trainers.initial import begin
 from vqdist.trainers.initial_optimizer import shapes_of, take_optimizers
